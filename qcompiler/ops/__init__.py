@@ -1,3 +1,25 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Operator table."""
+"""The operator table (see `_base`); importing the package registers every row."""
+
+from qcompiler.ops._base import (
+    REQUIRED,
+    AttrValue,
+    EvalContext,
+    OpDef,
+    OpKind,
+    Stage,
+    all_ops,
+    op_def,
+)
+
+__all__ = [
+    "REQUIRED",
+    "AttrValue",
+    "EvalContext",
+    "OpDef",
+    "OpKind",
+    "Stage",
+    "all_ops",
+    "op_def",
+]
