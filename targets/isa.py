@@ -1,0 +1,218 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The table of instruction sets that the CPU kernel generators read.
+
+A row (`Isa`) is plain data: which LLVM target to build for, which features the machine must have,
+how wide the vectors are and which instruction multiplies 8-bit operands.  The generators in
+`kernels/` ask the row, never the name of the row, so a new instruction set is a new row.
+
+Importing this module imports nothing heavy; `tvm_target` imports TVM when it is called.
+
+Sources: Intel 64 SDM volume 2 (PMADDUBSW, PMADDWD, VPDPBUSD), LLVM `IntrinsicsX86.td`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+__all__ = ["ISA_TABLE", "Isa", "host_features", "isa_named", "runnable", "tvm_target"]
+
+DotKind = Literal["none", "maddubs", "vpdpbusd"]
+IntrinsicKey = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """One instruction set that CPU kernels can be generated for."""
+
+    name: str
+    """The target name users write, such as "x86-avx2"."""
+    mtriple: str
+    """LLVM target triple."""
+    mcpu: str
+    """LLVM processor name; it fixes the base features and the scheduling model."""
+    mattr: tuple[str, ...]
+    """LLVM features beyond `mcpu`, each with its sign, such as "+avxvnni"."""
+    cpu_features: tuple[str, ...]
+    """Features the running machine must list, spelled as in /proc/cpuinfo "flags"."""
+    vector_bits: int
+    """Width of the widest vector register, in bits."""
+    vector_registers: int
+    """How many architectural vector registers there are."""
+    dot: DotKind
+    """How 8-bit operands are multiplied: "none" widens to int16 first; "maddubs" adds neighbouring
+    products into int16 with saturation, so it needs a proof; "vpdpbusd" adds four products into
+    int32 and never saturates."""
+    k_group: int
+    """How many neighbours along K one 32-bit lane of the dot instruction consumes."""
+    a_dtype: str
+    """Storage dtype of the activations the dot instruction takes."""
+    b_dtype: str
+    """Storage dtype of the weights the dot instruction takes."""
+    fma: bool
+    """Whether float32 fused multiply-add is one instruction."""
+    intrinsics: Mapping[IntrinsicKey, str] = field(repr=False, compare=False)
+    """LLVM intrinsic of (operation, vector bits).  Operations: "madd_i16" (int16 pairs to int32),
+    "madd_u8s8" (u8 x s8 pairs to int16, saturating), "dot_u8s8" (four u8 x s8 products added to
+    int32), "round_i32" (float32 to int32, ties to even), "pack_i16" (two int32 vectors to int16,
+    saturating, within 128-bit lanes), "pack_u8" and "pack_i8" (two int16 vectors to 8 bits)."""
+
+    def lanes(self, bits: int | None = None) -> int:
+        """How many 32-bit lanes a vector of `bits` (default: the widest) has."""
+        return (self.vector_bits if bits is None else bits) // 32
+
+    def intrinsic(self, operation: str, bits: int) -> str | None:
+        """The LLVM name of `operation` on vectors of `bits`, or None where the row has none."""
+        return self.intrinsics.get((operation, bits))
+
+
+_SSE2: dict[IntrinsicKey, str] = {
+    ("madd_i16", 128): "llvm.x86.sse2.pmadd.wd",
+    ("round_i32", 128): "llvm.x86.sse2.cvtps2dq",
+    ("pack_i16", 128): "llvm.x86.sse2.packssdw.128",
+    ("pack_u8", 128): "llvm.x86.sse2.packuswb.128",
+    ("pack_i8", 128): "llvm.x86.sse2.packsswb.128",
+}
+_AVX2: dict[IntrinsicKey, str] = {
+    **_SSE2,
+    ("madd_u8s8", 128): "llvm.x86.ssse3.pmadd.ub.sw.128",
+    ("madd_u8s8", 256): "llvm.x86.avx2.pmadd.ub.sw",
+    ("madd_i16", 256): "llvm.x86.avx2.pmadd.wd",
+    ("round_i32", 256): "llvm.x86.avx.cvt.ps2dq.256",
+    ("pack_i16", 256): "llvm.x86.avx2.packssdw",
+    ("pack_u8", 256): "llvm.x86.avx2.packuswb",
+    ("pack_i8", 256): "llvm.x86.avx2.packsswb",
+}
+# AVX-VNNI (VEX) and AVX512-VNNI (EVEX) share the LLVM intrinsic; the features choose the encoding.
+_AVXVNNI: dict[IntrinsicKey, str] = {
+    **_AVX2,
+    ("dot_u8s8", 128): "llvm.x86.avx512.vpdpbusd.128",
+    ("dot_u8s8", 256): "llvm.x86.avx512.vpdpbusd.256",
+}
+_AVX512VNNI: dict[IntrinsicKey, str] = {
+    **_AVXVNNI,
+    ("dot_u8s8", 512): "llvm.x86.avx512.vpdpbusd.512",
+    ("madd_i16", 512): "llvm.x86.avx512.pmaddw.d.512",
+    ("madd_u8s8", 512): "llvm.x86.avx512.pmaddubs.w.512",
+    ("round_i32", 512): "llvm.x86.avx512.mask.cvtps2dq.512",
+    ("pack_i16", 512): "llvm.x86.avx512.packssdw.512",
+    ("pack_u8", 512): "llvm.x86.avx512.packuswb.512",
+    ("pack_i8", 512): "llvm.x86.avx512.packsswb.512",
+}
+_AVX2_FEATURES = ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe")
+
+_ROWS = (
+    Isa(
+        name="x86-64",
+        mtriple="x86_64-unknown-linux-gnu",
+        mcpu="x86-64",
+        mattr=(),
+        cpu_features=("sse2",),
+        vector_bits=128,
+        vector_registers=16,
+        dot="none",
+        k_group=4,
+        a_dtype="uint8",
+        b_dtype="int8",
+        fma=False,
+        intrinsics=MappingProxyType(_SSE2),
+    ),
+    Isa(
+        name="x86-avx2",
+        mtriple="x86_64-unknown-linux-gnu",
+        mcpu="x86-64-v3",
+        mattr=(),
+        cpu_features=_AVX2_FEATURES,
+        vector_bits=256,
+        vector_registers=16,
+        dot="maddubs",
+        k_group=4,
+        a_dtype="uint8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_AVX2),
+    ),
+    Isa(
+        name="x86-avxvnni",
+        mtriple="x86_64-unknown-linux-gnu",
+        mcpu="x86-64-v3",
+        mattr=("+avxvnni",),
+        cpu_features=(*_AVX2_FEATURES, "avx_vnni"),
+        vector_bits=256,
+        vector_registers=16,
+        dot="vpdpbusd",
+        k_group=4,
+        a_dtype="uint8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_AVXVNNI),
+    ),
+    Isa(
+        name="x86-avx512vnni",
+        mtriple="x86_64-unknown-linux-gnu",
+        mcpu="x86-64-v4",
+        mattr=("+avx512vnni",),
+        cpu_features=(
+            *_AVX2_FEATURES,
+            "avx512f",
+            "avx512bw",
+            "avx512cd",
+            "avx512dq",
+            "avx512vl",
+            "avx512_vnni",
+        ),
+        vector_bits=512,
+        vector_registers=32,
+        dot="vpdpbusd",
+        k_group=4,
+        a_dtype="uint8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_AVX512VNNI),
+    ),
+)
+
+ISA_TABLE: Mapping[str, Isa] = MappingProxyType({row.name: row for row in _ROWS})
+"""All rows by name, from the least to the most capable."""
+
+
+def isa_named(name: str) -> Isa:
+    """Return the row called `name`.
+
+    Raises:
+        KeyError: no such row; the message lists the rows.
+    """
+    if name not in ISA_TABLE:
+        raise KeyError(f"no instruction set named {name!r}: the rows are {', '.join(ISA_TABLE)}")
+    return ISA_TABLE[name]
+
+
+def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The CPU features of this machine as Linux spells them; empty where they cannot be read."""
+    if not cpuinfo.exists():
+        return frozenset()
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def runnable(isa: Isa, features: Iterable[str] | None = None) -> bool:
+    """Whether a machine with `features` (default: this one) can run code built for `isa`."""
+    have = host_features() if features is None else frozenset(features)
+    return have.issuperset(isa.cpu_features)
+
+
+def tvm_target(isa: Isa) -> Any:
+    """The TVM target of the row (imports TVM)."""
+    import tvm  # heavy: one to two seconds, so only when a kernel is built
+
+    description: dict[str, Any] = {"kind": "llvm", "mtriple": isa.mtriple, "mcpu": isa.mcpu}
+    if isa.mattr:
+        description["mattr"] = list(isa.mattr)
+    return tvm.target.Target(description)
