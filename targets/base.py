@@ -1,0 +1,129 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a target is: data (`TargetSpec`) that passes read, and a `Backend` of four methods.
+
+Nothing here imports TVM. A new target is a `Backend` subclass and an entry point in the group
+`qcompiler.targets`; `reference.py` is the template.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompiler.ir import Graph, Node
+from qcompiler.passmanager import Pass, ProgressFn, no_progress
+from qcompiler.types import Array, Precision
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSpec:
+    """What passes may know of a target."""
+
+    name: str
+    """Name a user gives, such as "x86-avx2"."""
+    description: str
+    """One line for `qcompile targets`."""
+    precisions: tuple[Precision, ...]
+    """Precisions that kernels exist for, best first."""
+    cpu_features: tuple[str, ...] = ()
+    """Features that the running machine must have, spelled as in /proc/cpuinfo."""
+    isa: str | None = None
+    """Row of the ISA table for CPU targets."""
+    triple: str | None = None
+    """LLVM target triple of the library, or None where there is no library."""
+    mcpu: str | None = None
+    """LLVM processor name, which may be overridden per compilation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether a target can run a node natively; falsy answers carry the reason."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True, slots=True)
+class TuningBudget:
+    """How much search a build may spend; `trials=0` uses the analytic defaults."""
+
+    trials: int = 0
+    seconds: float | None = None
+    seed: int = 0
+    records: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One fused kernel call of the compiled model, for reports."""
+
+    name: str
+    ops: tuple[str, ...]
+    nodes: tuple[str, ...]
+    precision: Precision
+    kernel: str
+    macs: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A compiled model in parts, before it becomes an artifact.
+
+    Attributes:
+        library: Bytes of the shared library, or None for interpreted targets.
+        parameters: Packed constants in the order that the library's `main` takes them.
+        parameter_names: Name of each packed constant.
+        graph: The graph after the target's passes (what the library computes).
+        regions: Kernel calls in order.
+        members: Extra artifact members by name.
+        executor: "vm", or "interpreter" for targets without a library.
+        tvm_target: Text of the TVM target, for the manifest.
+    """
+
+    library: bytes | None
+    parameters: tuple[Array, ...]
+    parameter_names: tuple[str, ...]
+    graph: Graph
+    regions: tuple[Region, ...] = ()
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    executor: str = "vm"
+    tvm_target: str = ""
+
+
+class Backend(ABC):
+    """Code of a target."""
+
+    def __init__(self, spec: TargetSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def supports(self, node: Node) -> Support:
+        """Say whether the node has a native kernel; a falsy answer says why not."""
+
+    @abstractmethod
+    def passes(self) -> tuple[Pass, ...]:
+        """Return the passes that shape an INTEGER graph for this target."""
+
+    @abstractmethod
+    def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> Any:
+        """Turn the shaped graph into what `build` takes.
+
+        Raises:
+            UnsupportedByTargetError: All nodes that cannot be lowered, in one message.
+        """
+
+    @abstractmethod
+    def build(
+        self, lowered: Any, tuning: TuningBudget, progress: ProgressFn = no_progress
+    ) -> Built:
+        """Generate code.
+
+        Raises:
+            CodegenError: The code generator or the linker failed.
+        """
