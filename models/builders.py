@@ -5,9 +5,10 @@
 Needs numpy and onnx only. The weights are random but behave like trained ones: every convolution
 and linear layer is scaled so that its output channels have a standard deviation near 1 (with a
 log-normal spread from channel to channel) and a mean near 0, which is what BatchNormalization
-does in a trained network. The mean and variance of each channel are carried through the network
-by formula, so nothing has to be run to build a model. Signals neither vanish nor explode, and
-quantization ranges look like those of a real network; predictions mean nothing.
+does in a trained network. For that a small probe batch of standard normal inputs is run through
+each layer, in numpy, as the layer is added. Signals neither vanish nor explode, and quantization
+ranges look like those of a real network; predictions mean nothing. The same seed gives the same
+weights up to rounding (the probe's sums depend on numpy's BLAS).
 
 Usage: ``python models/builders.py resnet50 -o resnet50.onnx [--size 224] [--seed 0] ...``
 """
@@ -17,9 +18,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 17
 IR_VERSION = 8  # the IR version that came with opset 17
 BN_EPSILON = 1e-5
+PROBE_SIZE = 128  # pixels; still 4 x 4 positions after the 32-fold reduction of most networks
 
 FloatArray = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
@@ -105,42 +107,57 @@ class GraphWriter:
             node.output[:] = [renames.get(name, name) for name in node.output]
 
 
-class Moments(NamedTuple):
-    """Expected mean and variance of each channel `[C]` of a tensor."""
-
-    mean: Vector
-    var: Vector
+def _sigmoid6(x: FloatArray) -> FloatArray:
+    return np.clip(x / 6 + 0.5, 0, 1).astype(np.float32)
 
 
-def _sigmoid6(x: Vector) -> Vector:
-    return np.clip(x / 6 + 0.5, 0, 1)
-
-
-_ERF = np.vectorize(math.erf, otypes=[np.float64])
-ACTIVATIONS: Mapping[str, Callable[[Vector], Vector]] = {
+_ERF = np.vectorize(math.erf, otypes=[np.float32])
+ACTIVATIONS: Mapping[str, Callable[[FloatArray], FloatArray]] = {
     "relu": lambda x: np.maximum(x, 0),
     "relu6": lambda x: np.clip(x, 0, 6),
     "hard_swish": lambda x: x * _sigmoid6(x),
     "hard_sigmoid": _sigmoid6,
-    "gelu": lambda x: 0.5 * x * (1 + _ERF(x / math.sqrt(2))),
+    "gelu": lambda x: np.float32(0.5) * x * (1 + _ERF(x * np.float32(math.sqrt(0.5)))),
 }
-_POINTS, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
-def _through(function: Callable[[Vector], Vector], moments: Moments) -> Moments:
-    """Moments of ``function(x)`` for normal x, by Gauss-Hermite quadrature."""
-    values = function(moments.mean[:, None] + np.sqrt(moments.var)[:, None] * _POINTS)
-    mean = values @ _WEIGHTS
-    return Moments(mean, np.maximum((values**2) @ _WEIGHTS - mean**2, 1e-6))
+def _taps(
+    x: FloatArray, kernel: int, stride: int, pad: int, fill: float
+) -> Iterator[tuple[int, int, FloatArray]]:
+    """Yield (row, column, values `[N, C, OH, OW]`) of each position under a sliding window."""
+    x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)), constant_values=fill)
+    height, width = ((extent - kernel) // stride + 1 for extent in x.shape[2:])
+    for row in range(kernel):
+        for column in range(kernel):
+            rows = slice(row, row + stride * (height - 1) + 1, stride)
+            columns = slice(column, column + stride * (width - 1) + 1, stride)
+            yield row, column, x[:, :, rows, columns]
+
+
+def _convolve(x: FloatArray, weight: FloatArray, stride: int, groups: int) -> FloatArray:
+    """Convolve `[N, C, H, W]` with `[O, C / groups, K, K]`, padded to keep the size at stride 1."""
+    outputs, per_group, kernel, _ = weight.shape
+    total: Any = 0
+    for row, column, tap in _taps(x, kernel, stride, kernel // 2, 0.0):
+        batch, _, height, width = tap.shape
+        matrix = weight[:, :, row, column].reshape(groups, outputs // groups, per_group)
+        total = total + matrix @ tap.reshape(batch, groups, per_group, height * width)
+    result: FloatArray = total.reshape(batch, outputs, height, width)
+    return result
+
+
+def _softmax(x: FloatArray) -> FloatArray:
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    result: FloatArray = powers / powers.sum(axis=-1, keepdims=True)
+    return result
 
 
 class Network(GraphWriter):
-    """A graph writer that draws normalised weights and tracks the moments of each tensor.
+    """A graph writer that draws weights and runs a probe batch through each layer it adds.
 
     Args:
         name: graph name.
-        seed: seed of all weights.
+        seed: seed of the weights and of the probe.
         keep_bn: write convolutions as Conv + BatchNormalization (as a framework stores them)
             instead of a Conv with the normalisation folded into weight and bias. Both forms
             compute the same function.
@@ -149,24 +166,58 @@ class Network(GraphWriter):
     def __init__(self, name: str, seed: int, keep_bn: bool = False) -> None:
         super().__init__(name)
         self.rng = np.random.default_rng(seed)
+        self._bn_rng = np.random.default_rng([seed, 1])
         self.keep_bn = keep_bn
-        self.moments: dict[str, Moments] = {}
+        self.probe: dict[str, FloatArray] = {}
+        """Value of each tensor for the probe batch."""
 
-    def image(self, batch: int | str, channels: int, size: int) -> str:
-        """Declare the input `[batch, channels, size, size]`, expected to be standardised."""
+    def image(
+        self, batch: int | str, channels: int, size: int, probe_size: int = PROBE_SIZE
+    ) -> str:
+        """Declare the input `[batch, channels, size, size]`; the probe is standard normal."""
         name = self.input("input", (batch, channels, size, size))
-        self.moments[name] = Moments(np.zeros(channels), np.ones(channels))
+        extent = min(size, probe_size)
+        # Small images: more of them, as the statistics of the last layers have few positions.
+        samples = 8 * max(1, min(16, (PROBE_SIZE // extent) ** 2))
+        shape = (samples, channels, extent, extent)
+        self.probe[name] = self.rng.standard_normal(shape, dtype=np.float32)
         return name
 
-    def _targets(self, channels: int, std: float, mean: Vector | float) -> tuple[Vector, Vector]:
+    def channels(self, x: str) -> int:
+        """Return the channels of an image-like tensor, or the features of any other."""
+        value = self.probe[x]
+        return int(value.shape[1 if value.ndim == 4 else -1])
+
+    def spread(self, channels: int, std: float) -> tuple[Vector, Vector]:
         """Draw the wanted std `[C]` (log-normal, rms ``std``) and mean `[C]` of a layer's output.
 
         The spread (sigma 0.35: most channels within a factor of 2) is that of the
         BatchNormalization scales of trained ImageNet models, roughly.
         """
-        spread = np.exp(0.35 * self.rng.standard_normal(channels))
-        spread *= std / math.sqrt(float(np.mean(spread**2)))
-        return spread, 0.2 * std * self.rng.standard_normal(channels) + mean
+        scale = np.exp(0.35 * self.rng.standard_normal(channels))
+        scale *= std / math.sqrt(float(np.mean(scale**2)))
+        return scale, 0.2 * std * self.rng.standard_normal(channels)
+
+    def _normaliser(
+        self, raw: FloatArray, axis: int, std: float, mean: Vector | float
+    ) -> tuple[FloatArray, FloatArray]:
+        """Slope and bias `[C]` that give ``raw`` about the wanted std and mean on ``axis``.
+
+        With few values per channel (after a global pool) the statistics say little about other
+        inputs, so they are shrunk to a mean of 0 and the signal's power; else such layers would
+        amplify differences that the probe happens not to have.
+        """
+        others = tuple(i for i in range(raw.ndim) if i != axis % raw.ndim)
+        centre = raw.mean(axis=others, dtype=np.float64)
+        power = np.square(raw, dtype=np.float64).mean(axis=others)
+        count = raw.size // len(centre)
+        trust = count / (count + 16)
+        var = trust * (power - centre**2) + (1 - trust) * power.mean()
+        centre *= trust
+        target_std, target_mean = self.spread(len(centre), std)
+        slope = target_std / np.sqrt(var)
+        bias = target_mean + mean - slope * centre
+        return slope.astype(np.float32), bias.astype(np.float32)
 
     def conv(
         self,
@@ -194,19 +245,13 @@ class Network(GraphWriter):
             mean: wanted mean, per channel or one for all.
             batch_norm: False for layers that have a bias and no normalisation by design.
         """
-        source = self.moments[x]
-        per_group = len(source.mean) // groups
+        per_group = self.channels(x) // groups
         shape = (channels, per_group, kernel, kernel)
         weight = self.rng.standard_normal(shape, dtype=np.float32)
-        repeat = channels // groups
-        in_var = np.repeat(source.var.reshape(groups, per_group), repeat, axis=0)
-        in_mean = np.repeat(source.mean.reshape(groups, per_group), repeat, axis=0)
-        target_std, target_mean = self._targets(channels, std, mean)
-        energy = np.sum(np.square(weight), axis=(2, 3), dtype=np.float64)
-        gain = target_std / np.sqrt(np.sum(energy * in_var, axis=1))
-        weight *= gain.astype(np.float32)[:, None, None, None]
-        taps = np.sum(weight, axis=(2, 3), dtype=np.float64)
-        bias = target_mean - np.sum(taps * in_mean, axis=1)
+        weight *= np.float32(1 / math.sqrt(per_group * kernel * kernel))
+        raw = _convolve(self.probe[x], weight, stride, groups)
+        slope, bias = self._normaliser(raw, 1, std, mean)
+        weight *= slope[:, None, None, None]
         attributes: dict[str, Any] = {
             "kernel_shape": [kernel, kernel],
             "strides": [stride, stride],
@@ -218,19 +263,18 @@ class Network(GraphWriter):
             y = self._conv_bn(x, weight, bias, name, attributes)
         else:
             w = self.constant(weight, f"{name}.weight")
-            b = self.constant(bias.astype(np.float32), f"{name}.bias")
-            y = self.node("Conv", (x, w, b), name, **attributes)
-        self.moments[y] = Moments(target_mean, target_std**2)
+            y = self.node("Conv", (x, w, self.constant(bias, f"{name}.bias")), name, **attributes)
+        self.probe[y] = raw * slope[:, None, None] + bias[:, None, None]
         return y
 
     def _conv_bn(
-        self, x: str, weight: FloatArray, bias: Vector, name: str, attributes: dict[str, Any]
+        self, x: str, weight: FloatArray, bias: FloatArray, name: str, attributes: dict[str, Any]
     ) -> str:
         """Write ``weight * x + bias`` as a Conv without bias and a BatchNormalization."""
         channels = len(bias)
-        scale = np.exp(0.3 * self.rng.standard_normal(channels))
-        running_mean = self.rng.standard_normal(channels)
-        running_var = np.exp(0.5 * self.rng.standard_normal(channels))
+        # Draws of their own, so that both forms of a model have the same weights.
+        draw = self._bn_rng.standard_normal((3, channels))
+        scale, running_mean, running_var = np.exp(0.3 * draw[0]), draw[1], np.exp(0.5 * draw[2])
         slope = scale / np.sqrt(running_var + BN_EPSILON)
         raw = (weight / slope[:, None, None, None]).astype(np.float32)
         y = self.node("Conv", (x, self.constant(raw, f"{name}.weight")), name, **attributes)
@@ -247,24 +291,23 @@ class Network(GraphWriter):
             "BatchNormalization", (y, *parameters), f"{name}.bn", epsilon=BN_EPSILON, momentum=0.9
         )
 
-    def _linear_weights(
-        self, x: str, features: int, std: float, mean: Vector | float
-    ) -> tuple[FloatArray, FloatArray, Moments]:
-        source = self.moments[x]
-        weight = self.rng.standard_normal((len(source.mean), features), dtype=np.float32)
-        target_std, target_mean = self._targets(features, std, mean)
-        energy = np.square(weight, dtype=np.float64).T @ source.var
-        weight *= (target_std / np.sqrt(energy)).astype(np.float32)
-        bias = target_mean - weight.T.astype(np.float64) @ source.mean
-        return weight, bias.astype(np.float32), Moments(target_mean, target_std**2)
+    def _dense(
+        self, x: str, features: int, std: float
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Weight `[K, features]`, bias `[features]` and probe value of a fully connected layer."""
+        inputs = self.channels(x)
+        weight = self.rng.standard_normal((inputs, features), dtype=np.float32)
+        weight *= np.float32(1 / math.sqrt(inputs))
+        raw = self.probe[x] @ weight
+        slope, bias = self._normaliser(raw, -1, std, 0.0)
+        return weight * slope, bias, raw * slope + bias
 
     def gemm(self, x: str, features: int, name: str, *, std: float = 1.0) -> str:
-        """Add a fully connected layer on `[N, K]` as Gemm with the weight stored `[features, K]`."""
-        weight, bias, moments = self._linear_weights(x, features, std, 0.0)
+        """Add a fully connected layer on `[N, K]`: Gemm, its weight stored `[features, K]`."""
+        weight, bias, value = self._dense(x, features, std)
         w = self.constant(weight.T, f"{name}.weight")
-        b = self.constant(bias, f"{name}.bias")
-        y = self.node("Gemm", (x, w, b), name, transB=1)
-        self.moments[y] = moments
+        y = self.node("Gemm", (x, w, self.constant(bias, f"{name}.bias")), name, transB=1)
+        self.probe[y] = value
         return y
 
     def linear(self, x: str, features: int, name: str, *, std: float = 1.0) -> str:
@@ -272,12 +315,11 @@ class Network(GraphWriter):
 
         This is how PyTorch exports ``nn.Linear`` on a tensor of rank 3.
         """
-        weight, bias, moments = self._linear_weights(x, features, std, 0.0)
-        product = self.node(
-            "MatMul", (x, self.constant(weight, f"{name}.weight")), f"{name}/MatMul"
-        )
+        weight, bias, value = self._dense(x, features, std)
+        w = self.constant(weight, f"{name}.weight")
+        product = self.node("MatMul", (x, w), f"{name}/MatMul")
         y = self.node("Add", (self.constant(bias, f"{name}.bias"), product), f"{name}/Add")
-        self.moments[y] = moments
+        self.probe[y] = value
         return y
 
     def activation(self, x: str, kind: str, name: str) -> str:
@@ -294,7 +336,7 @@ class Network(GraphWriter):
             y = self.node("HardSigmoid", (x,), name, alpha=1 / 6, beta=0.5)
         else:
             y = self._gelu(x, name)
-        self.moments[y] = _through(ACTIVATIONS[kind], self.moments[x])
+        self.probe[y] = ACTIVATIONS[kind](self.probe[x])
         return y
 
     def _gelu(self, x: str, name: str) -> str:
@@ -304,23 +346,19 @@ class Network(GraphWriter):
         ]
         erf = self.node("Erf", (self.node("Div", (x, scalars[0]), f"{name}/Div"),), f"{name}/Erf")
         gate = self.node("Add", (erf, scalars[1]), f"{name}/Add")
-        return self.node(
-            "Mul", (self.node("Mul", (x, gate), f"{name}/Mul"), scalars[2]), f"{name}/Mul_half"
-        )
+        product = self.node("Mul", (x, gate), f"{name}/Mul")
+        return self.node("Mul", (product, scalars[2]), f"{name}/Mul_half")
 
     def add(self, a: str, b: str, name: str) -> str:
         """Add a residual addition."""
         y = self.node("Add", (a, b), name)
-        left, right = self.moments[a], self.moments[b]
-        self.moments[y] = Moments(left.mean + right.mean, left.var + right.var)
+        self.probe[y] = self.probe[a] + self.probe[b]
         return y
 
     def scale(self, x: str, gate: str, name: str) -> str:
         """Multiply `[N, C, H, W]` by a gate `[N, C, 1, 1]` (squeeze-excite)."""
         y = self.node("Mul", (x, gate), name)
-        a, b = self.moments[x], self.moments[gate]
-        mean = a.mean * b.mean
-        self.moments[y] = Moments(mean, (a.var + a.mean**2) * (b.var + b.mean**2) - mean**2)
+        self.probe[y] = self.probe[x] * self.probe[gate]
         return y
 
     def max_pool(self, x: str, kernel: int, stride: int, name: str, *, pad: int = 0) -> str:
@@ -333,46 +371,36 @@ class Network(GraphWriter):
             strides=[stride, stride],
             pads=[pad] * 4,
         )
-        # The maximum of a few partly correlated rectified normals: about one std higher, and
-        # with about the same variance (0.34 before, 0.35 after for nine independent ones).
-        source = self.moments[x]
-        self.moments[y] = Moments(source.mean + 1.2 * np.sqrt(source.var), source.var)
+        taps = [tap for *_, tap in _taps(self.probe[x], kernel, stride, pad, -math.inf)]
+        self.probe[y] = np.maximum.reduce(taps)
         return y
 
     def global_average_pool(self, x: str, name: str) -> str:
         """Add global average pooling, `[N, C, H, W]` -> `[N, C, 1, 1]`."""
         y = self.node("GlobalAveragePool", (x,), name)
-        # Not var / (H * W): neighbouring positions of real inputs are far from independent, and
-        # a layer that undid such a small factor would only amplify errors of the means.
-        self.moments[y] = Moments(self.moments[x].mean, 0.1 * self.moments[x].var)
+        self.probe[y] = self.probe[x].mean(axis=(2, 3), keepdims=True)
         return y
 
-    def flatten(self, x: str, name: str, positions: int = 1) -> str:
-        """Flatten `[N, C, ...]` with ``positions`` elements per channel to `[N, C * positions]`."""
+    def flatten(self, x: str, name: str) -> str:
+        """Flatten `[N, ...]` to `[N, K]`."""
         y = self.node("Flatten", (x,), name, axis=1)
-        mean, var = (np.repeat(row, positions) for row in self.moments[x])
-        self.moments[y] = Moments(mean, var)
+        self.probe[y] = self.probe[x].reshape(len(self.probe[x]), -1)
         return y
 
     def layer_norm(self, x: str, name: str, epsilon: float = 1e-12) -> str:
         """Add LayerNormalization over the last axis."""
-        std, mean = self._targets(len(self.moments[x].mean), 1.0, 0.0)
-        gamma = self.constant(std.astype(np.float32), f"{name}.weight")
-        beta = self.constant(mean.astype(np.float32), f"{name}.bias")
-        y = self.node("LayerNormalization", (x, gamma, beta), name, axis=-1, epsilon=epsilon)
-        self.moments[y] = Moments(mean, std**2)
+        gamma, beta = (row.astype(np.float32) for row in self.spread(self.channels(x), 1.0))
+        scale, bias = self.constant(gamma, f"{name}.weight"), self.constant(beta, f"{name}.bias")
+        y = self.node("LayerNormalization", (x, scale, bias), name, axis=-1, epsilon=epsilon)
+        value = self.probe[x] - self.probe[x].mean(axis=-1, keepdims=True)
+        root = np.sqrt(np.square(value).mean(axis=-1, keepdims=True) + np.float32(epsilon))
+        self.probe[y] = value / root * gamma + beta
         return y
 
     def classifier(self, x: str, batch: int | str, classes: int, name: str) -> onnx.ModelProto:
         """End the network in a fully connected layer with output `logits` `[batch, classes]`."""
         self.output(self.gemm(x, classes, name, std=2.0), "logits", (batch, classes))
         return self.model()
-
-
-def _residual_scale(net: Network, shortcut: str) -> tuple[float, Vector]:
-    """Std and mean of the branch that make branch + shortcut about standard normal."""
-    mean, var = net.moments[shortcut]
-    return math.sqrt(max(0.25, 1.0 - float(var.mean()))), -mean
 
 
 def _resnet(
@@ -383,10 +411,8 @@ def _resnet(
     block: Callable[[Network, str, int, int, str], str],
     depths: Sequence[int],
 ) -> onnx.ModelProto:
-    x = net.activation(
-        net.conv(net.image(batch, 3, size), 64, 7, "conv1", stride=2), "relu", "relu1"
-    )
-    x = net.max_pool(x, 3, 2, "maxpool", pad=1)
+    x = net.conv(net.image(batch, 3, size), 64, 7, "conv1", stride=2)
+    x = net.max_pool(net.activation(x, "relu", "relu1"), 3, 2, "maxpool", pad=1)
     for stage, depth in enumerate(depths):
         for index in range(depth):
             stride = 2 if stage and not index else 1
@@ -395,27 +421,20 @@ def _resnet(
     return net.classifier(x, batch, classes, "fc")
 
 
-def _join(
-    net: Network,
-    x: str,
-    branch_input: str,
-    channels: int,
-    kernel: int,
-    stride: int,
-    block_stride: int,
-    name: str,
+def _close_block(
+    net: Network, x: str, y: str, channels: int, kernel: int, stride: int, name: str
 ) -> str:
-    """Close a residual block: last convolution of the branch, shortcut, Add, Relu."""
+    """Close a residual block: the branch's last convolution on ``y``, shortcut, Add, Relu."""
     shortcut = x
-    if block_stride != 1 or len(net.moments[x].mean) != channels:
-        shortcut = net.conv(
-            x, channels, 1, f"{name}.downsample", stride=block_stride, std=math.sqrt(0.5)
-        )
-    std, mean = _residual_scale(net, shortcut)
-    last = "conv3" if kernel == 1 else "conv2"
-    y = net.conv(
-        branch_input, channels, kernel, f"{name}.{last}", stride=stride, std=std, mean=mean
-    )
+    if stride != 1 or net.channels(x) != channels:
+        half = math.sqrt(0.5)
+        shortcut = net.conv(x, channels, 1, f"{name}.downsample", stride=stride, std=half)
+    # The branch is given the std and mean that make branch + shortcut about standard normal.
+    value = net.probe[shortcut]
+    std = math.sqrt(max(0.25, 1.0 - float(value.var(axis=(0, 2, 3)).mean())))
+    mean = -value.mean(axis=(0, 2, 3), dtype=np.float64)
+    last = f"{name}.conv{3 if kernel == 1 else 2}"
+    y = net.conv(y, channels, kernel, last, std=std, mean=mean)
     return net.activation(net.add(y, shortcut, f"{name}.add"), "relu", f"{name}.relu_out")
 
 
@@ -423,7 +442,7 @@ def _basic_block(net: Network, x: str, width: int, stride: int, name: str) -> st
     y = net.activation(
         net.conv(x, width, 3, f"{name}.conv1", stride=stride), "relu", f"{name}.relu1"
     )
-    return _join(net, x, y, width, 3, 1, stride, name)
+    return _close_block(net, x, y, width, 3, stride, name)
 
 
 def _bottleneck(net: Network, x: str, width: int, stride: int, name: str) -> str:
@@ -431,7 +450,7 @@ def _bottleneck(net: Network, x: str, width: int, stride: int, name: str) -> str
     y = net.activation(
         net.conv(y, width, 3, f"{name}.conv2", stride=stride), "relu", f"{name}.relu2"
     )
-    return _join(net, x, y, 4 * width, 1, 1, stride, name)
+    return _close_block(net, x, y, 4 * width, 1, stride, name)
 
 
 def resnet50(
@@ -523,7 +542,7 @@ def mobilenet_v2(
         for repeat in range(depth):
             stride = first_stride if repeat == 0 else 1
             name = f"features.{index}"
-            inputs, outputs = len(net.moments[x].mean), _divisible(base * width)
+            inputs, outputs = net.channels(x), _divisible(base * width)
             hidden = inputs * expand
             y = block(x, hidden, 1, f"{name}.expand") if expand != 1 else x
             y = block(y, hidden, 3, f"{name}.depthwise", stride, hidden)
@@ -566,7 +585,7 @@ def mobilenet_v3_small(
     net = Network("mobilenet_v3_small", seed, keep_bn)
 
     def squeeze_excite(x: str, name: str) -> str:
-        channels = len(net.moments[x].mean)
+        channels = net.channels(x)
         y = net.global_average_pool(x, f"{name}.pool")
         y = net.conv(y, _divisible(channels / 4), 1, f"{name}.fc1", batch_norm=False)
         y = net.activation(y, "relu", f"{name}.relu")
@@ -577,7 +596,7 @@ def mobilenet_v3_small(
     x = net.activation(x, "hard_swish", "features.0.act")
     for index, (kernel, hidden, out, squeeze, act, stride) in enumerate(_V3_SMALL, start=1):
         name = f"features.{index}"
-        inputs, outputs = len(net.moments[x].mean), _divisible(out * width)
+        inputs, outputs = net.channels(x), _divisible(out * width)
         inner = _divisible(hidden * width)
         y = x
         if inner != inputs:
@@ -616,13 +635,13 @@ def vgg_small(
         keep_bn: keep BatchNormalization nodes instead of folding them.
     """
     net = Network("vgg_small", seed, keep_bn)
-    x = net.image(batch, 3, size)
+    x = net.image(batch, 3, size, probe_size=size)  # the first Gemm depends on the size
     for stage in range(3):
         for index in range(2):
             name = f"features.{stage}.{index}"
             x = net.activation(net.conv(x, width << stage, 3, name), "relu", f"{name}.relu")
         x = net.max_pool(x, 2, 2, f"features.{stage}.pool")
-    x = net.flatten(x, "flatten", (size // 8) ** 2)
+    x = net.flatten(x, "flatten")
     x = net.activation(net.gemm(x, 8 * width, "classifier.0"), "relu", "classifier.1")
     return net.classifier(x, batch, classes, "classifier.2")
 
@@ -631,7 +650,7 @@ def _attention(
     net: Network, x: str, batch: int | str, tokens: int, heads: int, mask: str | None, name: str
 ) -> str:
     """Multi-head self-attention on `[batch, tokens, width]` up to its output projection."""
-    width = len(net.moments[x].mean)
+    width = net.channels(x)
     depth = width // heads
     rows = -1 if isinstance(batch, str) else batch
     split = net.constant(np.array([rows, tokens, heads, depth], np.int64), f"{name}.split")
@@ -640,17 +659,18 @@ def _attention(
     query = net.linear(x, width, f"{name}.query", std=math.sqrt(2))
     key = net.linear(x, width, f"{name}.key", std=math.sqrt(2))
     value = net.linear(x, width, f"{name}.value")
-    parts = {}
+    parts, probes = {}, {}
     for part, source, perm in (
-        ("query", query, [0, 2, 1, 3]),
-        ("key", key, [0, 2, 3, 1]),
-        ("value", value, [0, 2, 1, 3]),
+        ("query", query, (0, 2, 1, 3)),
+        ("key", key, (0, 2, 3, 1)),
+        ("value", value, (0, 2, 1, 3)),
     ):
         shaped = net.node("Reshape", (source, split), f"{name}.{part}/Reshape")
         parts[part] = net.node("Transpose", (shaped,), f"{name}.{part}/Transpose", perm=perm)
+        probes[part] = net.probe[source].reshape(-1, tokens, heads, depth).transpose(perm)
     scores = net.node("MatMul", (parts["query"], parts["key"]), f"{name}/scores")
-    root = net.constant(np.float32(math.sqrt(depth)), f"{name}.sqrt_depth")
-    scores = net.node("Div", (scores, root), f"{name}/Div")
+    root = np.float32(math.sqrt(depth))
+    scores = net.node("Div", (scores, net.constant(root, f"{name}.sqrt_depth")), f"{name}/Div")
     if mask is not None:
         scores = net.node("Add", (scores, mask), f"{name}/mask")
     probabilities = net.node("Softmax", (scores,), f"{name}/Softmax", axis=-1)
@@ -658,9 +678,8 @@ def _attention(
     context = net.node("Transpose", (context,), f"{name}/Transpose", perm=[0, 2, 1, 3])
     merge = net.constant(np.array([rows, tokens, width], np.int64), f"{name}.merge")
     context = net.node("Reshape", (context, merge), f"{name}/Reshape")
-    # An average over tokens with log-normal weights (sigma 2) keeps exp(4) / tokens of the variance.
-    mean, var = net.moments[value]
-    net.moments[context] = Moments(mean, var * min(1.0, math.exp(4.0) / tokens))
+    mixed = _softmax(probes["query"] @ probes["key"] / root) @ probes["value"]
+    net.probe[context] = mixed.transpose(0, 2, 1, 3).reshape(-1, tokens, width)
     return net.linear(context, width, f"{name}.output", std=math.sqrt(0.5))
 
 
@@ -673,7 +692,8 @@ def _embeddings(net: Network, batch: int | str, tokens: int, vocab: int, width: 
     words = net.node("Gather", (net.constant(table, "embeddings.word"), ids), "embeddings/Gather")
     x = net.node("Add", (words, net.constant(kind, "embeddings.token_type")), "embeddings/Add")
     x = net.node("Add", (x, net.constant(position, "embeddings.position")), "embeddings/Add_1")
-    net.moments[x] = Moments(np.zeros(width), np.full(width, 0.05**2))
+    sample = net.rng.integers(0, vocab, (1, tokens))
+    net.probe[x] = table[sample] + kind + position
     return net.layer_norm(x, "embeddings.LayerNorm")
 
 
@@ -722,7 +742,7 @@ def encoder(
     net = Network("encoder", seed)
     if vocab is None:
         x = net.input("input", (batch, tokens, width))
-        net.moments[x] = Moments(np.zeros(width), np.ones(width))
+        net.probe[x] = net.rng.standard_normal((1, tokens, width), dtype=np.float32)
     else:
         x = _embeddings(net, batch, tokens, vocab, width)
     additive = _additive_mask(net, batch, tokens) if mask else None
