@@ -54,8 +54,8 @@ install: $(STAMPS)/install
 
 demo: $(STAMPS)/install
 	@mkdir -p $(DEMO_OUT)
-	$(BIN)/qcompile compile $(MODEL)/digits_cnn.onnx \
-	  --calibration $(MODEL)/calibration.npz --evaluate $(MODEL)/evaluation.npz --metric top1 \
+	$(BIN)/qcompile compile $(MODEL)/model.onnx \
+	  --calibration $(MODEL)/calib.npz --evaluate $(MODEL)/eval.npz --metric top1 \
 	  --max-drop 1.0 --report $(DEMO_OUT)/report.html -o $(DEMO_OUT)/digits_cnn.qcm
 	@echo "Open $(DEMO_OUT)/report.html for the report with charts."
 
