@@ -2,6 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator table (see `_base`); importing the package registers every row."""
 
+from qcompiler.ops import (  # noqa: F401  (importing a module registers its rows)
+    cast,
+    elementwise,
+    linear,
+    movement,
+    opaque,
+    quantized,
+    reduce,
+)
 from qcompiler.ops._base import (
     REQUIRED,
     AttrValue,
