@@ -1,0 +1,427 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Run compiled models: inputs by name in, outputs by name out.
+
+`load` works in a process that never maps TVM's compiler library (see `vm`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from qcompiler.artifact import (
+    Artifact,
+    PathLike,
+    atomic_write,
+    check_runnable,
+    read_artifact,
+    report_path,
+    write_artifact,
+)
+from qcompiler.benchmark import measure
+from qcompiler.cpu import default_threads
+from qcompiler.errors import ArtifactError, DataError, UsageError
+from qcompiler.manifest import TargetInfo, TensorSpec, dumps, loads
+from qcompiler.types import Array
+from qcompiler.vm import VmExecutor
+
+# Where each kind of executor but "vm" is made: a function of an artifact's further members and its
+# parameters. The table is closed: a file cannot name code of its own.
+_EXECUTOR_FACTORIES = {"interpreter": ("qcompiler.targets.reference", "load_executor")}
+
+
+class Executor(Protocol):
+    """What runs the compiled function once."""
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Return the outputs for arrays of exactly the compiled shapes and dtypes.
+
+        Called from several threads at once. The results may share memory with the inputs.
+        """
+        ...
+
+
+class CompiledModel:
+    """A compiled model, ready to run and to save.
+
+    Call it with a mapping of input names to arrays, or with one array if it has one input. An array
+    with the input's own rank is split along axis 0 into batches of the compiled size, where that
+    axis is a batch axis; the last batch may be partial. An array with one axis more holds one whole
+    input per entry. An input without a batch axis that is given once serves all runs. Outputs with
+    a batch axis come back joined along it, the others as they are after one run, and stacked along
+    a new first axis otherwise.
+
+    Safe to call from several threads. The number of threads never changes the results.
+
+    Attributes:
+        artifact: Everything that `save` writes.
+        report: Measured figures and decisions as JSON, if there are any; not part of the artifact.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        report: Mapping[str, Any] | None = None,
+        threads: int | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        """Make a model of an artifact; its code is mapped at the first call.
+
+        Args:
+            artifact: From a compilation or from `read_artifact`.
+            report: See the attribute.
+            threads: Threads per call where the call does not say; None: `default_threads()`.
+            executor: Runs the model instead of what the artifact names.
+
+        Raises:
+            UsageError: `threads` below 1, or batch axes that contradict each other.
+        """
+        self.artifact = artifact
+        self.report = report
+        self._threads = _checked_threads(threads)
+        self._executor = executor
+        self._lock = threading.Lock()
+        sizes = {
+            spec.shape[0]
+            for spec in (*artifact.inputs.values(), *artifact.outputs.values())
+            if spec.batch_axis == 0
+        }
+        if len(sizes) > 1 or 0 in sizes:
+            raise UsageError(f"batch axes must have one size of at least 1, got {sorted(sizes)}")
+        self._batch = sizes.pop() if sizes else 1
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Inputs by name, with the compiled shapes."""
+        return self.artifact.inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Outputs by name, with the compiled shapes."""
+        return self.artifact.outputs
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """Precision and reason per node."""
+        return self.artifact.plan
+
+    @property
+    def target(self) -> TargetInfo:
+        """What the model was compiled for."""
+        return self.artifact.target
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{name}: {spec}" for name, spec in self.inputs.items())
+        outputs = ", ".join(f"{name}: {spec}" for name, spec in self.outputs.items())
+        return f"CompiledModel({self.target.name}, ({inputs}) -> ({outputs}))"
+
+    def __call__(
+        self, inputs: Mapping[str, Array] | Array, *, threads: int | None = None
+    ) -> dict[str, Array]:
+        """Run the model.
+
+        Args:
+            inputs: Arrays by input name, or the array of the only input. float64 arrays serve
+                float inputs, and any integers integer inputs, if no value changes.
+            threads: Threads for this call; at most as many as this process has CPUs.
+
+        Raises:
+            DataError: Inputs that do not fit the model, or hold NaN or infinity.
+            UnsupportedByTargetError: This machine cannot run the model.
+        """
+        execute = self._execute(threads)
+        feeds = self._feeds(inputs)
+        runs, samples = self._runs(feeds)
+        stacked = any(feed.stacked for feed in feeds)
+        if samples % self._batch:
+            whole = [name for name, spec in self.outputs.items() if spec.batch_axis is None]
+            if whole:
+                raise DataError(
+                    f"{samples} samples are not a multiple of the compiled batch {self._batch}, "
+                    f"and output {whole[0]!r} is of a whole batch",
+                    value=whole[0],
+                    hint="give whole batches",
+                )
+        results: list[Array] = []
+        for run in range(runs):
+            arrays = execute([feed.batch(run, self._batch) for feed in feeds])
+            if not results:
+                results = [
+                    np.empty(self._result_shape(spec, runs, samples, stacked), array.dtype)
+                    for spec, array in zip(self.outputs.values(), arrays, strict=True)
+                ]
+            for spec, result, array in zip(self.outputs.values(), results, arrays, strict=True):
+                if spec.batch_axis == 0:
+                    part = result[run * self._batch : (run + 1) * self._batch]
+                    part[...] = array[: len(part)]
+                elif stacked or runs > 1:
+                    result[run] = array
+                else:
+                    result[...] = array
+        return dict(zip(self.outputs, results, strict=True))
+
+    def save(self, path: PathLike) -> None:
+        """Write the artifact, and the report beside it as `NAME.report.json` if there is one.
+
+        Raises:
+            ArtifactError: A file cannot be written.
+        """
+        write_artifact(self.artifact, path)
+        if self.report is not None:
+            with atomic_write(report_path(path)) as stream:
+                stream.write(dumps(dict(self.report)))
+
+    def benchmark(
+        self,
+        runs: int = 30,
+        warmup: int = 3,
+        threads: int | None = None,
+        *,
+        inputs: Mapping[str, Array] | None = None,
+    ) -> dict[str, float | int]:
+        """Time runs of one batch.
+
+        Args:
+            runs: Measured runs.
+            warmup: Runs before them.
+            threads: As in a call.
+            inputs: One batch of inputs; None: seeded random ones.
+
+        Returns:
+            median_ms, min_ms, spread (distance of the quartiles over the median), runs, threads.
+
+        Raises:
+            DataError: Inputs that do not fit.
+            UsageError: `runs`, `warmup` or `threads` out of range.
+        """
+        execute = self._execute(threads)
+        feeds = self._feeds(self.random_inputs() if inputs is None else inputs)
+        self._runs(feeds)
+        arrays = [feed.batch(0, self._batch) for feed in feeds]
+        timing = measure(
+            {"model": lambda: execute(arrays)},
+            runs=runs,
+            warmup=warmup,
+            threads=self._threads if threads is None else threads,
+        )
+        return timing["model"].to_json()
+
+    def random_inputs(self, seed: int = 0) -> dict[str, Array]:
+        """Return one batch of seeded random inputs.
+
+        Floats are normal, 8-bit integers uniform over their range; wider integers are 0 or 1, which
+        nearly every use as an index allows.
+        """
+        rng = np.random.default_rng(seed)
+        arrays: dict[str, Array] = {}
+        for name, spec in self.inputs.items():
+            if spec.dtype.is_float:
+                arrays[name] = rng.standard_normal(spec.shape).astype(spec.dtype.numpy)
+            elif spec.dtype.bits == 8 and spec.dtype.is_integer:
+                arrays[name] = rng.integers(
+                    spec.dtype.min, spec.dtype.max, spec.shape, spec.dtype.numpy, endpoint=True
+                )
+            else:
+                arrays[name] = rng.integers(0, 2, spec.shape).astype(spec.dtype.numpy)
+        return arrays
+
+    def _ready(self) -> Executor:
+        """Return the executor; the first call makes it."""
+        if self._executor is None:
+            with self._lock:
+                if self._executor is None:
+                    self._executor = _make_executor(self.artifact)
+        return self._executor
+
+    def _execute(self, threads: int | None) -> Callable[[Sequence[Array]], list[Array]]:
+        """Return what runs one batch with so many threads."""
+        count = self._threads if threads is None else _checked_threads(threads)
+        executor = self._ready()
+        if isinstance(executor, VmExecutor):
+            return functools.partial(executor.run, threads=count)
+        return executor.run
+
+    def _feeds(self, inputs: Mapping[str, Array] | Array) -> list[_Feed]:
+        """Check the inputs and return them in the compiled order."""
+        expected = ", ".join(f"{name} {spec}" for name, spec in self.inputs.items())
+        if not isinstance(inputs, Mapping):
+            if len(self.inputs) != 1:
+                raise DataError(
+                    f"the model has {len(self.inputs)} inputs, got one array: expected a mapping "
+                    f"with {expected}"
+                )
+            inputs = {next(iter(self.inputs)): inputs}
+        missing = [name for name in self.inputs if name not in inputs]
+        unknown = [str(name) for name in inputs if name not in self.inputs]
+        if missing or unknown:
+            problems = [f"missing {', '.join(missing)}"] if missing else []
+            problems += [f"unknown {', '.join(unknown)}"] if unknown else []
+            raise DataError(f"inputs do not fit: {'; '.join(problems)}: expected {expected}")
+        return [_Feed(name, spec, inputs[name]) for name, spec in self.inputs.items()]
+
+    def _runs(self, feeds: Sequence[_Feed]) -> tuple[int, int]:
+        """Return the number of runs and of samples that the inputs make.
+
+        Raises:
+            DataError: Inputs of different numbers of samples.
+        """
+        counts = {
+            feed.name: len(feed.array) * (self._batch if feed.stacked else 1)
+            for feed in feeds
+            if feed.stacked or feed.spec.batch_axis == 0
+        }
+        if len(set(counts.values())) > 1:
+            listing = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise DataError(f"inputs hold different numbers of samples: {listing}")
+        samples = next(iter(counts.values())) if counts else self._batch
+        return -(-samples // self._batch), samples
+
+    def _result_shape(
+        self, spec: TensorSpec, runs: int, samples: int, stacked: bool
+    ) -> tuple[int, ...]:
+        if spec.batch_axis == 0:
+            return (samples, *spec.shape[1:])
+        return (runs, *spec.shape) if stacked or runs > 1 else spec.shape
+
+
+class _Feed:
+    """The values of one input for all runs of a call, checked.
+
+    Attributes:
+        name: Name of the input.
+        spec: What one run takes.
+        array: The values, of the input's dtype.
+        stacked: Whether the array has one axis more: one whole input per entry.
+    """
+
+    __slots__ = ("array", "name", "spec", "stacked")
+
+    def __init__(self, name: str, spec: TensorSpec, values: Array) -> None:
+        array = np.asarray(values)
+        self.name = name
+        self.spec = spec
+        self.stacked = array.ndim == len(spec.shape) + 1
+        fits = array.shape[1:] == spec.shape if self.stacked else array.shape == spec.shape
+        if spec.batch_axis == 0 and not self.stacked:
+            fits = array.ndim == len(spec.shape) and array.shape[1:] == spec.shape[1:]
+        if not fits:
+            raise DataError(
+                f"input {name!r} has shape {list(array.shape)}: expected {_wanted(spec)}",
+                value=name,
+            )
+        if (self.stacked or spec.batch_axis == 0) and not len(array):
+            raise DataError(f"input {name!r} holds no samples: expected at least one", value=name)
+        self.array = _converted(name, array, spec)
+
+    def batch(self, run: int, size: int) -> Array:
+        """Return the input of one run; a partial batch is filled up with its last sample."""
+        if self.stacked:
+            return cast(Array, self.array[run])[...]
+        if self.spec.batch_axis is None:
+            return self.array
+        part = self.array[run * size : (run + 1) * size]
+        if len(part) < size:
+            part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+        return part
+
+
+def _wanted(spec: TensorSpec) -> str:
+    shape = list(spec.shape)
+    if spec.batch_axis == 0:
+        return f"[N, {', '.join(map(str, shape[1:]))}]" if shape[1:] else "[N]"
+    return f"{shape}, or one more axis in front with one whole input per entry"
+
+
+def _converted(name: str, array: Array, spec: TensorSpec) -> Array:
+    """Return the array in the input's dtype; no value ever changes.
+
+    Raises:
+        DataError: A dtype of another kind, values that do not fit, NaN or infinity.
+    """
+    wanted = spec.dtype.numpy
+    if array.dtype != wanted:
+        kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
+        if array.dtype.kind not in kinds:
+            raise DataError(
+                f"input {name!r} has dtype {array.dtype.name}: expected {wanted.name}",
+                value=name,
+                hint=f"convert it as the model's preprocessing says, then .astype('{wanted.name}')",
+            )
+        with np.errstate(over="ignore", invalid="ignore"):
+            converted = array.astype(wanted)
+        same = converted == array
+        if wanted.kind == "f":
+            same |= np.isnan(array)  # reported as NaN below
+        if not same.all():
+            raise DataError(
+                f"input {name!r} has dtype {array.dtype.name} and values that {wanted.name} "
+                f"cannot hold, such as {array[~same].flat[0]!r}",
+                value=name,
+                hint=f"convert it yourself with .astype('{wanted.name}')",
+            )
+        array = converted
+    if wanted.kind == "f":
+        with np.errstate(over="ignore", invalid="ignore"):
+            # A sum is faster than isfinite; it may overflow where every value is finite.
+            suspicious = not np.isfinite(array.sum(dtype=max(wanted, np.dtype(np.float32))))
+        if suspicious and not np.isfinite(array).all():
+            bad = np.argwhere(~np.isfinite(array))
+            where = [int(i) for i in bad[0]]
+            raise DataError(
+                f"input {name!r} holds {len(bad)} values that are NaN or infinite, the first at "
+                f"index {where}",
+                value=name,
+            )
+    return array
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise UsageError(f"threads must be a positive integer, got {threads!r}")
+    return threads
+
+
+def _make_executor(artifact: Artifact) -> Executor:
+    check_runnable(artifact.target, "the model")
+    if artifact.library is not None:
+        return VmExecutor(artifact.library, artifact.params.arrays)
+    module, function = _EXECUTOR_FACTORIES[artifact.executor]
+    make = getattr(importlib.import_module(module), function)
+    return cast(Executor, make(artifact.extras, artifact.params.arrays))
+
+
+def load(path: PathLike, *, threads: int | None = None) -> CompiledModel:
+    """Load a compiled model; everything is checked and mapped before this returns.
+
+    Args:
+        path: A `.qcm` file.
+        threads: Threads per call where the call does not say; None: one per physical core that
+            this process may use (or `TVM_NUM_THREADS`).
+
+    Raises:
+        ArtifactError: No such file, not an artifact, truncated, altered, or of an unknown version.
+        UnsupportedByTargetError: This machine lacks what the artifact needs.
+    """
+    artifact = read_artifact(path)
+    model = CompiledModel(artifact, report=_read_report(path), threads=threads)
+    model._ready()
+    return model
+
+
+def _read_report(path: PathLike) -> Mapping[str, Any] | None:
+    """Return the report beside an artifact, if there is one that can be read."""
+    beside: Path = report_path(path)
+    try:
+        return loads(beside.read_bytes(), str(beside))
+    except (OSError, ArtifactError):
+        return None  # the model runs as well without it
