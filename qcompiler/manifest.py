@@ -353,7 +353,8 @@ def _qparams_from_json(data: Mapping[str, Any]) -> QuantParams:
     elif kind == "per_group":
         granularity = PerGroup(data["granularity"]["axis"], data["granularity"]["group_size"])
         shape = tuple(data["granularity"]["shape"])
-    scale = np.array(data["scale"], np.float32).reshape(shape)
+    with np.errstate(over="ignore"):  # QuantParams refuses infinity
+        scale = np.array(data["scale"], np.float32).reshape(shape)
     zero_point = np.array(data["zero_point"], np.int32).reshape(shape)
     return QuantParams(
         scale, zero_point, DType(data["storage"]), data["qmin"], data["qmax"], granularity
