@@ -1,0 +1,287 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading an ONNX file and checking its structure, before anything is converted.
+
+Whatever a file holds, the answer is a checked `OnnxModel` or a `ModelError` with one sentence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx.checker
+import onnx.inliner
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
+
+from qcompiler.errors import ModelError
+
+MIN_OPSET = 7
+MAX_OPSET = 25
+"""Opsets of the default domain whose operators the converters know."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """A model that has been read and is structurally sound.
+
+    Attributes:
+        proto: The model; local functions are inlined.
+        folder: Folder of external data; None for a model that came from memory.
+        digest: sha256 of the file's bytes (of the serialized model if it came from memory), hex.
+        name: Name for messages: the file's path, or the graph's name.
+    """
+
+    proto: onnx.ModelProto
+    folder: pathlib.Path | None
+    digest: str
+    name: str
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """Domain -> version."""
+        return {normal_domain(o.domain): int(o.version) for o in self.proto.opset_import}
+
+
+def normal_domain(domain: str) -> str:
+    """Return the domain with the long name of the default one shortened."""
+    return "" if domain == "ai.onnx" else domain
+
+
+def read_model(model: str | os.PathLike[str] | onnx.ModelProto) -> OnnxModel:
+    """Read and check a model; the file is read once.
+
+    Raises:
+        ModelError: Not a readable ONNX file, or a model that breaks ONNX's rules.
+    """
+    if isinstance(model, onnx.ModelProto):
+        name, folder, proto = model.graph.name or "model", None, model
+        digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    else:
+        path = pathlib.Path(model)
+        data = _read_bytes(path)
+        name, folder, proto = str(path), path.parent, _parse(data, path)
+        digest = hashlib.sha256(data).hexdigest()
+    _check_header(proto, name)
+    if proto.functions:
+        proto = _inlined(proto, name)
+    read = OnnxModel(proto, folder, digest, name)
+    _check_opsets(read)
+    _check_graph(proto.graph, name)
+    return read
+
+
+def _read_bytes(path: pathlib.Path) -> bytes:
+    if path.is_dir():
+        raise ModelError(f"{path} is a directory, expected an .onnx file")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"there is no file {path}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"cannot read {path}: {reason}") from None
+    if not data:
+        raise ModelError(f"{path} is empty, expected an ONNX model")
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError(
+            f"{path} is a Git LFS pointer, not the model itself", hint="run: git lfs pull"
+        )
+    return data
+
+
+def _parse(data: bytes, path: pathlib.Path) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise ModelError(
+            f"{path} is not an ONNX model, or it is truncated or damaged ({len(data)} bytes)"
+        ) from None
+    return proto
+
+
+def _check_header(proto: onnx.ModelProto, name: str) -> None:
+    if not proto.HasField("graph") or not proto.ir_version:
+        raise ModelError(f"{name} is not an ONNX model: it holds no graph")
+    if not proto.graph.output:
+        raise ModelError(f"{name} is not a valid ONNX model: its graph has no outputs")
+    if not proto.opset_import:
+        raise ModelError(f"{name} is not a valid ONNX model: it names no opset")
+
+
+def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    try:
+        inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(proto, convert_version=True)
+    except (RuntimeError, ValueError, DecodeError) as error:
+        raise ModelError(f"{name}: its functions cannot be inlined: {one_line(error)}") from None
+    return inlined
+
+
+def _check_opsets(model: OnnxModel) -> None:
+    used = {normal_domain(n.domain) for n in model.proto.graph.node}
+    opsets = model.opsets
+    undeclared = sorted(used - set(opsets))
+    if undeclared:
+        listed = ", ".join(d or "ai.onnx" for d in undeclared)
+        raise ModelError(
+            f"{model.name} uses operators of domain {listed} without naming an opset of it"
+        )
+    version = opsets.get("", MAX_OPSET)
+    if not MIN_OPSET <= version <= MAX_OPSET:
+        raise ModelError(
+            f"{model.name} uses opset {version}; opsets {MIN_OPSET} to {MAX_OPSET} are supported",
+            hint="convert it with onnx.version_converter or export it again",
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's text, without the library's own tags."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text.removeprefix("[ShapeInferenceError] ").removeprefix("[TypeInferenceError] ")
+
+
+def label(node: onnx.NodeProto) -> str:
+    """Return how messages call a node."""
+    if node.name:
+        return f"node {node.name!r} ({node.op_type})"
+    first = next((o for o in node.output if o), "")
+    return f"the {node.op_type} node that computes {first!r}"
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs among a node's attributes."""
+    for a in node.attribute:
+        if a.type == onnx.AttributeProto.GRAPH:
+            yield a.g
+        elif a.type == onnx.AttributeProto.GRAPHS:
+            yield from a.graphs
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
+    """Return the names a node reads, those that its subgraphs take from outside included."""
+    names = [n for n in node.input if n]
+    for g in subgraphs(node):
+        own = {v.name for v in g.input} | {t.name for t in g.initializer}
+        for inner in g.node:
+            names += [n for n in reads(inner) if n not in own]
+            own.update(inner.output)
+        names += [o.name for o in g.output if o.name not in own]
+    return names
+
+
+def _check_graph(graph: onnx.GraphProto, name: str) -> None:
+    """Check that every name is defined once and that what nodes read is defined.
+
+    Raises:
+        ModelError: Naming the first offence.
+    """
+    inputs = [v.name for v in graph.input]
+    initializers = [t.name for t in graph.initializer]
+    initializers += [t.values.name for t in graph.sparse_initializer]
+    for kind, names in (("input", inputs), ("initializer", initializers)):
+        twice = _duplicate(names)
+        if twice is not None:
+            raise ModelError(f"{name}: two {kind}s are named {twice!r}", value=twice)
+    defined = set(inputs) | set(initializers)
+    for node in graph.node:
+        for output in node.output:
+            if output and output in defined:
+                raise ModelError(
+                    f"{name}: {output!r}, computed by {label(node)}, is already defined",
+                    node=node.name,
+                    value=output,
+                )
+            defined.add(output)
+    for node in graph.node:
+        for read in reads(node):
+            if read not in defined:
+                raise ModelError(
+                    f"{name}: {label(node)} reads {read!r}, which nothing defines",
+                    node=node.name,
+                    value=read,
+                )
+    results = [v.name for v in graph.output]
+    twice = _duplicate(results)
+    if twice is not None:
+        raise ModelError(f"{name}: two outputs are named {twice!r}", value=twice)
+    for result in results:
+        if result not in defined:
+            raise ModelError(f"{name}: nothing computes the output {result!r}", value=result)
+
+
+def _duplicate(names: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    for n in names:
+        if n in seen:
+            return n
+        seen.add(n)
+    return None
+
+
+def needed_nodes(graph: onnx.GraphProto, name: str) -> list[onnx.NodeProto]:
+    """Return the nodes that outputs depend on, in topological order (stable).
+
+    Raises:
+        ModelError: The graph has a cycle.
+    """
+    producer = {o: i for i, node in enumerate(graph.node) for o in node.output if o}
+    depends = [[producer[n] for n in reads(node) if n in producer] for node in graph.node]
+    done: set[int] = set()
+    order: list[int] = []
+    roots = sorted({producer[o.name] for o in graph.output if o.name in producer})
+    for root in roots:
+        stack = [(root, iter(depends[root]))] if root not in done else []
+        active = {root}
+        while stack:
+            at, rest = stack[-1]
+            for i in rest:
+                if i in active:
+                    raise ModelError(
+                        f"{name}: the graph has a cycle through {label(graph.node[i])}",
+                        node=graph.node[i].name,
+                    )
+                if i not in done:
+                    active.add(i)
+                    stack.append((i, iter(depends[i])))
+                    break
+            else:
+                stack.pop()
+                active.discard(at)
+                done.add(at)
+                order.append(at)
+    # A model in order keeps its order: names and reports then follow the file.
+    position = {i: k for k, i in enumerate(order)}
+    in_file = sorted(order)
+    if all(p not in position or p < i for i in in_file for p in depends[i]):
+        order = in_file
+    return [graph.node[i] for i in order]
+
+
+class NodeChecker:
+    """Checks single nodes against the operator schemas of the model's opsets."""
+
+    def __init__(self, opsets: dict[str, int], ir_version: int) -> None:
+        self._context = type(onnx.checker.DEFAULT_CONTEXT)()
+        self._context.ir_version = ir_version
+        self._context.opset_imports = opsets
+
+    def check(self, node: onnx.NodeProto) -> None:
+        """Check operand and attribute counts, names and types.
+
+        Raises:
+            ModelError: The node breaks its schema.
+        """
+        if any(True for _ in subgraphs(node)):
+            return
+        try:
+            onnx.checker.check_node(node, self._context)
+        except onnx.checker.ValidationError as error:
+            raise ModelError(
+                f"{label(node)} is not valid: {one_line(error)}", node=node.name
+            ) from None
