@@ -19,6 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from qcompiler.errors import UnknownTargetError
+
 __all__ = ["ISA_TABLE", "Isa", "host_features", "isa_named", "runnable", "tvm_target"]
 
 DotKind = Literal["none", "maddubs", "vpdpbusd"]
@@ -184,10 +186,12 @@ def isa_named(name: str) -> Isa:
     """Return the row called `name`.
 
     Raises:
-        KeyError: no such row; the message lists the rows.
+        UnknownTargetError: no such row; the message lists the rows.
     """
     if name not in ISA_TABLE:
-        raise KeyError(f"no instruction set named {name!r}: the rows are {', '.join(ISA_TABLE)}")
+        raise UnknownTargetError(
+            f"no instruction set named {name!r}: the rows are {', '.join(ISA_TABLE)}"
+        )
     return ISA_TABLE[name]
 
 

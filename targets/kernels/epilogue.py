@@ -1,0 +1,145 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The fused end of a matrix kernel: accumulators to stored outputs, as CONTRACT arithmetic.
+
+`acc` already holds the bias.  Everything is float32 with one rounding for each operation: the two
+products of a residual addition are fenced against contraction into fused multiply-adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.packing import LIMITS, Facts
+from qcompiler.targets.kernels.tir import (
+    Buffer,
+    Expr,
+    bind,
+    cast,
+    clamp,
+    fence,
+    lanes_of,
+    load,
+    load_int32,
+    local,
+    round_to_int32,
+    serial,
+    splat,
+    store,
+    store_narrow,
+)
+from qcompiler.targets.kernels.workload import Epilogue
+
+__all__ = ["EpilogueWriter"]
+
+
+@dataclass(frozen=True, slots=True)
+class EpilogueWriter:
+    """Emits the epilogue of one kernel.  Buffers are one-dimensional."""
+
+    isa: Isa
+    epilogue: Epilogue
+    facts: Facts
+    out: Buffer
+    residual: Buffer | None
+    multiplier: Buffer | None
+    scalars: Buffer
+
+    def store_row(
+        self, accumulators: Sequence[Expr], lane: Expr, starts: Sequence[Expr], valid: int
+    ) -> None:
+        """Store one output pixel's column tile.
+
+        Args:
+            accumulators: The tile's vectors, int32 or float32.
+            lane: Index of the first lane in the packed per-column arrays.
+            starts: Index in the output of each vector.  Vectors that follow each other in memory
+                must share the expression of the first: pass `starts` of length 1 for that.
+            valid: Lanes of each vector that are outputs; fewer than all only for one vector.
+        """
+        lanes = lanes_of(accumulators[0])
+        adjacent = len(starts) == 1
+        values = []
+        for position, acc in enumerate(accumulators):
+            index = starts[0] + position * lanes if adjacent else starts[position]
+            values.append(self._value(acc, lane + position * lanes, index, valid))
+        if valid < lanes:
+            self._store_some(values[0], starts[0], valid)
+        elif adjacent:
+            self._store(values, starts[0])
+        else:
+            for value, start in zip(values, starts, strict=True):
+                self._store([value], start)
+
+    def _store(self, values: Sequence[Expr], index: Expr) -> None:
+        if self.out.dtype == "float32":
+            lanes = lanes_of(values[0])
+            for position, value in enumerate(values):
+                store(self.out, index + position * lanes, value)
+        else:
+            saturate = self.facts.saturating
+            store_narrow(self.isa, self.out, index, values, saturate=saturate)
+
+    def _store_some(self, value: Expr, index: Expr, valid: int) -> None:
+        """Store the first `valid` lanes one by one."""
+        dtype = str(self.out.dtype)
+        lanes = lanes_of(value)
+        staged = local(lanes, "float32" if dtype == "float32" else "int32")
+        if self.facts.saturating and dtype in LIMITS:
+            value = clamp(value, *LIMITS[dtype])
+        store(staged, 0, value)
+        for position in range(valid):
+            single = load(staged, position, 1)
+            store(self.out, index + position, single if dtype == "float32" else cast(single, dtype))
+
+    def _value(self, acc: Expr, lane: Expr, index: Expr, valid: int) -> Expr:
+        """The outputs of one vector, before narrowing."""
+        lanes = lanes_of(acc)
+        out_dtype = self.epilogue.out_dtype
+        if self.facts.dot == "float":
+            if self.residual is not None:
+                acc = acc + self._residual(index, lanes, valid)
+            if self.facts.clip:
+                acc = clamp_between(acc, self._scalar(2, lanes), self._scalar(3, lanes))
+            return bind(acc)
+        if out_dtype == "int32":
+            return acc
+        value = cast(acc, "float32") * load(self.multiplier, lane, lanes)
+        if out_dtype == "float32":
+            return bind(value)
+        if self.residual is not None:
+            other = cast(self._residual(index, lanes, valid), "float32")
+            other = other - self._scalar(5, lanes)  # exact: integers below 2**24
+            value = fence(value) + fence(other * self._scalar(4, lanes))
+        if not self.facts.saturating:
+            value = clamp_between(value, self._scalar(2, lanes), self._scalar(3, lanes))
+        rounded = round_to_int32(self.isa, value)
+        if self.facts.zero_point:
+            rounded = rounded + splat(cast(load(self.scalars, 1, 1), "int32"), "int32", lanes)
+        return bind(rounded)
+
+    def _scalar(self, position: int, lanes: int) -> Expr:
+        return splat(load(self.scalars, position, 1), "float32", lanes)
+
+    def _residual(self, index: Expr, lanes: int, valid: int) -> Expr:
+        """Residual operand of one vector: int32 lanes, or float32."""
+        if valid == lanes:
+            if self.residual.dtype == "float32":
+                return load(self.residual, index, lanes)
+            return load_int32(self.residual, index, lanes)
+        dtype = "float32" if self.residual.dtype == "float32" else "int32"
+        staged = local(lanes, dtype)
+        with serial(lanes) as position:
+            store(staged, position, splat(0, dtype, 1))
+        for position in range(valid):
+            store(staged, position, cast(load(self.residual, index + position, 1), dtype))
+        return load(staged, 0, lanes)
+
+
+def clamp_between(value: Expr, low: Expr, high: Expr) -> Expr:
+    """Limit each lane to [low, high], vectors of the value's type."""
+    from tvm.script.ir_builder import tirx
+
+    return tirx.min(tirx.max(value, low), high)

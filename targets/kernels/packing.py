@@ -1,0 +1,276 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pack a layer's constants in the order in which its kernel reads them.  NumPy only.
+
+Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's group):
+
+* float32: `[T, Q, V, L]`;
+* one 8-bit dot kind: int8 `[T, Q, V, L, G]`;
+* exact: int16 `[T, Q, 2, V, L, 2]`: first the even, then the odd members of each group, as pairs
+  for `vpmaddwd`, because the kernel splits a group of activation bytes into even and odd bytes;
+* mixed: the safe K-groups of each tile as int8 `[groups, V, L, G]`, the others as int16
+  `[groups, 2, V, L, 2]`, `offsets` int32 `[T, Q]` of the activations (safe groups first) and
+  `spans` int32 `[T, 4]` (number of safe groups, of others, index of the first of each).
+
+After the weights come `bias` `[T * V * L]` (with the zero point's correction), `multiplier` of the
+same shape, and eight `scalars` (see `SCALARS`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompiler.errors import CodegenError
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.plan import (
+    Dot,
+    Geometry,
+    TilePlan,
+    column_index,
+    geometry_of,
+    tile_plan,
+)
+from qcompiler.targets.kernels.saturation import unsafe_groups
+from qcompiler.targets.kernels.workload import (
+    ConvWorkload,
+    Epilogue,
+    GemmParams,
+    GemmValues,
+    MatmulWorkload,
+)
+
+__all__ = ["SCALARS", "Facts", "Packed", "pack_conv", "pack_matmul"]
+
+Array = npt.NDArray[Any]
+
+SCALARS = ("fill", "zero_point", "low", "high", "residual_multiplier", "residual_zero_point")
+"""Meaning of the scalars, float32: the stored value of a padded activation; the output's zero
+point; the clamp of the requantized value before the zero point is added (or of a float32 output);
+the residual's multiplier and zero point."""
+
+LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What packing proved about a layer and its kernel relies on."""
+
+    dot: Dot
+    saturating: bool
+    """The output uses its dtype's full range and no sum can leave int32 after scaling: the
+    narrowing instructions may do the clamp."""
+    zero_point: bool
+    """Whether the output's zero point must be added."""
+    clip: bool
+    """Whether a float32 output is clipped."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """The packed constants of one layer."""
+
+    arrays: tuple[Array, ...]
+    """In the order of the kernel's arguments."""
+    names: tuple[str, ...]
+    facts: Facts
+
+    @property
+    def shapes(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        """(name, shape, dtype) of each array: all that the kernel needs to know of them."""
+        return tuple(
+            (name, array.shape, array.dtype.name)
+            for name, array in zip(self.names, self.arrays, strict=True)
+        )
+
+
+def pack_conv(
+    workload: ConvWorkload, isa: Isa, params: GemmParams, weight: Array, values: GemmValues
+) -> Packed:
+    """Pack a convolution's constants.
+
+    Args:
+        workload: Shapes and dtypes.
+        isa: The instruction set's row.
+        params: The tiling the kernel will be built with.
+        weight: `[CO, C / groups, KH, KW]` (OIHW), int8 with zero point 0, or float32.
+        values: The layer's other numbers.
+
+    Raises:
+        CodegenError: an array has another shape or dtype than the workload says.
+    """
+    if weight.shape != workload.weight_shape:
+        raise CodegenError(
+            f"convolution weights have shape {weight.shape}, the workload says "
+            f"{workload.weight_shape}"
+        )
+    geometry = geometry_of(workload, isa)
+    ohwi = weight.transpose(0, 2, 3, 1).reshape(
+        geometry.groups, geometry.n, geometry.k_rows * geometry.k_cols, geometry.run
+    )
+    return _pack(geometry, workload.epilogue, isa, params, ohwi, values)
+
+
+def pack_matmul(
+    workload: MatmulWorkload, isa: Isa, params: GemmParams, b: Array, values: GemmValues
+) -> Packed:
+    """Pack the constant B of a matrix product; `b` has the workload's `b_shape`.
+
+    Raises:
+        CodegenError: `b` has another shape or dtype than the workload says.
+    """
+    if b.shape != workload.b_shape or not workload.b_constant:
+        raise CodegenError(f"constant B of shape {b.shape} does not fit {workload}")
+    geometry = geometry_of(workload, isa)
+    rows = b if workload.transpose_b else b.T
+    return _pack(geometry, workload.epilogue, isa, params, rows[None, :, None, :], values)
+
+
+def _pack(
+    geometry: Geometry,
+    epilogue: Epilogue,
+    isa: Isa,
+    params: GemmParams,
+    weight: Array,
+    values: GemmValues,
+) -> Packed:
+    """Pack weights `[groups, n, runs, run]` and the values."""
+    is_float = geometry.a_dtype == "float32"
+    expected = "float32" if is_float else "int8"
+    if weight.dtype.name != expected:
+        raise CodegenError(f"weights are {weight.dtype.name}, the kernel takes {expected}")
+    plan = tile_plan(geometry, params)
+    columns = column_index(geometry.n, plan.lanes, plan.nv)
+    tiles = _tiles(geometry, plan, weight, columns)
+    if is_float:
+        return _pack_float(geometry, plan, tiles[..., 0], columns, values)
+
+    shift = 128 if geometry.a_dtype == "int8" else 0  # the kernel adds it to the stored bytes
+    qmin, qmax = LIMITS[geometry.a_dtype]
+    a_min = (qmin if values.a_qmin is None else values.a_qmin) + shift
+    a_max = (qmax if values.a_qmax is None else values.a_qmax) + shift
+    a_zero_point = values.a_zero_point + shift
+    # Padding is stored as the zero point, so it takes part in the largest stored value.
+    largest = max(a_max, a_zero_point)
+
+    count = geometry.groups * geometry.n
+    flat = weight.reshape(count, -1).astype(np.int64)
+    bias = np.zeros(count, np.int64) if values.bias is None else values.bias.astype(np.int64)
+    if bias.shape != (count,):
+        raise CodegenError(f"bias has shape {bias.shape}, expected ({count},)")
+    corrected = (bias - a_zero_point * flat.sum(1)).astype(np.uint64).astype(np.uint32)
+    multiplier = np.broadcast_to(
+        np.asarray(1.0 if values.multiplier is None else values.multiplier, np.float32), (count,)
+    )
+
+    arrays: dict[str, Array] = {}
+    dot = _pack_weights(geometry, isa, tiles, largest, arrays)
+    arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
+    if epilogue.out_dtype != "int32":
+        arrays["multiplier"] = _per_column(multiplier, geometry, columns)
+
+    scalars = np.zeros(8, np.float32)
+    scalars[0] = values.a_zero_point + shift
+    saturating = False
+    if epilogue.out_dtype in LIMITS:
+        low, high = LIMITS[epilogue.out_dtype]
+        qmin = low if values.qmin is None else values.qmin
+        qmax = high if values.qmax is None else values.qmax
+        spread = max(abs(a_max - a_zero_point), abs(a_min - a_zero_point))
+        bound = np.abs(flat).sum(1) * spread + np.abs(bias)
+        reach = float((bound * np.abs(multiplier).astype(np.float64)).max())
+        if epilogue.residual_dtype is not None:
+            reach += 2.0**17 * abs(float(values.residual_multiplier))
+        fits = bool(bound.max() < 2**31) and reach < 2.0**30
+        saturating = fits and (qmin, qmax) == (low, high)
+        scalars[1:4] = values.zero_point, qmin - values.zero_point, qmax - values.zero_point
+        scalars[4:6] = values.residual_multiplier, values.residual_zero_point
+    arrays["scalars"] = scalars
+    facts = Facts(dot, saturating, values.zero_point != 0, clip=False)
+    return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _tiles(geometry: Geometry, plan: TilePlan, weight: Array, columns: Array) -> Array:
+    """Weights `[groups, n, runs, run]` as `[T, V, L, Q, G]`."""
+    group, run = geometry.k_group, geometry.run
+    padded = np.zeros((*weight.shape[:3], geometry.run_groups * group), weight.dtype)
+    padded[..., :run] = weight
+    rows = padded.reshape(geometry.groups, geometry.n, geometry.k_groups, group)
+    tiles: Array = rows[:, columns]  # [groups, group_tiles, V, L, Q, G]
+    tiles = np.where((columns >= 0)[None, :, :, :, None, None], tiles, weight.dtype.type(0))
+    return tiles.reshape(plan.tiles, plan.nv, plan.lanes, geometry.k_groups, group)
+
+
+def _per_column(vector: Array, geometry: Geometry, columns: Array) -> Array:
+    """A value per output column in the order of the tiles' lanes."""
+    picked = vector.reshape(geometry.groups, geometry.n)[:, columns]
+    picked = np.where(columns[None] >= 0, picked, vector.dtype.type(0))
+    return np.ascontiguousarray(picked.reshape(-1))
+
+
+def _pack_float(
+    geometry: Geometry, plan: TilePlan, tiles: Array, columns: Array, values: GemmValues
+) -> Packed:
+    count = geometry.groups * geometry.n
+    bias = np.zeros(count, np.float32) if values.bias is None else values.bias
+    if bias.shape != (count,) or bias.dtype.name != "float32":
+        raise CodegenError(f"bias is {bias.dtype}{bias.shape}, expected float32({count},)")
+    scalars = np.zeros(8, np.float32)
+    scalars[2] = -np.inf if values.act_min is None else values.act_min
+    scalars[3] = np.inf if values.act_max is None else values.act_max
+    clip = values.act_min is not None or values.act_max is not None
+    arrays = (
+        np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)),
+        _per_column(bias, geometry, columns),
+        scalars,
+    )
+    facts = Facts("float", saturating=False, zero_point=False, clip=clip)
+    return Packed(arrays, ("weight", "bias", "scalars"), facts)
+
+
+def _pack_weights(
+    geometry: Geometry, isa: Isa, tiles: Array, a_max: int, arrays: dict[str, Array]
+) -> Dot:
+    """Put the weights of `[T, V, L, Q, G]` tiles in `arrays`; say how they will be multiplied."""
+    groups = tiles.transpose(0, 3, 1, 2, 4)  # [T, Q, V, L, G]
+    if isa.dot == "vpdpbusd":
+        arrays["weight"] = np.ascontiguousarray(groups)
+        return "vpdpbusd"
+    if isa.dot == "none":
+        arrays["weight"] = _even_odd(groups)
+        return "exact"
+    unsafe = unsafe_groups(groups, a_max, tile_axes=(2, 3))  # [T, Q]
+    if not unsafe.any():
+        arrays["weight"] = np.ascontiguousarray(groups)
+        return "maddubs"
+    if unsafe.all():
+        arrays["weight"] = _even_odd(groups)
+        return "exact"
+    order = np.argsort(unsafe, axis=1, kind="stable")
+    safe = (~unsafe).sum(1)
+    exact = unsafe.sum(1)
+    arrays["weight"] = np.ascontiguousarray(groups[~unsafe])
+    arrays["weight_exact"] = _even_odd(groups[unsafe])
+    arrays["offsets"] = _offsets(geometry)[order].astype(np.int32)
+    arrays["spans"] = np.stack(
+        [safe, exact, np.cumsum(safe) - safe, np.cumsum(exact) - exact], axis=1
+    ).astype(np.int32)
+    return "mixed"
+
+
+def _even_odd(groups: Array) -> Array:
+    """int8 `[..., V, L, 4]` as int16 `[..., 2, V, L, 2]`: members 0 and 2, then 1 and 3."""
+    pairs = groups.reshape(*groups.shape[:-1], 2, 2).astype(np.int16)
+    return np.ascontiguousarray(np.moveaxis(pairs, -1, -4))
+
+
+def _offsets(geometry: Geometry) -> Array:
+    """Offset of each K-group's activations from a pixel's first, in elements, [Q]."""
+    width = geometry.w if geometry.direct else geometry.band_width
+    row = np.arange(geometry.k_rows) * geometry.dh * width * geometry.c
+    col = np.arange(geometry.k_cols) * geometry.dw * geometry.c
+    step = np.arange(geometry.run_groups) * geometry.k_group
+    return (row[:, None, None] + col[:, None] + step).reshape(-1)

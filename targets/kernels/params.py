@@ -1,0 +1,105 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tiling parameters of the matrix kernels: analytic defaults and the space a tuner searches.
+
+The default minimises a small cost model: the cycles of one K-group of every register tile, from the
+number of dot instructions, of loads and the latency of one accumulator's chain, plus the epilogue.
+"""
+
+from __future__ import annotations
+
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
+from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
+
+__all__ = ["default_params", "space"]
+
+_L2_BYTES = 256 * 1024
+"""Half of the level-2 cache of the smallest machines we expect (Zen 3: 512 KiB)."""
+_TASKS = 32
+"""Tasks wanted, so that up to 16 threads share them evenly."""
+
+
+def default_params(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> GemmParams:
+    """The tiling used without tuning."""
+    geometry = geometry_of(workload, isa)
+    best = min(
+        _register_tiles(geometry, isa),
+        key=lambda tile: (_cost(geometry, isa, *tile), -tile[1], tile[2]),
+    )
+    return _blocked(geometry, *best)
+
+
+def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams, ...]:
+    """Candidates for a tuner, the default first, without duplicates."""
+    geometry = geometry_of(workload, isa)
+    tiles = sorted(_register_tiles(geometry, isa), key=lambda tile: _cost(geometry, isa, *tile))
+    found = {default_params(workload, isa): None}
+    for lanes, mt, nv in tiles[:8]:
+        found[_blocked(geometry, lanes, mt, nv)] = None
+    for base in list(found)[:3]:
+        plan = tile_plan(geometry, base)
+        for m_block in (base.m_block // 2, base.m_block * 2, plan.rows.tiles):
+            for order in ("n", "m"):
+                m = max(1, min(m_block, plan.rows.tiles))
+                found[
+                    GemmParams(base.lanes, base.mt, base.nv, m, base.n_block, order)  # type: ignore[arg-type]
+                ] = None
+    return tuple(found)
+
+
+def _lanes(geometry: Geometry, isa: Isa) -> int:
+    """The widest vector that the output columns fill, at least 128 bits."""
+    lanes = isa.lanes()
+    while lanes > 4 and lanes > geometry.n:
+        lanes //= 2
+    return lanes
+
+
+def _register_tiles(geometry: Geometry, isa: Isa) -> list[tuple[int, int, int]]:
+    """(lanes, mt, nv) that fit the register file."""
+    lanes = _lanes(geometry, isa)
+    spare = 4 if isa.vector_registers <= 16 else 3
+    most = isa.vector_registers - spare
+    vectors = -(-geometry.n // lanes)
+    found = []
+    for nv in range(1, min(8, vectors) + 1):
+        found.extend((lanes, mt, nv) for mt in range(1, min(most // nv, 14) + 1))
+    return found
+
+
+def _cost(geometry: Geometry, isa: Isa, lanes: int, mt: int, nv: int) -> float:
+    """Estimated cycles of the whole kernel on one core."""
+    plan = tile_plan(geometry, GemmParams(lanes, mt, nv, 1 << 30, 1 << 30))
+    per_dot = 1.0 if geometry.a_dtype != "float32" and isa.dot != "vpdpbusd" else 0.5
+    latency = 2.0 if per_dot == 1.0 else 4.0
+    total = 0.0
+    for _, row_count, rows in plan.rows.kinds:
+        for _, col_count, cols in plan.cols.kinds:
+            pixels = rows * cols
+            dots = pixels * nv * per_dot
+            loads = (pixels + nv) * 0.5
+            step = max(dots, loads, latency) + 0.25
+            epilogue = 20.0 + pixels * nv * 3.0
+            total += row_count * col_count * (step * geometry.k_groups + epilogue)
+    return total * plan.tiles * geometry.batch
+
+
+def _blocked(geometry: Geometry, lanes: int, mt: int, nv: int) -> GemmParams:
+    """Choose the blocks: activations of a task within half of level 2, enough tasks."""
+    plan = tile_plan(geometry, GemmParams(lanes, mt, nv, 1 << 30, 1 << 30))
+    width = 4 if geometry.a_dtype == "float32" else 1
+    row_bytes = plan.rows.size * geometry.sh * geometry.w * geometry.c * width
+    fits = max(1, _L2_BYTES // 2 // max(row_bytes, 1))
+    m_block = min(plan.rows.tiles, fits)
+    # Prefer to share out rows: each task then packs its band once and reads all weights.
+    wanted = -(-_TASKS // geometry.batch)
+    blocks = max(-(-plan.rows.tiles // m_block), min(wanted, plan.rows.tiles))
+    weight_bytes = geometry.k_groups * geometry.k_group * plan.nt * plan.tiles * width
+    if weight_bytes > _L2_BYTES:  # weights stream from further away: few row blocks
+        blocks = -(-plan.rows.tiles // m_block)
+    m_block = -(-plan.rows.tiles // blocks)
+    blocks = -(-plan.rows.tiles // m_block)
+    col_blocks = min(plan.tiles, max(1, -(-wanted // blocks)))
+    n_block = -(-plan.tiles // col_blocks)
+    return GemmParams(lanes, mt, nv, m_block, n_block)
