@@ -67,6 +67,8 @@ def _node_problems(node: Node, stage: Stage, defined: set[Value]) -> list[str]:
         found += [
             f"{where}: reads quantized {v.name!r}" for v in node.operands if v.type.is_quantized
         ]
+    if node.op.declared and node.op.outputs == 0:
+        return found  # opaque: nothing but the ONNX node determines its results
     try:
         types = node.op.infer([v.type if v else None for v in node.inputs], node.attrs)
     except QCompilerError as error:

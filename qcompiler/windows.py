@@ -99,7 +99,7 @@ def windows(x: Array, g: Geometry) -> Array:
     span = tuple(d * (k - 1) + 1 for d, k in zip(g.dilations, g.kernel, strict=True))
     axes = tuple(range(2, 2 + n))
     view = np.lib.stride_tricks.sliding_window_view(x, span, axis=axes)
-    pick = (slice(None), slice(None))
+    pick: tuple[slice, ...] = (slice(None), slice(None))
     pick += tuple(slice(0, (o - 1) * s + 1, s) for o, s in zip(g.outputs, g.strides, strict=True))
     pick += tuple(slice(None, None, d) for d in g.dilations)
     return view[pick]
@@ -109,11 +109,12 @@ def taps(x: Array, g: Geometry) -> Sequence[tuple[tuple[int, ...], Array]]:
     """Return (kernel index, view [N, C, *outputs]) per tap of a padded array."""
     found = []
     for index in np.ndindex(*g.kernel):
-        pick = tuple(
+        pick: tuple[slice, ...] = (slice(None), slice(None))
+        pick += tuple(
             slice(i * d, i * d + (o - 1) * s + 1, s)
             for i, d, o, s in zip(index, g.dilations, g.outputs, g.strides, strict=True)
         )
-        found.append((tuple(index), x[(slice(None), slice(None), *pick)]))
+        found.append((tuple(index), x[pick]))
     return found
 
 
@@ -152,7 +153,8 @@ def correlate(x: Array, w: Array, g: Geometry, group: int) -> Array:
         kernel = w.reshape(c, m, *g.kernel)
         tail = (1,) * len(outs)
         for index, view in taps(x, g):
-            y += view[:, :, None] * kernel[(slice(None), slice(None), *index)].reshape(c, m, *tail)
+            at: tuple[Any, ...] = (slice(None), slice(None), *index)
+            y += view[:, :, None] * kernel[at].reshape(c, m, *tail)
         return y.reshape(n, o, *outs)
     depth = (c // group) * math.prod(g.kernel)
     if g.is_pointwise:
@@ -162,5 +164,5 @@ def correlate(x: Array, w: Array, g: Geometry, group: int) -> Array:
         view = windows(x, g)
         order = (0, 1, *range(2 + k, 2 + 2 * k), *range(2, 2 + k))
         cols = view.transpose(order).reshape(n, group, depth, math.prod(outs))
-    y = np.matmul(w.reshape(1, group, o // group, depth), cols)
+    y = np.asarray(np.matmul(w.reshape(1, group, o // group, depth), cols))
     return y.reshape(n, o, *outs)

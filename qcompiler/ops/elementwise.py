@@ -95,7 +95,7 @@ def sigmoid(x: Array) -> Array:
 
 
 def _relu(x: Array, attrs: Attrs) -> Array:
-    return np.maximum(x, x.dtype.type(0))
+    return np.asarray(np.maximum(x, x.dtype.type(0)))
 
 
 def _leaky_relu(x: Array, attrs: Attrs) -> Array:
@@ -113,13 +113,13 @@ def _clip(x: Array, attrs: Attrs) -> Array:
 
 def _hard_sigmoid(x: Array, attrs: Attrs) -> Array:
     t = x * _f(attrs, "alpha", x) + _f(attrs, "beta", x)
-    return np.maximum(np.minimum(t, x.dtype.type(1)), x.dtype.type(0))
+    return np.asarray(np.maximum(np.minimum(t, x.dtype.type(1)), x.dtype.type(0)))
 
 
 def _hard_swish(x: Array, attrs: Attrs) -> Array:
     one = x.dtype.type(1)
     t = x * x.dtype.type(1 / 6) + x.dtype.type(0.5)
-    return x * np.maximum(np.minimum(t, one), x.dtype.type(0))
+    return np.asarray(x * np.maximum(np.minimum(t, one), x.dtype.type(0)))
 
 
 def _silu(x: Array, attrs: Attrs) -> Array:
@@ -135,8 +135,8 @@ def _gelu(x: Array, attrs: Attrs) -> Array:
     one, half = x.dtype.type(1), x.dtype.type(0.5)
     if attrs["approximate"] == "tanh":
         inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x * x * x)
-        return half * x * (one + np.tanh(inner))
-    return half * x * (one + special.erf(x * x.dtype.type(math.sqrt(0.5))))
+        return np.asarray(half * x * (one + np.tanh(inner)))
+    return np.asarray(half * x * (one + special.erf(x * x.dtype.type(math.sqrt(0.5)))))
 
 
 def _elu(x: Array, attrs: Attrs) -> Array:
@@ -145,20 +145,21 @@ def _elu(x: Array, attrs: Attrs) -> Array:
 
 def _selu(x: Array, attrs: Attrs) -> Array:
     alpha, gamma = _f(attrs, "alpha", x), _f(attrs, "gamma", x)
-    return np.where(x > 0, gamma * x, gamma * alpha * np.expm1(np.minimum(x, 0)))
+    return np.asarray(np.where(x > 0, gamma * x, gamma * alpha * np.expm1(np.minimum(x, 0))))
 
 
 def _celu(x: Array, attrs: Attrs) -> Array:
     alpha = _f(attrs, "alpha", x)
-    return np.maximum(x, 0) + np.minimum(0, alpha * np.expm1(np.minimum(x, 0) / alpha))
+    y = np.maximum(x, 0) + np.minimum(0, alpha * np.expm1(np.minimum(x, 0) / alpha))
+    return np.asarray(y)
 
 
 def _softplus(x: Array, attrs: Attrs) -> Array:
-    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+    return np.asarray(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))
 
 
 def _softsign(x: Array, attrs: Attrs) -> Array:
-    return x / (x.dtype.type(1) + np.abs(x))
+    return np.asarray(x / (x.dtype.type(1) + np.abs(x)))
 
 
 def _thresholded_relu(x: Array, attrs: Attrs) -> Array:
@@ -166,7 +167,7 @@ def _thresholded_relu(x: Array, attrs: Attrs) -> Array:
 
 
 def _mish(x: Array, attrs: Attrs) -> Array:
-    return x * np.tanh(_softplus(x, attrs))
+    return np.asarray(x * np.tanh(_softplus(x, attrs)))
 
 
 def _isinf(x: Array, attrs: Attrs) -> Array:

@@ -186,15 +186,18 @@ def _conv_transpose(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Arr
     ws = w.reshape(group, chans // group, w.shape[1], *w.shape[2:])
     y = np.zeros((n, out_chans, *full), x.dtype)
     for index in np.ndindex(*w.shape[2:]):
-        tap = ws[(slice(None), slice(None), slice(None), *index)].transpose(0, 2, 1)
+        at: tuple[Any, ...] = (slice(None), slice(None), slice(None), *index)
+        tap = ws[at].transpose(0, 2, 1)
         part = np.matmul(tap[None], xs).reshape(n, out_chans, *extents)
-        pick = tuple(
+        pick: tuple[slice, ...] = (slice(None), slice(None))
+        pick += tuple(
             slice(i * d, i * d + (e - 1) * s + 1, s)
             for i, d, e, s in zip(index, dilations, extents, strides, strict=True)
         )
-        y[(slice(None), slice(None), *pick)] += part
-    crop = tuple(slice(p, p + o) for p, o in zip(pads[: len(outs)], outs, strict=True))
-    y = y[(slice(None), slice(None), *crop)]
+        y[pick] += part
+    crop: tuple[slice, ...] = (slice(None), slice(None))
+    crop += tuple(slice(p, p + o) for p, o in zip(pads[: len(outs)], outs, strict=True))
+    y = y[crop]
     bias = optional_array(arrays, 2)
     if bias is not None:
         y = y + bias.reshape(-1, *(1,) * len(outs))
