@@ -199,24 +199,26 @@ class Network(GraphWriter):
         return scale, 0.2 * std * self.rng.standard_normal(channels)
 
     def _normaliser(
-        self, raw: FloatArray, axis: int, std: float, mean: Vector | float
+        self, raw: FloatArray, axis: int, std: float, mean: Vector | float, centred: bool
     ) -> tuple[FloatArray, FloatArray]:
         """Slope and bias `[C]` that give ``raw`` about the wanted std and mean on ``axis``.
 
-        With few values per channel (after a global pool) the statistics say little about other
-        inputs, so they are shrunk to a mean of 0 and the signal's power; else such layers would
-        amplify differences that the probe happens not to have.
+        ``centred`` does what BatchNormalization does: each channel's own mean and variance.
+        Layers that have none in trained networks (Gemm, attention, squeeze-excite) are scaled by
+        their power as a whole: their probe may hold few different values, of which a variance
+        would only make the network amplify small differences.
         """
         others = tuple(i for i in range(raw.ndim) if i != axis % raw.ndim)
         centre = raw.mean(axis=others, dtype=np.float64)
         power = np.square(raw, dtype=np.float64).mean(axis=others)
-        count = raw.size // len(centre)
-        trust = count / (count + 16)
-        var = trust * (power - centre**2) + (1 - trust) * power.mean()
-        centre *= trust
         target_std, target_mean = self.spread(len(centre), std)
-        slope = target_std / np.sqrt(var)
-        bias = target_mean + mean - slope * centre
+        if centred:
+            # The floor guards channels that are near constant over the probe.
+            slope = target_std / np.sqrt(power - centre**2 + 1e-3 * power.mean())
+            bias = target_mean + mean - slope * centre
+        else:
+            slope = target_std / math.sqrt(float(power.mean()))
+            bias = target_mean + mean
         return slope.astype(np.float32), bias.astype(np.float32)
 
     def conv(
@@ -250,7 +252,7 @@ class Network(GraphWriter):
         weight = self.rng.standard_normal(shape, dtype=np.float32)
         weight *= np.float32(1 / math.sqrt(per_group * kernel * kernel))
         raw = _convolve(self.probe[x], weight, stride, groups)
-        slope, bias = self._normaliser(raw, 1, std, mean)
+        slope, bias = self._normaliser(raw, 1, std, mean, batch_norm)
         weight *= slope[:, None, None, None]
         attributes: dict[str, Any] = {
             "kernel_shape": [kernel, kernel],
@@ -299,7 +301,7 @@ class Network(GraphWriter):
         weight = self.rng.standard_normal((inputs, features), dtype=np.float32)
         weight *= np.float32(1 / math.sqrt(inputs))
         raw = self.probe[x] @ weight
-        slope, bias = self._normaliser(raw, -1, std, 0.0)
+        slope, bias = self._normaliser(raw, -1, std, 0.0, centred=False)
         return weight * slope, bias, raw * slope + bias
 
     def gemm(self, x: str, features: int, name: str, *, std: float = 1.0) -> str:

@@ -60,4 +60,5 @@ def augment(images: Images, rng: np.random.Generator) -> Images:
     index = np.arange(count)[:, None, None]
     top = padded[index, y0, x0] * (1 - fx) + padded[index, y0, x0 + 1] * fx
     bottom = padded[index, y0 + 1, x0] * (1 - fx) + padded[index, y0 + 1, x0 + 1] * fx
-    return (top * (1 - fy) + bottom * fy).astype(np.float32)
+    result: Images = (top * (1 - fy) + bottom * fy).astype(np.float32)
+    return result

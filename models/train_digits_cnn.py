@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 CALIBRATION_SAMPLES = 256
 
 
-class ConvBn(nn.Sequential):
+class ConvBn(nn.Sequential):  # type: ignore[misc]
     """Convolution without bias, BatchNormalization, and an optional activation."""
 
     def __init__(
@@ -44,7 +44,7 @@ class ConvBn(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(outputs), activation or nn.Identity())
 
 
-class DigitsCnn(nn.Module):
+class DigitsCnn(nn.Module):  # type: ignore[misc]
     """[N, 1, 8, 8] to logits [N, 10]."""
 
     def __init__(self) -> None:
@@ -59,13 +59,16 @@ class DigitsCnn(nn.Module):
         self.pointwise2 = ConvBn(48, 96, 1, activation=nn.ReLU())
         self.fc = nn.Linear(96, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return logits [N, 10] of images [N, 1, 8, 8]."""
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return features [N, 96] of images [N, 1, 8, 8]."""
         x = self.stem(x)
         x = torch.relu(x + self.res2(self.res1(x)))
         x = self.pool(self.pointwise1(self.depthwise1(x)))
-        x = self.pointwise2(self.depthwise2(x)).mean(dim=(2, 3))
-        return self.fc(x)  # type: ignore[no-any-return]
+        return self.pointwise2(self.depthwise2(x)).mean(dim=(2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, 10] of images [N, 1, 8, 8]."""
+        return self.fc(self.features(x))
 
 
 def write_conv_bn(graph: GraphWriter, x: str, layer: ConvBn, name: str) -> str:
@@ -154,7 +157,8 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
-    return net.eval()
+    net.eval()
+    return net
 
 
 def main() -> None:
