@@ -591,7 +591,8 @@ def mobilenet_v3_small(
         y = net.global_average_pool(x, f"{name}.pool")
         y = net.conv(y, _divisible(channels / 4), 1, f"{name}.fc1", batch_norm=False)
         y = net.activation(y, "relu", f"{name}.relu")
-        y = net.conv(y, channels, 1, f"{name}.fc2", batch_norm=False)
+        # A small spread: gates follow the signal's size, and wide ones let it run away on outliers.
+        y = net.conv(y, channels, 1, f"{name}.fc2", std=0.5, batch_norm=False)
         return net.scale(x, net.activation(y, "hard_sigmoid", f"{name}.gate"), f"{name}.mul")
 
     x = net.conv(net.image(batch, 3, size), _divisible(16 * width), 3, "features.0", stride=2)
