@@ -174,7 +174,7 @@ def test_truncated_files_are_refused(saved, tmp_path):
     cut = tmp_path / "cut.qcm"
     for length in sorted({0, 1, 21, 22, 100, len(data) - 1, *range(0, len(data), 97)}):
         cut.write_bytes(data[:length])
-        with pytest.raises(ArtifactError, match="is not a valid artifact.*truncated or was"):
+        with pytest.raises(ArtifactError, match=r"is not a valid artifact.*truncated or was"):
             read_artifact(cut)
 
 
@@ -223,7 +223,7 @@ def test_other_files_are_refused(tmp_path):
             read_artifact(path)
         with pytest.raises(ArtifactError, match="is not a valid artifact"):
             inspect_artifact(path)
-    with pytest.raises(ArtifactError, match="cannot read .*missing"):
+    with pytest.raises(ArtifactError, match=r"cannot read .*missing"):
         read_artifact(tmp_path / "missing")
     with pytest.raises(ArtifactError, match="cannot read"):
         read_artifact(tmp_path)
@@ -268,7 +268,7 @@ def test_duplicate_members_are_refused(saved):
         zipfile.ZipFile(saved, "a") as archive,
     ):
         archive.writestr("lib.so", b"other")
-    with pytest.raises(ArtifactError, match="lib.so is there twice"):
+    with pytest.raises(ArtifactError, match=r"lib\.so is there twice"):
         read_artifact(saved)
 
 
@@ -399,7 +399,7 @@ def test_full_disk_at_the_last_moment(tmp_path, monkeypatch):
 
 
 def test_unwritable_places(tmp_path):
-    with pytest.raises(ArtifactError, match="folder .* does not exist"):
+    with pytest.raises(ArtifactError, match=r"folder .* does not exist"):
         write_artifact(make(), tmp_path / "no" / "a.qcm")
     with pytest.raises(ArtifactError, match="not a regular file"):
         write_artifact(make(), tmp_path)
@@ -438,7 +438,7 @@ def test_inspect(saved):
     assert found["missing_cpu_features"] == []
     json.dumps(found)
     rewrite(saved, lambda m: {**m, "lib.so": m["lib.so"][:-1] + b"x"})
-    with pytest.raises(ArtifactError, match="lib.so has SHA-256"):
+    with pytest.raises(ArtifactError, match=r"lib\.so has SHA-256"):
         inspect_artifact(saved)
 
 

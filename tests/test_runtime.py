@@ -1,0 +1,584 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from qcompiler import runtime, vm
+from qcompiler.artifact import Artifact, ParamBlock, report_path, write_artifact
+from qcompiler.benchmark import measure
+from qcompiler.cpu import allowed_cpus
+from qcompiler.errors import (
+    ArtifactError,
+    CodegenError,
+    DataError,
+    UnsupportedByTargetError,
+    UsageError,
+)
+from qcompiler.linker import export_library
+from qcompiler.manifest import TargetInfo, TensorSpec
+from qcompiler.runtime import CompiledModel, load
+from qcompiler.types import DType
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tvm") is None, reason="apache-tvm is not installed"
+)
+
+BATCH, ROWS, COLS = 4, 4096, 32
+
+
+def build_library() -> bytes:
+    """Compile main(x f32[4, 32], t i64[5], w f32[4096, 32]) -> (y f32[4, 4096], u i64[5]).
+
+    y = x @ w.T summed in order, in parallel over the rows of w; u = t + 1.
+    """
+    import tvm
+    from tvm import relax
+    from tvm.script import tirx as T  # noqa: N812
+
+    @T.prim_func(private=True)
+    def dense(
+        x: T.Buffer((BATCH, COLS), "float32"),
+        w: T.Buffer((ROWS, COLS), "float32"),
+        y: T.Buffer((BATCH, ROWS), "float32"),
+    ):
+        for j in T.parallel(ROWS):
+            for i in range(BATCH):
+                y[i, j] = T.float32(0)
+                for k in range(COLS):
+                    y[i, j] = y[i, j] + x[i, k] * w[j, k]
+
+    @T.prim_func(private=True)
+    def add_one(t: T.Buffer((5,), "int64"), u: T.Buffer((5,), "int64")):
+        for i in range(5):
+            u[i] = t[i] + T.int64(1)
+
+    def tensor(*arguments):
+        return getattr(relax, "TensorStructInfo", relax.TensorType)(*arguments)
+
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", tensor((BATCH, COLS), "float32"))
+    t = relax.Var("t", tensor((5,), "int64"))
+    w = relax.Var("w", tensor((ROWS, COLS), "float32"))
+    dense_var, add_var = builder.add_func(dense, "dense"), builder.add_func(add_one, "add_one")
+    with builder.function("main", [x, t, w]):  # no dataflow block: it wants TIR made of blocks
+        y = builder.emit(relax.call_tir(dense_var, [x, w], tensor((BATCH, ROWS), "float32")))
+        u = builder.emit(relax.call_tir(add_var, [t], tensor((5,), "int64")))
+        builder.emit_func_output(relax.Tuple([y, u]))
+    executable = tvm.compile(builder.get(), target=tvm.target.Target({"kind": "llvm"}))
+    return export_library(executable)
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build_library()
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return np.random.default_rng(0).standard_normal((ROWS, COLS)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def artifact(library, weight):
+    return Artifact(
+        target=TargetInfo("x86", "plain"),
+        inputs={
+            "x": TensorSpec((BATCH, COLS), DType.FLOAT32, 0),
+            "t": TensorSpec((5,), DType.INT64),
+        },
+        outputs={
+            "y": TensorSpec((BATCH, ROWS), DType.FLOAT32, 0),
+            "u": TensorSpec((5,), DType.INT64),
+        },
+        params=ParamBlock.from_arrays({"w": weight}),
+        library=library,
+        plan={"nodes": {}},
+    )
+
+
+@pytest.fixture(scope="module")
+def path(artifact, tmp_path_factory):
+    path = tmp_path_factory.mktemp("artifact") / "m.qcm"
+    write_artifact(artifact, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(path):
+    return load(path)
+
+
+def samples(count, seed=1):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, COLS)).astype(np.float32)
+
+
+T5 = np.arange(5)
+
+
+# --- running ---
+
+
+def test_results(model, weight):
+    x = samples(BATCH)
+    out = model({"x": x, "t": T5})
+    assert list(out) == ["y", "u"]
+    np.testing.assert_allclose(out["y"], x @ weight.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(out["u"], T5 + 1)
+    assert out["y"].flags.owndata
+    assert out["y"].flags.writeable
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 9])
+def test_any_number_of_samples(artifact, count):
+    # Without the output that has no batch axis, partial batches are allowed.
+    model = _only_y(artifact)
+    x = samples(9)
+    whole = model({"x": x, "t": T5})["y"]
+    part = model({"x": x[:count], "t": T5})["y"]
+    assert part.shape == (count, ROWS)
+    np.testing.assert_array_equal(part, whole[:count])
+    for i in range(count):
+        np.testing.assert_array_equal(model({"x": x[i : i + 1], "t": T5})["y"][0], whole[i])
+
+
+class _FirstOnly:
+    def __init__(self, executor):
+        self.executor = executor
+
+    def run(self, inputs):
+        return self.executor.run(inputs)[:1]
+
+
+def _only_y(artifact):
+    changed = Artifact(
+        **{
+            **{f: getattr(artifact, f) for f in artifact.__dataclass_fields__},
+            "outputs": {"y": artifact.outputs["y"]},
+        }
+    )
+    inner = vm.VmExecutor(artifact.library, artifact.params.arrays)
+    return CompiledModel(changed, executor=_FirstOnly(inner))
+
+
+def test_outputs_without_batch_axis(model):
+    x = samples(8)
+    out = model({"x": x, "t": T5})  # t is given once and serves both runs
+    assert out["y"].shape == (8, ROWS)
+    assert out["u"].shape == (2, 5)
+    np.testing.assert_array_equal(out["u"], np.stack([T5 + 1] * 2))
+    with pytest.raises(DataError, match=r"6 samples are not a multiple of .* batch 4, and .* 'u'"):
+        model({"x": x[:6], "t": T5})
+
+
+def test_one_more_axis_holds_whole_inputs(model):
+    x = samples(8)
+    t = np.stack([T5, T5 * 10])
+    out = model({"x": x, "t": t})
+    np.testing.assert_array_equal(out["u"], t + 1)
+    again = model({"x": x.reshape(2, BATCH, COLS), "t": t})
+    np.testing.assert_array_equal(again["y"], out["y"])
+    single = model({"x": x[:4], "t": t[:1]})
+    assert single["u"].shape == (1, 5)
+
+
+def test_layout_and_alignment_of_inputs_do_not_matter(model):
+    x = samples(BATCH)
+    expected = model({"x": x, "t": T5})["y"]
+    shifted = np.empty(x.nbytes + 4, np.uint8)[4:].view(np.float32).reshape(x.shape)
+    shifted[...] = x
+    readonly = x.copy()
+    readonly.flags.writeable = False
+    wide = np.zeros((BATCH, COLS * 2), np.float32)
+    wide[:, ::2] = x
+    for variant in (
+        shifted,
+        readonly,
+        np.asfortranarray(x),
+        wide[:, ::2],
+        x.astype(np.float64),
+        x.astype(">f4"),
+        x.tolist(),
+    ):
+        given = np.array(variant).copy() if isinstance(variant, list) else variant
+        np.testing.assert_array_equal(model({"x": given, "t": T5.astype(np.int8)})["y"], expected)
+    with np.errstate(over="raise"):
+        huge = np.full((BATCH, COLS), 3e38, np.float32)  # the sum overflows, no value does
+        model({"x": huge, "t": T5})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"x": samples(4)}, r"missing t: expected x float32\[4,32\], t int64\[5\]"),
+        ({"X": samples(4), "t": T5}, "missing x; unknown X: expected x"),
+        ({"x": samples(4), "t": T5, "label": T5}, "unknown label"),
+        (samples(4), "the model has 2 inputs, got one array"),
+        ({"x": samples(4)[:, :5], "t": T5}, r"input 'x' has shape \[4, 5\]: expected \[N, 32\]"),
+        ({"x": samples(4)[0], "t": T5}, r"input 'x' has shape \[32\]"),
+        ({"x": samples(4), "t": T5[:3]}, r"'t' has shape \[3\]: expected \[5\], or one more axis"),
+        ({"x": samples(4)[:0], "t": T5}, "input 'x' holds no samples"),
+        ({"x": samples(4).astype(np.uint8), "t": T5}, "'x' has dtype uint8: expected float32.*pre"),
+        ({"x": samples(4).astype(np.int64), "t": T5}, "'x' has dtype int64: expected float32"),
+        ({"x": samples(4).astype(np.complex64), "t": T5}, "'x' has dtype complex64"),
+        ({"x": np.full((4, COLS), "a"), "t": T5}, "'x' has dtype str"),
+        ({"x": samples(4), "t": T5.astype(np.float32)}, "'t' has dtype float32: expected int64"),
+        ({"x": np.full((4, COLS), 0.1), "t": T5}, "values that float32 cannot hold, such as .*0.1"),
+        ({"x": np.full((4, COLS), 1e300), "t": T5}, "values that float32 cannot hold"),
+        ({"x": samples(4), "t": np.full(5, 2**63, np.uint64)}, "values that int64 cannot hold"),
+        ({"x": np.full((4, COLS), np.nan), "t": T5}, "'x' holds 128 values that are NaN or inf"),
+        (
+            {"x": np.where(np.arange(COLS) == 7, np.inf, samples(4)).astype("f4"), "t": T5},
+            r"holds 4 values that are NaN or infinite, the first at index \[0, 7\]",
+        ),
+        (
+            {"x": samples(4), "t": np.stack([T5, T5])},
+            "different numbers of samples: x 4, t 8",
+        ),
+    ],
+)
+def test_bad_inputs(model, inputs, message):
+    with pytest.raises(DataError, match=message):
+        model(inputs)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+def test_bad_threads(model, artifact, threads):
+    with pytest.raises(UsageError, match="threads must be a positive integer"):
+        model({"x": samples(4), "t": T5}, threads=threads)
+    with pytest.raises(UsageError, match="threads must be a positive integer"):
+        CompiledModel(artifact, threads=threads)
+
+
+def test_batch_axes_must_agree(artifact):
+    outputs = {"y": TensorSpec((3, ROWS), DType.FLOAT32, 0)}
+    fields = {f: getattr(artifact, f) for f in artifact.__dataclass_fields__}
+    with pytest.raises(UsageError, match=r"one size of at least 1, got \[3, 4\]"):
+        CompiledModel(Artifact(**{**fields, "outputs": outputs}))
+
+
+# --- threads ---
+
+
+def _in_new_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_number_of_threads_never_changes_results(model):
+    x = samples(BATCH)
+    expected = model({"x": x, "t": T5}, threads=1)["y"]
+    before = allowed_cpus()
+    for threads in (2, 3, 5, 8):
+        # A pool's size is fixed by its thread's first call, so every count gets a new thread.
+        out = _in_new_thread(lambda n=threads: model({"x": x, "t": T5}, threads=n)["y"])
+        np.testing.assert_array_equal(out, expected)
+
+    def changing():
+        used = []
+        for threads in (3, 1, 2, 1, 9, 3):
+            np.testing.assert_array_equal(model({"x": x, "t": T5}, threads=threads)["y"], expected)
+            used.append(vm._POOL.threads)
+        return used, allowed_cpus()
+
+    used, after = _in_new_thread(changing)
+    assert used[:4] == [3, 1, 2, 1]
+    assert used[4] >= 3
+    assert after == before  # TVM alone would bind the thread to the first CPUs
+
+
+def test_workers_are_really_used_and_keep_the_allowed_cpus(model):
+    cpu = allowed_cpus()[-1]
+
+    def run():
+        os.sched_setaffinity(0, {cpu})
+        before = set(os.listdir("/proc/self/task"))
+        model({"x": samples(BATCH), "t": T5}, threads=3)
+        workers = set(os.listdir("/proc/self/task")) - before
+        return allowed_cpus(), [os.sched_getaffinity(int(worker)) for worker in workers]
+
+    own, workers = _in_new_thread(run)
+    assert own == (cpu,)
+    assert len(workers) >= 2
+    assert all(worker == {cpu} for worker in workers)
+
+
+def test_calls_from_eight_threads_at_once(model):
+    barrier = threading.Barrier(8)
+    expected = [model({"x": samples(8, seed), "t": T5})["y"] for seed in range(8)]
+
+    def work(seed):
+        barrier.wait()
+        x = samples(8, seed)
+        return all(
+            np.array_equal(model({"x": x, "t": T5 + n}, threads=1 + seed % 3)["y"], expected[seed])
+            for n in range(10)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_first_calls_at_once_make_one_executor(artifact):
+    model = CompiledModel(artifact)
+    barrier = threading.Barrier(4)
+
+    def work(_):
+        barrier.wait()
+        return id(model._ready())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(work, range(4)))) == 1
+
+
+def test_forked_child_can_run(model):
+    x = samples(BATCH)
+    model({"x": x, "t": T5}, threads=2)
+    expected = model({"x": x, "t": T5})["y"]
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            same = np.array_equal(model({"x": x, "t": T5}, threads=2)["y"], expected)
+            status = 0 if same else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# --- loading ---
+
+
+def test_load_save_load_is_exact(model, path, tmp_path):
+    again = tmp_path / "again.qcm"
+    model.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    x = samples(BATCH)
+    np.testing.assert_array_equal(
+        load(again, threads=1)({"x": x, "t": T5})["y"], model({"x": x, "t": T5})["y"]
+    )
+
+
+def test_report_is_saved_beside_and_loaded(artifact, tmp_path):
+    path = tmp_path / "m.qcm"
+    model = CompiledModel(artifact, report={"latency_ms": 1.25})
+    model.save(path)
+    assert json.loads(report_path(path).read_text()) == {"latency_ms": 1.25}
+    assert load(path).report == {"latency_ms": 1.25}
+    report_path(path).write_text("{")
+    assert load(path).report is None
+
+
+def test_many_loads_leave_nothing_open(path):
+    x = samples(BATCH)
+    load(path)({"x": x, "t": T5})
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with open("/proc/self/maps") as maps:
+        mapped = sum("qcompiler-lib" in line for line in maps)
+    for _ in range(40):
+        load(path)({"x": x, "t": T5})
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    with open("/proc/self/maps") as maps:
+        assert sum("qcompiler-lib" in line for line in maps) <= mapped
+
+
+def test_two_models_loaded_in_turn_are_not_confused(artifact, path):
+    # dlopen knows a library by its path; both loads use the same descriptor number.
+    first = vm._load_library(artifact.library)
+    assert first["vm_load_executable"]() is not None
+    other = vm._load_library(artifact.library[:-1] + b"\0")
+    assert not other.same_as(first)
+    assert load(path)({"x": samples(4), "t": T5})["u"][0] == 1
+
+
+def test_library_on_disk_where_memory_files_are_refused(artifact, monkeypatch, tmp_path):
+    def refuse(name, flags):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    monkeypatch.setattr(vm.tempfile, "tempdir", str(tmp_path))
+    out = CompiledModel(artifact)({"x": samples(4), "t": T5})
+    assert out["u"][0] == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_library_of_another_kind_is_one_clear_error():
+    # (A cut library would crash in dlopen itself: the digest in the manifest keeps those away.)
+    with pytest.raises(ArtifactError, match="cannot load the compiled library"):
+        vm.VmExecutor(b"not a library", [])
+
+
+def test_failure_inside_the_compiled_code(artifact):
+    executor = vm.VmExecutor(artifact.library, artifact.params.arrays)
+    with pytest.raises(CodegenError, match="the compiled code failed"):
+        executor.run([samples(BATCH)])
+    out = executor.run([samples(BATCH), T5])  # and the next call works
+    np.testing.assert_array_equal(out[1], T5 + 1)
+
+
+def test_model_for_another_machine_can_be_saved_not_run(artifact, tmp_path):
+    fields = {f: getattr(artifact, f) for f in artifact.__dataclass_fields__}
+    target = TargetInfo("x86-future", cpu_features=("avx4096",))
+    model = CompiledModel(Artifact(**{**fields, "target": target}))
+    model.save(tmp_path / "m.qcm")
+    with pytest.raises(UnsupportedByTargetError, match="avx4096"):
+        model({"x": samples(4), "t": T5})
+    with pytest.raises(UnsupportedByTargetError, match="avx4096"):
+        load(tmp_path / "m.qcm")
+
+
+def test_interpreted_models_find_their_executor(monkeypatch, tmp_path):
+    class Double:
+        def run(self, inputs):
+            return [inputs[0] * 2]
+
+    seen = {}
+
+    def load_executor(members, parameters):
+        seen.update(members=dict(members), parameters=len(parameters))
+        return Double()
+
+    module = types.ModuleType("fake_reference")
+    module.load_executor = load_executor
+    monkeypatch.setitem(sys.modules, "fake_reference", module)
+    monkeypatch.setitem(
+        runtime._EXECUTOR_FACTORIES, "interpreter", ("fake_reference", "load_executor")
+    )
+    spec = TensorSpec((1, 2), DType.FLOAT32, 0)
+    artifact = Artifact(
+        TargetInfo("reference"),
+        {"x": spec},
+        {"y": spec},
+        ParamBlock.from_arrays({"w": np.zeros(3)}),
+        None,
+        executor="interpreter",
+        extras={"graph.json": b"{}"},
+    )
+    write_artifact(artifact, tmp_path / "m.qcm")
+    model = load(tmp_path / "m.qcm")
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    np.testing.assert_array_equal(model(x)["y"], x * 2)  # one input: a bare array will do
+    assert seen == {"members": {"graph.json": b"{}"}, "parameters": 1}
+
+
+def _python(code, *arguments):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+_LOAD_AND_RUN = f"""
+    import json, sys, time
+    import numpy as np
+    start = time.perf_counter()
+    from qcompiler.runtime import load
+    model = load(sys.argv[1])
+    x = np.ones(({BATCH}, {COLS}), np.float32)
+    t = np.arange(5)
+    y = model({{"x": x, "t": t}})["y"]
+    seconds = time.perf_counter() - start
+    maps = open("/proc/self/maps").read()
+"""
+
+
+def test_fresh_process_loads_the_runtime_and_nothing_else(path, model):
+    found = _python(
+        _LOAD_AND_RUN
+        + """
+    heavy = [m for m in ("tvm", "torch", "onnx", "onnxruntime") if m in sys.modules]
+    print(json.dumps({"runtime": "libtvm_runtime.so" in maps, "heavy": heavy,
+                      "compiler": "libtvm_compiler" in maps, "y": float(y[0, 0]),
+                      "seconds": seconds}))
+    """,
+        path,
+    )
+    expected = model({"x": np.ones((BATCH, COLS), np.float32), "t": T5})["y"]
+    assert found["runtime"]
+    assert not found["compiler"]
+    assert found["heavy"] == []
+    assert found["y"] == float(expected[0, 0])
+    assert found["seconds"] < 5
+
+
+def test_compiler_can_be_imported_after_loading(path):
+    found = _python(
+        _LOAD_AND_RUN
+        + """
+    import tvm
+    from tvm.script import ir_builder
+    runtimes = {line.split()[-1] for line in open("/proc/self/maps") if "libtvm_runtime.so" in line}
+    import numpy
+    doubled = tvm.runtime.tensor(x).numpy() * 2
+    n = tvm.te.var("n")
+    a = tvm.te.placeholder((8,), name="a")
+    b = tvm.te.compute((8,), lambda i: a[i] + 1.0)
+    f = tvm.compile(tvm.te.create_prim_func([a, b]), target="llvm")
+    p, q = tvm.runtime.tensor(x[0, :8].copy()), tvm.runtime.tensor(np.zeros(8, "f4"))
+    f(p, q)
+    z = model({"x": x, "t": t})["y"]
+    print(json.dumps({"runtimes": len(runtimes), "same": bool((y == z).all()),
+                      "added": float(q.numpy()[0])}))
+    """,
+        path,
+    )
+    assert found == {"runtimes": 1, "same": True, "added": 2.0}
+
+
+# --- benchmark ---
+
+
+def test_benchmark(model):
+    figures = model.benchmark(runs=5, warmup=1, threads=1)
+    assert set(figures) == {"median_ms", "min_ms", "spread", "runs", "threads"}
+    assert 0 < figures["min_ms"] <= figures["median_ms"]
+    assert (figures["runs"], figures["threads"]) == (5, 1)
+    given = model.benchmark(runs=1, warmup=0, inputs={"x": samples(4), "t": T5})
+    assert given["runs"] == 1
+    with pytest.raises(UsageError, match="runs must be at least 1"):
+        model.benchmark(runs=0)
+    with pytest.raises(DataError, match="missing t"):
+        model.benchmark(inputs={"x": samples(4)})
+
+
+def test_measure_interleaves():
+    order = []
+    timings = measure(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, runs=3, warmup=1
+    )
+    assert order == ["a", "b"] * 4
+    assert list(timings) == ["a", "b"]
+    assert timings["a"].runs == 3
+
+
+def test_random_inputs_fit_and_repeat(model):
+    first, second = model.random_inputs(3), model.random_inputs(3)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert first["t"].dtype == np.int64
+    assert set(first["t"]) <= {0, 1}
+    model(first)
+
+
+def test_repr(model):
+    text = repr(model)
+    assert text.startswith("CompiledModel(x86, (x: float32[4,32], t: int64[5]) -> (y: float32")
