@@ -1,0 +1,602 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""How each operator of the table is written in ONNX, in forms that old importers read too.
+
+Operators younger than the export's opset are written out (Gelu before opset 20, Mish before 18).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qcompiler.errors import QCompilerError, UnsupportedOpError
+from qcompiler.ir import Node, Value
+from qcompiler.onnx_import_tensors import elem_type_of, make_tensor
+from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams
+
+
+class Emitter:
+    """Collects NodeProtos and initializers for one ONNX graph.
+
+    Args:
+        opset: Opset of the default domain that is written.
+        rename: Names that some values take in the file instead of their own.
+    """
+
+    def __init__(self, opset: int, rename: dict[Value, str] | None = None) -> None:
+        self.opset = opset
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.domains: dict[str, int] = {"": opset}
+        self._rename = rename or {}
+        self._taken: set[str] = set()
+
+    def reserve(self, names: Sequence[str]) -> None:
+        """Keep helper tensors away from names."""
+        self._taken.update(names)
+
+    def fresh(self, base: str) -> str:
+        """Return a name that nothing has."""
+        name, k = base, 0
+        while name in self._taken:
+            k += 1
+            name = f"{base}_{k}"
+        self._taken.add(name)
+        return name
+
+    def ref(self, v: Value | None) -> str:
+        """Return the name by which nodes read a value; constants become initializers."""
+        if v is None:
+            return ""
+        if v.data is not None and v.name not in self.initializers:
+            self.initializers[v.name] = make_tensor(v.data, v.dtype, v.name)
+        return self._rename.get(v, v.name)
+
+    def const(self, data: Array, base: str, dtype: DType | None = None) -> str:
+        """Add an initializer and return its name."""
+        name = self.fresh(base)
+        self.initializers[name] = make_tensor(data, dtype or DType.of(data.dtype), name)
+        return name
+
+    def ints(self, values: Sequence[int], base: str) -> str:
+        """Add an int64 vector."""
+        return self.const(np.asarray(values, np.int64).reshape(-1), base)
+
+    def put(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        name: str,
+        **attrs: Any,
+    ) -> None:
+        """Add a node; attributes that are None are left out."""
+        ins = list(inputs)
+        while ins and not ins[-1]:
+            ins.pop()
+        given = {k: v for k, v in attrs.items() if v is not None}
+        self.nodes.append(onnx.helper.make_node(op, ins, list(outputs), self.fresh(name), **given))
+
+    def step(self, op: str, inputs: Sequence[str], name: str, **attrs: Any) -> str:
+        """Add a helper node and return the name of its result."""
+        out = self.fresh(f"{name}/{op}.out")
+        self.put(op, inputs, [out], f"{name}/{op}", **attrs)
+        return out
+
+    def write(self, node: Node) -> None:
+        """Write one node of a graph.
+
+        Raises:
+            UnsupportedOpError: The operator has no ONNX form.
+        """
+        writer = WRITERS.get(node.op.name)
+        if writer is None:
+            raise UnsupportedOpError(
+                f"{node.op.name} has no ONNX form",
+                node=node.name,
+                operators=(node.op.name,),
+                hint="export before the graph is lowered to integers",
+            )
+        writer(self, node)
+
+
+Writer = Callable[[Emitter, Node], None]
+
+WRITERS: dict[str, Writer] = {}
+"""Operator name -> writer."""
+
+
+def _writer(*names: str) -> Callable[[Writer], Writer]:
+    def add(fn: Writer) -> Writer:
+        for name in names:
+            WRITERS[name] = fn
+        return fn
+
+    return add
+
+
+def _outs(e: Emitter, node: Node) -> list[str]:
+    return [e.ref(v) for v in node.outputs]
+
+
+def _ins(e: Emitter, node: Node) -> list[str]:
+    return [e.ref(v) for v in node.inputs]
+
+
+def _like(v: Value, number: float) -> Array:
+    """Return a scalar of the value's dtype."""
+    return np.asarray(number, v.dtype.numpy)
+
+
+# ------------------------------------------------------------------------------- elementwise
+
+_PLAIN = {
+    **{n: n.capitalize() for n in ("relu", "sigmoid", "tanh", "erf", "softplus", "softsign")},
+    **{n: n.capitalize() for n in ("sqrt", "exp", "log", "reciprocal", "neg", "abs", "floor")},
+    **{n: n.capitalize() for n in ("ceil", "round", "sign", "sin", "cos", "tan", "asin", "acos")},
+    **{n: n.capitalize() for n in ("atan", "sinh", "cosh", "asinh", "acosh", "atanh", "not")},
+    **{n: n.capitalize() for n in ("add", "sub", "mul", "div", "pow", "min", "max", "equal")},
+    **{n: n.capitalize() for n in ("less", "greater", "and", "or", "xor", "where")},
+    "less_or_equal": "LessOrEqual",
+    "greater_or_equal": "GreaterOrEqual",
+    "isnan": "IsNaN",
+    "hard_swish": "HardSwish",
+    "leaky_relu": "LeakyRelu",
+    "hard_sigmoid": "HardSigmoid",
+    "elu": "Elu",
+    "selu": "Selu",
+    "celu": "Celu",
+    "thresholded_relu": "ThresholdedRelu",
+    "mod": "Mod",
+    "softmax": "Softmax",
+    "log_softmax": "LogSoftmax",
+    "instance_norm": "InstanceNormalization",
+    "batch_norm": "BatchNormalization",
+    "concat": "Concat",
+    "transpose": "Transpose",
+    "gather": "Gather",
+}
+
+
+@_writer(*_PLAIN)
+def _plain(e: Emitter, node: Node) -> None:
+    """Same operands and attributes under ONNX's name."""
+    attrs = {k: int(v) if isinstance(v, bool) else v for k, v in node.attrs.items()}
+    e.put(_PLAIN[node.op.name], _ins(e, node), _outs(e, node), node.name, **attrs)
+
+
+@_writer("isinf")
+def _isinf(e: Emitter, node: Node) -> None:
+    attrs = {k: int(bool(v)) for k, v in node.attrs.items()}
+    e.put("IsInf", _ins(e, node), _outs(e, node), node.name, **attrs)
+
+
+@_writer("clip")
+def _clip(e: Emitter, node: Node) -> None:
+    _put_clip(e, e.ref(node.input(0)), e.ref(node.output), node, "min", "max")
+
+
+def _put_clip(e: Emitter, x: str, y: str, node: Node, lo: str, hi: str) -> None:
+    """Write Clip with bounds from two attributes, in the dtype of the node's result."""
+    bounds = [
+        ""
+        if node.attrs[k] is None
+        else e.const(_like(node.output, node.attr(k)), f"{node.name}/{k}")
+        for k in (lo, hi)
+    ]
+    e.put("Clip", [x, *bounds], [y], node.name)
+
+
+@_writer("silu")
+def _silu(e: Emitter, node: Node) -> None:
+    x = e.ref(node.input(0))
+    e.put("Mul", [x, e.step("Sigmoid", [x], node.name)], _outs(e, node), node.name)
+
+
+@_writer("mish")
+def _mish(e: Emitter, node: Node) -> None:
+    x = e.ref(node.input(0))
+    if e.opset >= 18:
+        e.put("Mish", [x], _outs(e, node), node.name)
+        return
+    t = e.step("Tanh", [e.step("Softplus", [x], node.name)], node.name)
+    e.put("Mul", [x, t], _outs(e, node), node.name)
+
+
+@_writer("gelu")
+def _gelu(e: Emitter, node: Node) -> None:
+    v = node.input(0)
+    x, name = e.ref(v), node.name
+    approximate = str(node.attr("approximate"))
+    if e.opset >= 20:
+        e.put("Gelu", [x], _outs(e, node), name, approximate=approximate)
+        return
+
+    def number(value: float) -> str:
+        return e.const(_like(v, value), f"{name}/const")
+
+    if approximate == "tanh":
+        cube = e.step("Mul", [e.step("Mul", [x, x], name), x], name)
+        inner = e.step("Add", [x, e.step("Mul", [cube, number(0.044715)], name)], name)
+        inner = e.step("Mul", [inner, number(math.sqrt(2 / math.pi))], name)
+        bent = e.step("Tanh", [inner], name)
+    else:
+        bent = e.step("Erf", [e.step("Div", [x, number(math.sqrt(2))], name)], name)
+    gate = e.step("Add", [bent, number(1.0)], name)
+    e.put("Mul", [e.step("Mul", [x, gate], name), number(0.5)], _outs(e, node), name)
+
+
+@_writer("prelu")
+def _prelu(e: Emitter, node: Node) -> None:
+    x, slope = node.input(0), node.input(1)
+    if x.shape == node.output.shape:
+        e.put("PRelu", _ins(e, node), _outs(e, node), node.name)
+        return
+    # PRelu broadcasts the slope only; here the slope is the larger operand.
+    zero = e.const(_like(x, 0), f"{node.name}/zero")
+    scaled = e.step("Mul", [e.ref(x), e.ref(slope)], node.name)
+    below = e.step("Less", [e.ref(x), zero], node.name)
+    e.put("Where", [below, scaled, e.ref(x)], _outs(e, node), node.name)
+
+
+@_writer("cast")
+def _cast(e: Emitter, node: Node) -> None:
+    to = elem_type_of(DType(node.attr("to")))
+    e.put("Cast", _ins(e, node), _outs(e, node), node.name, to=to)
+
+
+# ------------------------------------------------------------------------- linear and pooling
+
+
+def _finished(e: Emitter, node: Node, residual: int) -> tuple[str, Callable[[str], None]]:
+    """Return (name the operator writes to, function that adds residual and activation clamp)."""
+    r = node.optional(residual)
+    clamps = node.attrs["act_min"] is not None or node.attrs["act_max"] is not None
+    out = e.ref(node.output)
+    first = e.fresh(f"{node.name}/raw") if r is not None or clamps else out
+
+    def finish(raw: str) -> None:
+        if r is not None:
+            total = e.fresh(f"{node.name}/sum") if clamps else out
+            e.put("Add", [raw, e.ref(r)], [total], f"{node.name}/Add")
+            raw = total
+        if clamps:
+            _put_clip(e, raw, out, node, "act_min", "act_max")
+
+    return first, finish
+
+
+def _to_nchw(e: Emitter, x: str, node: Node, rank: int) -> str:
+    if node.attrs["layout"] == "NCHW":
+        return x
+    return e.step("Transpose", [x], node.name, perm=[0, rank - 1, *range(1, rank - 1)])
+
+
+def _from_nchw(
+    e: Emitter, op: str, inputs: Sequence[str], y: str, node: Node, rank: int, **attrs: Any
+) -> None:
+    """Write a channels-first operator whose result must have the node's layout."""
+    if node.attrs["layout"] == "NCHW":
+        e.put(op, inputs, [y], node.name, **attrs)
+        return
+    first = e.step(op, inputs, node.name, **attrs)
+    e.put("Transpose", [first], [y], node.name, perm=[0, *range(2, rank), 1])
+
+
+def _window(node: Node) -> dict[str, Any]:
+    return {k: list(node.attr(k)) for k in ("strides", "pads", "dilations")}
+
+
+@_writer("conv")
+def _conv(e: Emitter, node: Node) -> None:
+    rank = node.input(0).type.rank
+    x = _to_nchw(e, e.ref(node.input(0)), node, rank)
+    y, finish = _finished(e, node, 3)
+    _from_nchw(
+        e,
+        "Conv",
+        [x, e.ref(node.input(1)), e.ref(node.optional(2))],
+        y,
+        node,
+        rank,
+        kernel_shape=list(node.input(1).shape[2:]),
+        group=node.attr("group"),
+        **_window(node),
+    )
+    finish(y)
+
+
+@_writer("conv_transpose")
+def _conv_transpose(e: Emitter, node: Node) -> None:
+    extra = list(node.attr("output_padding"))
+    e.put(
+        "ConvTranspose",
+        _ins(e, node),
+        _outs(e, node),
+        node.name,
+        kernel_shape=list(node.input(1).shape[2:]),
+        group=node.attr("group"),
+        output_padding=extra if any(extra) else None,
+        **_window(node),
+    )
+
+
+def _swap(e: Emitter, v: Value, node: Node) -> str:
+    perm = list(range(v.type.rank))
+    perm[-2:] = perm[:-3:-1]
+    return e.step("Transpose", [e.ref(v)], node.name, perm=perm)
+
+
+@_writer("matmul")
+def _matmul(e: Emitter, node: Node) -> None:
+    a, b, bias = node.input(0), node.input(1), node.optional(2)
+    y, finish = _finished(e, node, 3)
+    turn_a, turn_b = bool(node.attr("transpose_a")), bool(node.attr("transpose_b"))
+    if a.type.rank == b.type.rank == 2 and (turn_a or turn_b or bias is not None):
+        e.put(
+            "Gemm",
+            [e.ref(a), e.ref(b), e.ref(bias)],
+            [y],
+            node.name,
+            transA=int(turn_a),
+            transB=int(turn_b),
+        )
+    else:
+        left = _swap(e, a, node) if turn_a else e.ref(a)
+        right = _swap(e, b, node) if turn_b else e.ref(b)
+        if bias is None:
+            e.put("MatMul", [left, right], [y], node.name)
+        else:
+            product = e.step("MatMul", [left, right], node.name)
+            e.put("Add", [product, e.ref(bias)], [y], node.name)
+    finish(y)
+
+
+@_writer("max_pool", "average_pool")
+def _pool(e: Emitter, node: Node) -> None:
+    rank = node.input(0).type.rank
+    attrs: dict[str, Any] = {"kernel_shape": list(node.attr("kernel")), **_window(node)}
+    attrs["ceil_mode"] = int(bool(node.attr("ceil_mode")))
+    op = "MaxPool"
+    if node.op.name == "average_pool":
+        op = "AveragePool"
+        attrs["count_include_pad"] = int(bool(node.attr("count_include_pad")))
+        if e.opset < 19:  # AveragePool has no dilations before opset 19
+            del attrs["dilations"]
+    x = _to_nchw(e, e.ref(node.input(0)), node, rank)
+    _from_nchw(e, op, [x], e.ref(node.output), node, rank, **attrs)
+
+
+_REDUCE = {
+    "reduce_mean": "ReduceMean",
+    "reduce_sum": "ReduceSum",
+    "reduce_max": "ReduceMax",
+    "reduce_min": "ReduceMin",
+    "reduce_prod": "ReduceProd",
+    "reduce_l1": "ReduceL1",
+    "reduce_l2": "ReduceL2",
+    "reduce_sum_square": "ReduceSumSquare",
+    "reduce_log_sum": "ReduceLogSum",
+    "reduce_log_sum_exp": "ReduceLogSumExp",
+}
+_GLOBAL = {"reduce_mean": "GlobalAveragePool", "reduce_max": "GlobalMaxPool"}
+
+
+@_writer(*_REDUCE)
+def _reduce(e: Emitter, node: Node) -> None:
+    x = node.input(0)
+    axes = [int(a) % x.type.rank for a in node.attr("axes")]
+    keepdims = int(bool(node.attr("keepdims")))
+    spatial = x.type.rank >= 3 and axes == list(range(2, x.type.rank)) and x.dtype.is_float
+    if spatial and keepdims and node.op.name in _GLOBAL:
+        e.put(_GLOBAL[node.op.name], [e.ref(x)], _outs(e, node), node.name)
+        return
+    op, outs = _REDUCE[node.op.name], _outs(e, node)
+    if e.opset >= 18 or op == "ReduceSum":
+        operands = [e.ref(x), e.ints(axes, f"{node.name}/axes")]
+        e.put(op, operands, outs, node.name, keepdims=keepdims)
+    else:
+        e.put(op, [e.ref(x)], outs, node.name, axes=axes, keepdims=keepdims)
+
+
+@_writer("argmax", "argmin")
+def _arg(e: Emitter, node: Node) -> None:
+    attrs = {k: int(node.attr(k)) for k in ("axis", "keepdims", "select_last_index")}
+    op = "ArgMax" if node.op.name == "argmax" else "ArgMin"
+    e.put(op, _ins(e, node), _outs(e, node), node.name, **attrs)
+
+
+@_writer("cumsum")
+def _cumsum(e: Emitter, node: Node) -> None:
+    axis = e.const(np.asarray(node.attr("axis"), np.int64), f"{node.name}/axis")
+    attrs = {k: int(bool(node.attr(k))) for k in ("exclusive", "reverse")}
+    e.put("CumSum", [e.ref(node.input(0)), axis], _outs(e, node), node.name, **attrs)
+
+
+@_writer("layer_norm")
+def _layer_norm(e: Emitter, node: Node) -> None:
+    x, scale = node.input(0), node.optional(1)
+    axis = int(node.attr("axis")) % x.type.rank
+    ones = np.ones(x.shape[axis:], x.dtype.numpy)
+    gain = e.ref(scale) if scale is not None else e.const(ones, f"{node.name}/scale", x.dtype)
+    operands = [e.ref(x), gain, e.ref(node.optional(2))]
+    epsilon = float(node.attr("epsilon"))
+    e.put("LayerNormalization", operands, _outs(e, node), node.name, axis=axis, epsilon=epsilon)
+
+
+# ----------------------------------------------------------------------------------- movement
+
+
+@_writer("split")
+def _split(e: Emitter, node: Node) -> None:
+    sizes = e.ints(node.attr("sizes"), f"{node.name}/sizes")
+    operands = [e.ref(node.input(0)), sizes]
+    e.put("Split", operands, _outs(e, node), node.name, axis=node.attr("axis"))
+
+
+@_writer("slice")
+def _slice(e: Emitter, node: Node) -> None:
+    steering = [
+        e.ints(node.attr(k), f"{node.name}/{k}") for k in ("starts", "ends", "axes", "steps")
+    ]
+    e.put("Slice", [e.ref(node.input(0)), *steering], _outs(e, node), node.name)
+
+
+@_writer("pad")
+def _pad(e: Emitter, node: Node) -> None:
+    x = node.input(0)
+    value = node.attr("value")
+    if x.qparams is not None:
+        q = x.qparams
+        value = int(np.clip(np.rint(value / q.s) + q.z, q.qmin, q.qmax))
+    operands = [e.ref(x), e.ints(node.attr("pads"), f"{node.name}/pads")]
+    if node.attr("mode") == "constant":
+        fill = np.asarray(value).astype(x.dtype.numpy)
+        operands.append(e.const(fill, f"{node.name}/value", x.dtype))
+    e.put("Pad", operands, _outs(e, node), node.name, mode=node.attr("mode"))
+
+
+@_writer("reshape")
+def _reshape(e: Emitter, node: Node) -> None:
+    shape = node.attr("shape")
+    operands = [e.ref(node.input(0)), e.ints(shape, f"{node.name}/shape")]
+    allow = 1 if 0 in shape else None
+    e.put("Reshape", operands, _outs(e, node), node.name, allowzero=allow)
+
+
+@_writer("expand")
+def _expand(e: Emitter, node: Node) -> None:
+    operands = [e.ref(node.input(0)), e.ints(node.attr("shape"), f"{node.name}/shape")]
+    e.put("Expand", operands, _outs(e, node), node.name)
+
+
+@_writer("tile")
+def _tile(e: Emitter, node: Node) -> None:
+    operands = [e.ref(node.input(0)), e.ints(node.attr("repeats"), f"{node.name}/repeats")]
+    e.put("Tile", operands, _outs(e, node), node.name)
+
+
+@_writer("depth_to_space", "space_to_depth")
+def _depth(e: Emitter, node: Node) -> None:
+    x = _to_nchw(e, e.ref(node.input(0)), node, 4)
+    attrs: dict[str, Any] = {"blocksize": node.attr("blocksize")}
+    op = "SpaceToDepth"
+    if node.op.name == "depth_to_space":
+        op, attrs["mode"] = "DepthToSpace", node.attr("mode")
+    _from_nchw(e, op, [x], e.ref(node.output), node, 4, **attrs)
+
+
+@_writer("resize")
+def _resize(e: Emitter, node: Node) -> None:
+    x, y = node.input(0), node.output
+    attrs = {
+        "mode": node.attr("mode"),
+        "coordinate_transformation_mode": node.attr("coordinate_mode"),
+    }
+    if node.attr("mode") == "nearest":
+        attrs["nearest_mode"] = node.attr("nearest_mode")
+    if node.attr("mode") == "cubic":
+        attrs["cubic_coeff_a"] = node.attr("cubic_coeff_a")
+        attrs["exclude_outside"] = int(bool(node.attr("exclude_outside")))
+    if node.attr("antialias"):
+        attrs["antialias"] = 1
+    scales = np.asarray(node.attr("scales"), np.float32)
+    # Scales say where cells lie; sizes are needed where scales do not give the extents.
+    if tuple(int(d) for d in np.floor(np.asarray(x.shape, np.float32) * scales)) == y.shape:
+        steering = ["", e.const(scales, f"{node.name}/scales")]
+    else:
+        steering = ["", "", e.ints(y.shape, f"{node.name}/sizes")]
+    e.put("Resize", [e.ref(x), *steering], _outs(e, node), node.name, **attrs)
+
+
+# ------------------------------------------------------------------------------- quantization
+
+
+def _quantization(e: Emitter, q: QuantParams, name: str) -> tuple[list[str], dict[str, Any]]:
+    """Return (scale and zero point operands, attributes) of Quantize- or DequantizeLinear."""
+    attrs: dict[str, Any] = {}
+    if isinstance(q.granularity, PerAxis):
+        attrs["axis"] = q.granularity.axis
+    elif isinstance(q.granularity, PerGroup):
+        attrs["axis"] = q.granularity.axis
+        attrs["block_size"] = q.granularity.group_size
+    scale = e.const(q.scale, f"{name}/scale")
+    if q.storage is DType.INT32:  # ONNX: int32 has no zero point
+        if not q.is_symmetric:
+            raise QCompilerError(f"{name}: int32 with a zero point has no ONNX form")
+        return [scale, ""], attrs
+    zero = q.zero_point.astype(q.storage.numpy)
+    return [scale, e.const(zero, f"{name}/zero_point", q.storage)], attrs
+
+
+@_writer("quantize")
+def _quantize(e: Emitter, node: Node) -> None:
+    _put_quantize(e, e.ref(node.input(0)), node)
+
+
+def _put_quantize(e: Emitter, x: str, node: Node) -> None:
+    """Write QuantizeLinear, then Clip where the range is narrower than the storage."""
+    y, q = node.output, node.output.qparams
+    if q is None:
+        raise QCompilerError(f"the result of {node.name!r} carries no quantization")
+    operands, attrs = _quantization(e, q, node.name)
+    narrow = (q.qmin, q.qmax) != (q.storage.min, q.storage.max)
+    if not narrow:
+        e.put("QuantizeLinear", [x, *operands], [e.ref(y)], node.name, **attrs)
+        return
+    wide = e.step("QuantizeLinear", [x, *operands], node.name, **attrs)
+    bounds = [
+        e.const(np.asarray(b, q.storage.numpy), f"{node.name}/{k}", q.storage)
+        for k, b in (("qmin", q.qmin), ("qmax", q.qmax))
+    ]
+    e.put("Clip", [wide, *bounds], [e.ref(y)], node.name)
+
+
+@_writer("dequantize")
+def _dequantize(e: Emitter, node: Node) -> None:
+    q = node.input(0).qparams
+    if q is None:
+        raise QCompilerError(f"the operand of {node.name!r} carries no quantization")
+    operands, attrs = _quantization(e, q, node.name)
+    inputs = [e.ref(node.input(0)), *operands]
+    e.put("DequantizeLinear", inputs, _outs(e, node), node.name, **attrs)
+
+
+@_writer("requantize")
+def _requantize(e: Emitter, node: Node) -> None:
+    q = node.input(0).qparams
+    if q is None:
+        raise QCompilerError(f"the operand of {node.name!r} carries no quantization")
+    operands, attrs = _quantization(e, q, node.name)
+    x = e.step("DequantizeLinear", [e.ref(node.input(0)), *operands], node.name, **attrs)
+    _put_quantize(e, x, node)
+
+
+# -------------------------------------------------------------------------------------- opaque
+
+
+def opaque_proto(node: Node) -> onnx.NodeProto:
+    """Return the ONNX node that an opaque node keeps (names x0.. and y0..)."""
+    proto = onnx.NodeProto()
+    proto.ParseFromString(node.attr("node"))
+    return proto
+
+
+@_writer("opaque")
+def _opaque(e: Emitter, node: Node) -> None:
+    proto = opaque_proto(node)
+    operands = [e.ref(v) for v in node.inputs]
+    results = iter(_outs(e, node))
+    for i, name in enumerate(list(proto.input)):
+        proto.input[i] = operands[i] if name and i < len(operands) else ""
+    for i, name in enumerate(list(proto.output)):
+        proto.output[i] = next(results) if name else ""
+    proto.name = e.fresh(node.name)
+    domain = str(node.attr("domain"))
+    e.domains.setdefault(domain, int(node.attr("opset")))
+    e.nodes.append(proto)
