@@ -75,9 +75,9 @@ def node_to_onnx(node: Node, *, opset: int | None = None) -> onnx.ModelProto:
 
 def subgraph_to_onnx(
     nodes: Sequence[Node],
-    *,
     inputs: Sequence[Value] | None = None,
     outputs: Sequence[Value] | None = None,
+    *,
     opset: int | None = None,
 ) -> onnx.ModelProto:
     """Write a region of a graph (of any stage, float operators only) as a model.

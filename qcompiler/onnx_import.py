@@ -53,7 +53,7 @@ from qcompiler.onnx_import_tensors import (
 from qcompiler.ops import Stage
 from qcompiler.types import Array, TensorType
 
-__all__ = ["OnnxModel", "load_onnx", "read_model"]
+__all__ = ["ModelSource", "OnnxModel", "load_onnx", "model_digest", "read_model"]
 
 CONVERTER_MODULES = (onnx_import_ops, onnx_import_movement, onnx_import_qdq)
 """Modules whose import fills the table of converters."""
@@ -71,8 +71,21 @@ _RANDOM = frozenset(
 )
 
 
+ModelSource = str | os.PathLike[str] | onnx.ModelProto | OnnxModel
+"""What a model can be given as."""
+
+
+def model_digest(model: ModelSource) -> str:
+    """Return the sha256 of the model's file (of the serialized model if in memory), as hex.
+
+    Raises:
+        ModelError: Not a readable ONNX file.
+    """
+    return model.digest if isinstance(model, OnnxModel) else read_model(model).digest
+
+
 def load_onnx(
-    model: str | os.PathLike[str] | onnx.ModelProto | OnnxModel,
+    model: ModelSource,
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
