@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -71,7 +72,7 @@ _RANDOM = frozenset(
 )
 
 
-ModelSource = str | os.PathLike[str] | onnx.ModelProto | OnnxModel
+ModelSource: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | OnnxModel"
 """What a model can be given as."""
 
 
