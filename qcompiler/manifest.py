@@ -195,7 +195,7 @@ class TargetInfo:
     Attributes:
         name: Target name, such as "x86-avx2".
         isa: Name of the row of the ISA table; "" for targets without one.
-        architecture: "x86_64", "aarch64", or "any".
+        architecture: "x86_64", "aarch64", or "any"; from the triple if not given.
         cpu_features: Needed CPU features, named as in /proc/cpuinfo.
         triple: LLVM target triple; "" without code.
         mcpu: LLVM CPU name; "" without code.
@@ -203,13 +203,15 @@ class TargetInfo:
 
     name: str
     isa: str = ""
-    architecture: str = "any"
+    architecture: str = ""
     cpu_features: tuple[str, ...] = ()
     triple: str = ""
     mcpu: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cpu_features", tuple(sorted(set(self.cpu_features))))
+        if not self.architecture:
+            object.__setattr__(self, "architecture", self.triple.split("-")[0] or "any")
 
     def to_json(self) -> dict[str, Any]:
         """Return the manifest's `target`."""

@@ -160,6 +160,12 @@ def test_artifact_refuses_contradictions(changes, message):
         make(**changes)
 
 
+def test_architecture_comes_from_the_triple():
+    assert TargetInfo("a", triple="aarch64-linux-gnu").architecture == "aarch64"
+    assert TargetInfo("reference").architecture == "any"
+    assert TargetInfo("a", cpu_features=("b", "a", "b")).cpu_features == ("a", "b")
+
+
 @pytest.mark.parametrize(("shape", "axis"), [((2, 3), 1), ((), 0)])
 def test_tensor_spec_refuses_other_batch_axes(shape, axis):
     with pytest.raises(UsageError, match="batch axis"):
