@@ -153,6 +153,7 @@ def to_html(report: Report) -> str:
         _share(report),
         _regions(report),
         _plan(report),
+        _notes(report),
         _details(report),
     ]
     return _PAGE.format(title=_e(f"qcompiler: {name}"), style=_STYLE, body="\n".join(body))
@@ -284,12 +285,18 @@ def _plan(report: Report) -> str:
 
 def _details(report: Report) -> str:
     sections = []
-    for title, key in (("Versions", "versions"), ("Digests", "digests"), ("Seconds", "seconds")):
+    for title, key in (
+        ("Machine", "machine"),
+        ("Versions", "versions"),
+        ("Digests (SHA-256)", "digests"),
+        ("Seconds", "seconds"),
+    ):
         value = report.get(key)
         if isinstance(value, (int, float)):
             value = {"total": value}
         if not value:
             continue
+        value = _flat(value)
         rows = "".join(
             f"<tr><td>{_e(k)}</td><td><code>{_e(f'{v:.3f}' if isinstance(v, float) else v)}</code>"
             "</td></tr>"
@@ -299,6 +306,24 @@ def _details(report: Report) -> str:
     if not sections:
         return ""
     return f"<details><summary>How it was made</summary>{''.join(sections)}</details>"
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings as one, with the keys joined."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update({f"{key}: {k}": v for k, v in _flat(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _notes(report: Report) -> str:
+    notes = [str(note) for note in report.get("notes") or ()]
+    if not notes:
+        return ""
+    return f"<h2>Notes</h2><ul>{''.join(f'<li>{_e(note)}</li>' for note in notes)}</ul>"
 
 
 def _chip(precision: str) -> str:

@@ -7,10 +7,13 @@ Only the object interface of matplotlib is used (no pyplot): no global state, no
 
 from __future__ import annotations
 
+import functools
 import io
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+
+P = ParamSpec("P")
 
 INK, FAINT, GRID = "#1f2933", "#6b7784", "#d9dee3"
 BEFORE, AFTER, BAD = "#7b8794", "#1f77b4", "#c0392b"
@@ -30,6 +33,22 @@ def color_of(precision: str) -> str:
     return PALETTE.get(precision, OTHER)
 
 
+def _plain_text(chart: Callable[P, str]) -> Callable[P, str]:
+    """Make the texts of a chart plain: a name with two dollar signs is a name, not a formula."""
+
+    @functools.wraps(chart)
+    def draw(*args: P.args, **kwargs: P.kwargs) -> str:
+        import matplotlib
+
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # a user's matplotlibrc must not change the report
+            matplotlib.rcParams["text.parse_math"] = False
+            return chart(*args, **kwargs)
+
+    return draw
+
+
+@_plain_text
 def before_after(title: str, bars: Sequence[tuple[str, float, str]], good: bool | None) -> str:
     """Return a chart of two horizontal bars, each with its value written at its end.
 
@@ -64,6 +83,7 @@ def before_after(title: str, bars: Sequence[tuple[str, float, str]], good: bool 
     return _svg(figure, title)
 
 
+@_plain_text
 def region_latency(rows: Sequence[tuple[str, float, str]], unit: str, rest: str = "") -> str:
     """Return horizontal bars of the latency per fused region, coloured by precision.
 
@@ -91,6 +111,7 @@ def region_latency(rows: Sequence[tuple[str, float, str]], unit: str, rest: str 
     return _svg(figure, "Latency per region")
 
 
+@_plain_text
 def precision_share(shares: Sequence[tuple[str, float]], title: str) -> str:
     """Return one stacked bar: the share of each precision, with its percentage inside."""
     figure, axes = _figure(9.2, 0.95)
@@ -153,10 +174,7 @@ def _svg(figure: Any, label: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    # parse_math off: a region's name with two dollar signs is a name, not a formula.
-    settings = {"svg.hashsalt": f"qcompiler {label}", "svg.fonttype": "none"}
-    settings["font.family"] = "sans-serif"
-    with matplotlib.rc_context({**settings, "text.parse_math": False}):
+    with matplotlib.rc_context({"svg.hashsalt": f"qcompiler {label}", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

@@ -1,0 +1,168 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""`qcompile inspect`: what an artifact or an ONNX model holds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qcompiler.cli import options, shell
+from qcompiler.errors import QCompilerError, UsageError
+
+
+def inspect(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An artifact (.qcm) or a model (.onnx).")
+    ],
+    json_output: options.JsonOption = False,
+) -> int:
+    """Print what an artifact or an ONNX model holds; nothing of it is run."""
+    shell.input_file(file, "file")
+    with file.open("rb") as stream:
+        is_archive = stream.read(2) == b"PK"
+    if is_archive or file.suffix == ".qcm":
+        _artifact(file, json_output)
+    elif file.suffix == ".onnx":
+        _model(file, json_output)
+    else:
+        raise UsageError(f"{file} is neither an artifact (.qcm) nor a model (.onnx)")
+    return shell.DONE
+
+
+def _artifact(file: Path, json_output: bool) -> None:
+    from qcompiler import report as pages
+    from qcompiler.artifact import inspect_artifact
+
+    found = inspect_artifact(file)
+    shell.emit(found)
+    if json_output:
+        return
+    manifest = found["manifest"]
+    console = shell.out_console()
+    target = manifest["target"]
+    _facts(
+        console,
+        {
+            "artifact": f"{file}, {found['size_bytes']} bytes, format {manifest['format_version']}",
+            "made by": f"qcompiler {manifest['producer']['version']}",
+            "target": f"{target['name']} ({target['architecture']})",
+            "parameters": f"{found['parameters_bytes']} bytes in {len(manifest['params'])} arrays",
+            "digest": found["digest"],
+            **{f"source {name}": digest for name, digest in manifest["sources"].items()},
+        },
+    )
+    missing = found["missing_cpu_features"]
+    if missing:
+        console.print(f"This machine cannot run it: its CPU lacks {', '.join(missing)}.")
+    _tensors(console, "inputs", manifest["inputs"])
+    _tensors(console, "outputs", manifest["outputs"])
+    entries = plan_entries(found["plan"])
+    if entries:
+        table = Table(title="precision of each node", title_justify="left")
+        for heading in ("node", "precision", "reason"):
+            table.add_column(heading, overflow="fold")
+        for node, entry in entries.items():
+            table.add_row(node, *pages.precision_of(entry))
+        console.print(table)
+
+
+def plan_entries(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return node -> {precision, reason} of a plan member, wherever in it the nodes lie."""
+    nodes = plan.get("nodes", plan.get("precision", plan))
+    return nodes if isinstance(nodes, Mapping) else {}
+
+
+def _model(file: Path, json_output: bool) -> None:
+    found = describe_model(file)
+    shell.emit(found)
+    if json_output:
+        return
+    console = shell.out_console()
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {v}" for domain, v in found["opsets"].items())
+    facts = {"model": f"{file}, {found['size_bytes']} bytes", "opset": opsets}
+    if found["problem"] is None:
+        facts["stage"] = found["stage"]
+        facts["parameters"] = f"{found['parameters']} elements"
+    facts["digest"] = found["digest"]
+    _facts(console, facts)
+    _tensors(console, "inputs", found["inputs"])
+    _tensors(console, "outputs", found["outputs"])
+    table = Table(title="operators", title_justify="left")
+    for heading in ("operator", "nodes", "compiled"):
+        table.add_column(heading)
+    for row in found["operators"]:
+        table.add_row(row["name"], str(row["nodes"]), row["compiled"])
+    console.print(table)
+    if found["problem"] is not None:
+        console.print(f"It cannot be compiled as it is: {found['problem']}", markup=False)
+
+
+def describe_model(file: Path) -> dict[str, Any]:
+    """Return what an ONNX model holds, as `inspect --json` prints it.
+
+    A model that can be read but not imported is described as far as possible, with the problem.
+
+    Raises:
+        ModelError: Not a readable ONNX model.
+    """
+    from qcompiler.onnx_import import load_onnx, read_model
+    from qcompiler.onnx_import_context import CONVERTERS
+
+    source = read_model(file)
+    counts = Counter((node.domain, node.op_type) for node in source.proto.graph.node)
+    found: dict[str, Any] = {
+        "path": str(file),
+        "size_bytes": file.stat().st_size,
+        "digest": source.digest,
+        "opsets": source.opsets,
+        "operators": [
+            {
+                "name": f"{domain}.{name}" if domain not in ("", "ai.onnx") else name,
+                "nodes": count,
+                "compiled": "yes"
+                if ("" if domain == "ai.onnx" else domain, name) in CONVERTERS
+                else "float, through TVM's importer",
+            }
+            for (domain, name), count in counts.most_common()
+        ],
+        "inputs": [],
+        "outputs": [],
+        "problem": None,
+    }
+    try:
+        graph = load_onnx(source)
+    except QCompilerError as error:
+        found["problem"] = str(error)
+        return found
+    found["stage"] = graph.stage.value
+    found["parameters"] = sum(math.prod(value.shape) for value in graph.constants())
+    for key, pairs in (("inputs", [(v.name, v) for v in graph.inputs]), ("outputs", graph.outputs)):
+        found[key] = [
+            {"name": name, "dtype": value.dtype.value, "shape": list(value.shape)}
+            for name, value in pairs
+        ]
+    return found
+
+
+def _facts(console: Console, facts: Mapping[str, Any]) -> None:
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        console.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
+
+
+def _tensors(console: Console, title: str, tensors: Sequence[Mapping[str, Any]]) -> None:
+    for tensor in tensors:
+        shape = ", ".join(map(str, tensor["shape"]))
+        console.print(
+            f"{title[:-1]:<7} {tensor['name']}: {tensor['dtype']}[{shape}]",
+            markup=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,193 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""`qcompile targets` and `qcompile doctor`: what can be compiled for, and what this machine has."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.markup import escape
+from rich.table import Table
+
+from qcompiler.cli import options, shell
+from qcompiler.errors import QCompilerError
+
+State = Literal["ok", "missing", "broken"]
+
+
+def targets(json_output: options.JsonOption = False) -> int:
+    """List the targets, and whether code for them runs on this machine."""
+    from qcompiler.cpu import missing_features
+    from qcompiler.registry import get_target, target_names
+
+    rows: list[dict[str, Any]] = []
+    for name in target_names():
+        spec = get_target(name).spec
+        missing = missing_features(spec.cpu_features)
+        rows.append(
+            {
+                "name": name,
+                "description": spec.description,
+                "precisions": [p.value for p in spec.precisions],
+                "runs_here": not missing,
+                "missing_cpu_features": list(missing),
+            }
+        )
+    host = get_target("host").spec.name
+    shell.emit({"host": host, "targets": rows})
+    if json_output:
+        return shell.DONE
+    table = Table()
+    for heading in ("target", "description", "precisions", "runs here"):
+        table.add_column(heading)
+    for row in rows:
+        lacking = ", ".join(row["missing_cpu_features"])
+        here = "yes" if row["runs_here"] else f"no, the CPU lacks {lacking}"
+        name = f"{row['name']} (host)" if row["name"] == host else row["name"]
+        table.add_row(name, row["description"], ", ".join(row["precisions"]), here)
+    shell.out_console().print(table)
+    return shell.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's list.
+
+    Attributes:
+        name: What was looked at.
+        state: "ok"; "missing" for something optional; "broken" for what the main job needs.
+        detail: What was found.
+        fix: What to do about it, where something is to be done.
+    """
+
+    name: str
+    state: State
+    detail: str
+    fix: str = ""
+
+
+def doctor(json_output: options.JsonOption = False) -> int:
+    """Check that this machine has what qcompiler needs; exit status 1 if something is broken."""
+    findings = [
+        *_packages(),
+        _tvm_works(),
+        *_cpu(),
+        _linker(),
+        *_optional(),
+    ]
+    broken = [f for f in findings if f.state == "broken"]
+    shell.emit({"ok": not broken, "findings": [asdict(f) for f in findings]})
+    if not json_output:
+        table = Table()
+        table.add_column("")
+        table.add_column("what")
+        table.add_column("found", overflow="fold")
+        marks = {"ok": "[green]ok[/]", "missing": "[yellow]–[/]", "broken": "[red]broken[/]"}
+        for finding in findings:
+            detail = f"{finding.detail}. {finding.fix}" if finding.fix else finding.detail
+            table.add_row(marks[finding.state], finding.name, escape(detail))
+        shell.out_console().print(table)
+        verdict = "Something is broken; see above." if broken else "Everything needed is here."
+        shell.out_console().print(verdict)
+    return shell.NOT_MET if broken else shell.DONE
+
+
+def required_pins() -> dict[str, str]:
+    """Return the exact versions that this distribution requires, by package."""
+    import importlib.metadata
+
+    pins = {}
+    for requirement in importlib.metadata.requires("qcompiler") or ():
+        match = re.match(r"([A-Za-z0-9._-]+)==([^\s;,]+)$", requirement.split(";")[0].strip())
+        if match:
+            pins[match.group(1)] = match.group(2)
+    return pins
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    pins = required_pins()
+    for package, version in shell.versions().items():
+        wanted = pins.get(package)
+        if version == "not installed":
+            fix = f"pip install {package}" + (f"=={wanted}" if wanted else "")
+            findings.append(Finding(package, "broken", version, fix))
+        elif wanted is not None and version != wanted:
+            fix = f"pip install {package}=={wanted}"
+            findings.append(Finding(package, "broken", f"{version}, expected {wanted}", fix))
+        else:
+            detail = f"{version} (pinned)" if wanted else version
+            findings.append(Finding(package, "ok", detail))
+    return findings
+
+
+def _tvm_works() -> Finding:
+    from qcompiler import vm
+
+    try:
+        vm._runtime()
+    except QCompilerError as error:
+        return Finding("TVM runtime", "broken", error.message, error.hint or "")
+    return Finding("TVM runtime", "ok", "loads")
+
+
+def _cpu() -> list[Finding]:
+    from qcompiler.cpu import host_cpu, missing_features, physical_cores
+    from qcompiler.targets.isa import ISA_TABLE
+
+    cpu = host_cpu()
+    cores = f"{physical_cores()} cores for this process"
+    findings = [Finding("CPU", "ok", f"{cpu.name}, {cpu.architecture}, {cores}")]
+    for name, isa in ISA_TABLE.items():
+        missing = missing_features(isa.cpu_features)
+        state: State = "missing" if missing else "ok"
+        detail = f"lacks {', '.join(missing)}; can be compiled for" if missing else "runs here"
+        findings.append(Finding(f"target {name}", state, detail))
+    return findings
+
+
+def _linker() -> Finding:
+    from qcompiler.linker import find_linker
+
+    try:
+        command = find_linker()
+    except QCompilerError as error:
+        return Finding("C compiler", "broken", error.message, error.hint or "")
+    return Finding(
+        "C compiler", "ok", f"{' '.join(command)}: {_first_line([*command, '--version'])}"
+    )
+
+
+def _optional() -> list[Finding]:
+    findings = []
+    openvino = shell.package_version("openvino")
+    findings.append(
+        Finding("openvino", "ok", openvino)
+        if openvino
+        else Finding("openvino", "missing", "not installed; a peer of `bench`")
+    )
+    for command, what in (
+        ("aarch64-linux-gnu-gcc", "links for ARM"),
+        ("nvcc", "compiles CUDA kernels"),
+    ):
+        path = shutil.which(command)
+        if path is None:
+            findings.append(Finding(command, "missing", f"not found; {what}"))
+        else:
+            findings.append(Finding(command, "ok", f"{path}: {_first_line([path, '--version'])}"))
+    return findings
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=False, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"does not run: {error}"
+    lines = (done.stdout or done.stderr).strip().splitlines()
+    return lines[0] if lines else f"exit status {done.returncode}"

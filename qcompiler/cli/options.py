@@ -1,0 +1,151 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, and the text forms of shapes and constants."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qcompiler.errors import UsageError
+
+ArtifactArgument = Annotated[
+    Path, typer.Argument(metavar="ART.qcm", help="Artifact that `qcompile compile` wrote.")
+]
+ModelArgument = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.")]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="C",
+        help="Representative inputs: .npz with one array per model input, or a folder of them.",
+    ),
+]
+EvaluateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--evaluate",
+        metavar="E",
+        help="Samples to measure accuracy on: .npz or a folder, with label or score if needed.",
+    ),
+]
+MetricOption = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="M",
+        help="top1, top5, mse, cosine, sqnr (these three against the float model) or "
+        "module:function.",
+    ),
+]
+MaxDropOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="X",
+        help="Largest drop of the metric; percentage points for top1 and top5.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output.")
+]
+ProgressOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        help="Show progress on standard error. Default: only on a terminal.",
+        show_default=False,
+    ),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="P", help="w8a8, fp32, or the path of a saved plan (.json)."
+    ),
+]
+InputShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape", metavar="NAME:1x3x224x224", help="Shape of a dynamic input; repeatable."
+    ),
+]
+FreezeOption = Annotated[
+    list[str] | None,
+    typer.Option("--freeze", metavar="NAME=VALUE", help="Bind an input to a constant; repeatable."),
+]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
+
+_SHAPE = re.compile(r"\d+(x\d+)*")
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+    """Return the shapes that NAME:1x3x224x224 options give, or None without any.
+
+    Raises:
+        UsageError: Malformed text, an extent of 0, or a name given twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, separator, shape = text.rpartition(":")
+        if not separator or not name or not _SHAPE.fullmatch(shape):
+            raise UsageError(f"--input-shape {text!r}: expected NAME:1x3x224x224")
+        extents = tuple(int(d) for d in shape.split("x"))
+        if 0 in extents:
+            raise UsageError(f"--input-shape {text!r}: every extent must be at least 1")
+        if name in shapes:
+            raise UsageError(f"--input-shape: {name!r} is given twice")
+        shapes[name] = extents
+    return shapes or None
+
+
+def parse_constants(texts: Sequence[str]) -> dict[str, Any] | None:
+    """Return the arrays that NAME=VALUE options give, or None without any.
+
+    A value is a number, true or false, a list as in JSON, or the path of an .npy file.
+
+    Raises:
+        UsageError: Malformed text, an unreadable file, or a name given twice.
+    """
+    import numpy as np
+
+    constants: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name or not value:
+            raise UsageError(f"--freeze {text!r}: expected NAME=VALUE")
+        if name in constants:
+            raise UsageError(f"--freeze: {name!r} is given twice")
+        try:
+            if value.endswith(".npy"):
+                constants[name] = np.load(value, allow_pickle=False)
+                continue
+            parsed = np.asarray(json.loads(value))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--freeze {text!r}: expected a number, true, false, a list as in JSON, or an "
+                f".npy file: {error}"
+            ) from error
+        if parsed.dtype.kind not in "bif":
+            raise UsageError(f"--freeze {text!r}: expected numbers, got {parsed.dtype}")
+        constants[name] = parsed
+    return constants or None
+
+
+def require_metric(evaluate: Path | None, metric: str | None, max_drop: float | None) -> None:
+    """Check that the accuracy options come together.
+
+    Raises:
+        UsageError: Samples without a metric, a metric or a budget without samples.
+    """
+    if evaluate is not None and metric is None:
+        raise UsageError("--evaluate needs --metric", hint="for labelled classes: --metric top1")
+    if evaluate is None and (metric is not None or max_drop is not None):
+        given = "--metric" if metric is not None else "--max-drop"
+        raise UsageError(f"{given} needs --evaluate with the samples to measure on")
+    if max_drop is not None and not 0 <= max_drop < float("inf"):
+        raise UsageError(f"--max-drop {max_drop}: expected a number that is not negative")

@@ -1,0 +1,283 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Time several runtimes beside each other, each in a process of its own.
+
+Two runtimes in one process share caches of memory, thread pools and settings of the floating-point
+unit; measured one after the other, they meet different moments of the machine. So every runner has
+its own process, pinned to the same CPUs, and in every round each of them runs for a slice of time,
+in turn. A runner that is not installed, fails or crashes is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from qcompiler.benchmark import Timing
+from qcompiler.cpu import allowed_cpus
+from qcompiler.errors import QCompilerError, UsageError
+
+SLICE_SECONDS = 0.05
+"""How long one runner runs in one round, where one run is shorter."""
+PREPARE_SECONDS = 900.0
+"""How long a runner may take to load, compile or quantize its model."""
+
+_BOOT = (
+    "import json, sys; first = json.loads(sys.stdin.readline()); sys.path[:] = first['path']; "
+    "from qcompiler.side_by_side import work; work(first)"
+)
+"""The worker gets this process's module search path: `-m` would put the working directory first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Something to time.
+
+    Attributes:
+        name: Name in the result.
+        factory: "module:function"; called in the worker with `options`, it returns (a function
+            without arguments that runs the model once, a note about how it does so). It raises
+            `QCompilerError` where that is not possible here.
+        options: Keyword arguments of the factory, as JSON.
+    """
+
+    name: str
+    factory: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a runner: either a timing or the reason why there is none."""
+
+    timing: Timing | None
+    note: str = ""
+    problem: str = ""
+
+
+def pick_cpus(threads: int) -> tuple[int, ...]:
+    """Return the CPUs to pin to: one per physical core first, then their second hyper-threads.
+
+    Raises:
+        UsageError: Fewer CPUs are allowed than threads wanted.
+    """
+    allowed = allowed_cpus()
+    if not 1 <= threads <= len(allowed):
+        raise UsageError(f"{threads} threads wanted, this process may use 1 to {len(allowed)}")
+    firsts: list[int] = []
+    seconds: list[int] = []
+    seen: set[str] = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        core = siblings.read_text() if siblings.exists() else str(cpu)
+        (seconds if core in seen else firsts).append(cpu)
+        seen.add(core)
+    return tuple(sorted((firsts + seconds)[:threads]))
+
+
+def measure(
+    runners: Sequence[Runner],
+    *,
+    threads: int = 1,
+    runs: int = 50,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Outcome]:
+    """Time the runners in interleaved rounds.
+
+    Args:
+        runners: What to time.
+        threads: Threads of every runner, and CPUs that all of them are pinned to.
+        runs: Least number of measured runs of each.
+        progress: Called with (what is going on, done, total).
+
+    Raises:
+        UsageError: `threads` or `runs` out of range.
+    """
+    if runs < 1:
+        raise UsageError(f"runs must be at least 1, got {runs}")
+    cpus = pick_cpus(threads)
+    say = progress or (lambda stage, done, total: None)
+    outcomes: dict[str, Outcome] = {}
+    workers: dict[str, _Worker] = {}
+    with contextlib.ExitStack() as stack:
+        for index, runner in enumerate(runners):
+            say(f"prepare {runner.name}", index, len(runners))
+            worker = stack.enter_context(_worker(runner, cpus))
+            reply = worker.receive(PREPARE_SECONDS)
+            if "problem" in reply:
+                outcomes[runner.name] = Outcome(None, problem=reply["problem"])
+            else:
+                workers[runner.name] = worker
+                worker.note = reply["note"]
+                worker.slice = max(1, min(50, round(SLICE_SECONDS / max(reply["seconds"], 1e-6))))
+        rounds = max(
+            (-(-runs // worker.slice) for worker in workers.values()),
+            default=0,
+        )
+        rounds = max(rounds, min(10, runs))
+        for index in range(rounds):
+            say("measure", index, rounds)
+            for name, worker in list(workers.items()):
+                worker.send({"runs": worker.slice})
+                reply = worker.receive(PREPARE_SECONDS)
+                if "problem" in reply:
+                    outcomes[name] = Outcome(None, problem=reply["problem"])
+                    del workers[name]
+                else:
+                    worker.seconds += reply["seconds"]
+        say("measure", rounds, rounds)
+    for name, worker in workers.items():
+        outcomes[name] = Outcome(_timing(worker.seconds, threads), worker.note)
+    return {runner.name: outcomes[runner.name] for runner in runners}
+
+
+def _timing(seconds: Sequence[float], threads: int) -> Timing:
+    import numpy as np
+
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return Timing(
+        median_ms=float(median) * 1e3,
+        min_ms=min(seconds) * 1e3,
+        spread=float((high - low) / median) if median else 0.0,
+        runs=len(seconds),
+        threads=threads,
+    )
+
+
+# --- this side -----------------------------------------------------------------------------------
+
+
+class _Worker:
+    """A worker process, spoken to in lines of JSON."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+        if process.stdin is None or process.stdout is None:
+            raise QCompilerError("a worker needs pipes to its standard input and output")
+        self.process = process
+        self.questions = process.stdin
+        self.answers = process.stdout
+        self.slice = 1
+        self.seconds: list[float] = []
+        self.note = ""
+        self._log = log
+        self._buffer = b""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message; a worker that has died is noticed when its answer is read."""
+        with contextlib.suppress(BrokenPipeError):
+            self.questions.write(json.dumps(message).encode() + b"\n")
+            self.questions.flush()
+
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Return the answer, or {"problem": ...} where none comes."""
+        deadline = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            while b"\n" not in self._buffer:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return {"problem": f"no answer within {seconds:.0f} s"}
+                block = os.read(self.answers.fileno(), 1 << 16)
+                if not block:
+                    return {"problem": self._ending()}
+                self._buffer += block
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _ending(self) -> str:
+        """Say how the worker ended, with the last line that it wrote."""
+        status = self.process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        last = f": {lines[-1][:300]}" if lines else ""
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"its process {how}{last}"
+
+
+@contextlib.contextmanager
+def _worker(runner: Runner, cpus: tuple[int, ...]) -> Iterator[_Worker]:
+    threads = str(len(cpus))
+    names = ("TVM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, **dict.fromkeys(names, threads)}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _BOOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends them
+        )
+        worker = _Worker(process, log)
+        try:
+            worker.send(
+                {
+                    "path": [p or os.getcwd() for p in sys.path],
+                    "cpus": cpus,
+                    "factory": runner.factory,
+                    "options": dict(runner.options),
+                }
+            )
+            yield worker
+        finally:
+            process.kill()
+            process.wait()
+            worker.answers.close()
+            with contextlib.suppress(BrokenPipeError):
+                worker.questions.close()
+
+
+# --- in the worker -------------------------------------------------------------------------------
+
+
+def work(first: Mapping[str, Any]) -> None:
+    """Be a worker: make the runner that the first message names, then time it when asked."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not look like an answer
+
+    def answer(message: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, first["cpus"])
+    try:
+        run, note = _make(first["factory"], first["options"])
+        for _ in range(3):
+            run()
+        start = time.perf_counter()
+        run()
+        answer({"note": note, "seconds": time.perf_counter() - start})
+        for line in sys.stdin:
+            run()  # the caches are cold: another process has just run here
+            seconds = []
+            for _ in range(json.loads(line)["runs"]):
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
+            answer({"seconds": seconds})
+    except QCompilerError as error:
+        answer({"problem": str(error)})
+    except Exception as error:  # of another runtime, which must not end the comparison
+        text = str(error).strip().splitlines()
+        answer({"problem": f"{type(error).__name__}: {text[0][:300] if text else ''}"})
+
+
+def _make(factory: str, options: Mapping[str, Any]) -> tuple[Callable[[], object], str]:
+    import importlib
+
+    module, _, function = factory.partition(":")
+    made: tuple[Callable[[], object], str] = getattr(importlib.import_module(module), function)(
+        **options
+    )
+    return made
