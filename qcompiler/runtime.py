@@ -32,18 +32,19 @@ from qcompiler.manifest import TargetInfo, TensorSpec, dumps, loads
 from qcompiler.types import Array
 from qcompiler.vm import VmExecutor
 
-# Where each kind of executor but "vm" is made: a function of an artifact's further members and its
-# parameters. The table is closed: a file cannot name code of its own.
+# Where each kind of executor but "vm" is made: a function of the artifact. The table is closed: a
+# file cannot name code of its own.
 _EXECUTOR_FACTORIES = {"interpreter": ("qcompiler.targets.reference", "load_executor")}
 
 
 class Executor(Protocol):
     """What runs the compiled function once."""
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, inputs: Sequence[Array], *, threads: int = 1) -> list[Array]:
         """Return the outputs for arrays of exactly the compiled shapes and dtypes.
 
-        Called from several threads at once. The results may share memory with the inputs.
+        Called from several threads at once. The number of threads never changes the results, which
+        may share memory with the inputs.
         """
         ...
 
@@ -244,10 +245,7 @@ class CompiledModel:
     def _execute(self, threads: int | None) -> Callable[[Sequence[Array]], list[Array]]:
         """Return what runs one batch with so many threads."""
         count = self._threads if threads is None else _checked_threads(threads)
-        executor = self._ready()
-        if isinstance(executor, VmExecutor):
-            return functools.partial(executor.run, threads=count)
-        return executor.run
+        return functools.partial(self._ready().run, threads=count)
 
     def _feeds(self, inputs: Mapping[str, Array] | Array) -> list[_Feed]:
         """Check the inputs and return them in the compiled order."""
@@ -397,7 +395,7 @@ def _make_executor(artifact: Artifact) -> Executor:
         return VmExecutor(artifact.library, artifact.params.arrays)
     module, function = _EXECUTOR_FACTORIES[artifact.executor]
     make = getattr(importlib.import_module(module), function)
-    return cast(Executor, make(artifact.extras, artifact.params.arrays))
+    return cast(Executor, make(artifact))
 
 
 def load(path: PathLike, *, threads: int | None = None) -> CompiledModel:

@@ -271,17 +271,17 @@ class VmExecutor:
         machine["vm_initialization"](_CPU, 0, _POOLED)
         return machine["main"]
 
-    def run(self, inputs: Sequence[Array], *, threads: int | None = None) -> list[Array]:
+    def run(self, inputs: Sequence[Array], *, threads: int = 1) -> list[Array]:
         """Run once; the arrays are taken as they are where they lie well, else copied.
 
         Args:
             inputs: First arguments of `main`.
-            threads: Threads for this call; None: `default_threads()`.
+            threads: Threads for this call.
 
         Raises:
             CodegenError: The compiled code reported an error.
         """
-        use_threads(default_threads() if threads is None else threads)
+        use_threads(threads)
         try:
             main = self._idle.pop()  # list.pop and append are atomic
         except IndexError:

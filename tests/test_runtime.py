@@ -159,8 +159,8 @@ class _FirstOnly:
     def __init__(self, executor):
         self.executor = executor
 
-    def run(self, inputs):
-        return self.executor.run(inputs)[:1]
+    def run(self, inputs, *, threads=1):
+        return self.executor.run(inputs, threads=threads)[:1]
 
 
 def _only_y(artifact):
@@ -444,13 +444,13 @@ def test_model_for_another_machine_can_be_saved_not_run(artifact, tmp_path):
 
 def test_interpreted_models_find_their_executor(monkeypatch, tmp_path):
     class Double:
-        def run(self, inputs):
+        def run(self, inputs, *, threads=1):
             return [inputs[0] * 2]
 
     seen = {}
 
-    def load_executor(members, parameters):
-        seen.update(members=dict(members), parameters=len(parameters))
+    def load_executor(artifact):
+        seen.update(members=dict(artifact.extras), parameters=len(artifact.params.arrays))
         return Double()
 
     module = types.ModuleType("fake_reference")
