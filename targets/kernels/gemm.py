@@ -40,6 +40,7 @@ from qcompiler.targets.kernels.tir import (
     intrinsic,
     load,
     local,
+    own_function,
     parallel,
     reinterpret,
     scratch,
@@ -104,7 +105,7 @@ def _build(
             multiplier=flats.get("multiplier"),
             scalars=flats["scalars"],
         )
-        kernel = _Kernel(isa, geometry, plan, params, packed.facts, flat(a), flats, writer)
+        kernel = _Kernel(isa, geometry, plan, params, packed.facts, flat(a), flats, writer, name)
         kernel.emit()
     return builder.finish()
 
@@ -121,6 +122,7 @@ class _Kernel:
     a: Buffer
     constants: dict[str, Buffer]
     writer: EpilogueWriter
+    name: str
 
     def emit(self) -> None:
         """The loop over tasks."""
@@ -222,12 +224,26 @@ class _Kernel:
     ) -> None:
         """One register tile: rows x cols pixels, nv vectors."""
         g, plan = self.geometry, self.plan
-        lanes, nv = plan.lanes, plan.nv
-        channels = g.groups * g.n
         if g.groups > 1:
             group = tile // plan.group_tiles
             a_base = a_base + group * g.cg
         a_base = bind(a_base)
+        with own_function(f"{self.name}_tile"):
+            self._tile_body(source, pitch, a_base, pixel, rows, cols, tile)
+
+    def _tile_body(
+        self,
+        source: Buffer,
+        pitch: int,
+        a_base: Expr,
+        pixel: Expr,
+        rows: int,
+        cols: int,
+        tile: Expr,
+    ) -> None:
+        g, plan = self.geometry, self.plan
+        lanes, nv = plan.lanes, plan.nv
+        channels = g.groups * g.n
         a_steps = [r * g.sh * pitch + c * g.sw * g.c for r in range(rows) for c in range(cols)]
         o_steps = [(r * g.ow + c) * channels for r in range(rows) for c in range(cols)]
 
@@ -283,11 +299,10 @@ class _Kernel:
         step = _Step(self.isa, kind, source, weight, a_steps, acc)
         group_bytes = step.weight_elements
         tile_base = bind(tile * (g.k_groups * group_bytes))
-        with serial(g.k_rows) as i, serial(g.k_cols) as j:
-            run_base = bind(a_base + i * (g.dh * pitch) + j * (g.dw * g.c))
-            run_weight = bind(tile_base + (i * g.k_cols + j) * (g.run_groups * group_bytes))
-            with serial(g.run_groups) as k:
-                step.emit(run_base + k * g.k_group, run_weight + k * group_bytes)
+        offsets = self.constants.get("offsets")
+        with serial(g.k_groups) as k:
+            offset = k * g.k_group if offsets is None else load(offsets, k, 1)
+            step.emit(bind(a_base + offset), tile_base + k * group_bytes)
 
     def _mixed_loops(
         self, source: Buffer, a_base: Expr, a_steps: list[int], tile: Expr, acc: _Accumulators

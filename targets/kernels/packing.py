@@ -168,6 +168,8 @@ def _pack(
 
     arrays: dict[str, Array] = {}
     dot = _pack_weights(geometry, isa, tiles, largest, arrays)
+    if dot != "mixed" and geometry.k_rows * geometry.k_cols > 1:
+        arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
     if epilogue.out_dtype != "int32":
         arrays["multiplier"] = _per_column(multiplier, geometry, columns)
@@ -222,13 +224,15 @@ def _pack_float(
     scalars[2] = -np.inf if values.act_min is None else values.act_min
     scalars[3] = np.inf if values.act_max is None else values.act_max
     clip = values.act_min is not None or values.act_max is not None
-    arrays = (
-        np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)),
-        _per_column(bias, geometry, columns),
-        scalars,
-    )
+    arrays = {
+        "weight": np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)),
+        "bias": _per_column(bias, geometry, columns),
+        "scalars": scalars,
+    }
+    if geometry.k_rows * geometry.k_cols > 1:
+        arrays["offsets"] = _offsets(geometry).astype(np.int32)
     facts = Facts("float", saturating=False, zero_point=False, clip=clip)
-    return Packed(arrays, ("weight", "bias", "scalars"), facts)
+    return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
 
 def _pack_weights(

@@ -57,14 +57,20 @@ def _lanes(geometry: Geometry, isa: Isa) -> int:
 
 
 def _register_tiles(geometry: Geometry, isa: Isa) -> list[tuple[int, int, int]]:
-    """(lanes, mt, nv) that fit the register file."""
+    """(lanes, mt, nv) whose accumulators, operands and temporaries fit the register file."""
     lanes = _lanes(geometry, isa)
-    spare = 4 if isa.vector_registers <= 16 else 3
-    most = isa.vector_registers - spare
     vectors = -(-geometry.n // lanes)
+    is_float = geometry.a_dtype == "float32"
+    fused = isa.fma if is_float else isa.dot == "vpdpbusd"
+    pixels = geometry.oh * geometry.ow
     found = []
     for nv in range(1, min(8, vectors) + 1):
-        found.extend((lanes, mt, nv) for mt in range(1, min(most // nv, 14) + 1))
+        # Weights stay in registers, one holds the activation and, without a fused instruction, one
+        # the product.  Kernels of two 8-bit instructions read weights as memory operands; three
+        # registers hold activations, products and constants.
+        others = nv + 1 if fused else nv + 2 if is_float else 3
+        most = (isa.vector_registers - others) // nv
+        found.extend((lanes, mt, nv) for mt in range(1, min(most, 14, pixels) + 1))
     return found
 
 

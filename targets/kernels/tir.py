@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "load_int32",
     "local",
+    "own_function",
     "parallel",
     "reinterpret",
     "requantized",
@@ -150,6 +151,16 @@ def parallel(extent: Expr) -> Any:
 def when(condition: Expr) -> Iterator[None]:
     """Run the body only where `condition` holds."""
     with T.If(condition), T.Then():
+        yield
+
+
+@contextmanager
+def own_function(name: str) -> Iterator[None]:
+    """Put the body into an LLVM function of its own.
+
+    Its registers are then allocated apart from the loops around it.
+    """
+    with T.attr(0, "compute_scope", name):
         yield
 
 
