@@ -8,12 +8,14 @@ It defines what the others must return, and is the template for a new backend.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from qcompiler.artifact import Artifact
+from qcompiler.errors import ArtifactError
 from qcompiler.graph_json import graph_from_json, graph_to_json
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Node
+from qcompiler.manifest import loads
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
 from qcompiler.types import Array, Precision
@@ -80,18 +82,22 @@ class GraphExecutor:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
 
-    def run(self, inputs: Sequence[Array]) -> list[Array]:
-        """Return the graph's results in order."""
+    def run(self, inputs: Sequence[Array], *, threads: int = 1) -> list[Array]:
+        """Return the graph's results in order; numpy decides about threads."""
+        del threads
         named = {v.name: a for v, a in zip(self.graph.inputs, inputs, strict=True)}
         results = run(self.graph, named)
         return [results[name] for name, _ in self.graph.outputs]
 
 
-def load_executor(members: Mapping[str, bytes], parameters: Sequence[Any]) -> GraphExecutor:
+def load_executor(artifact: Artifact) -> GraphExecutor:
     """Return the executor of a stored artifact.
 
     Raises:
-        ArtifactError: The stored graph is not valid.
+        ArtifactError: The stored graph is missing or not valid.
     """
-    doc = json.loads(members["graph.json"].decode())
-    return GraphExecutor(graph_from_json(doc, parameters))
+    stored = artifact.extras.get("graph.json")
+    if stored is None:
+        raise ArtifactError("the artifact holds no graph for the interpreter")
+    doc = loads(bytes(stored), "graph.json")
+    return GraphExecutor(graph_from_json(doc, artifact.params.arrays))

@@ -1,0 +1,290 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The main job, end to end: `compile` takes a model, data, a target and a budget.
+
+ONNX -> Graph[FLOAT] -> canonicalize -> calibrate -> insert_qdq -> fuse -> Graph[INTEGER]
+     -> the target's passes -> kernels -> library + parameters -> CompiledModel
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from qcompiler.artifact import Artifact, ParamBlock
+from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
+from qcompiler.errors import DataError, InfeasibleBudgetError, UnsupportedByTargetError, UsageError
+from qcompiler.ir import Graph
+from qcompiler.manifest import TargetInfo, TensorSpec
+from qcompiler.ops import Stage
+from qcompiler.passmanager import (
+    Instrument,
+    PassContext,
+    PassManager,
+    ProgressFn,
+    TimeInstrument,
+    no_progress,
+)
+from qcompiler.plan import PrecisionPlan, uniform
+from qcompiler.printer import digest
+from qcompiler.registry import get_target
+from qcompiler.runtime import CompiledModel
+from qcompiler.targets.base import Backend, Built, TargetSpec, TuningBudget
+from qcompiler.types import Precision
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from qcompiler.onnx_import import ModelSource
+
+
+@dataclass
+class Quantized:
+    """A model after the passes that do not depend on the target's code.
+
+    Attributes:
+        float_graph: The canonical FLOAT graph, or None for a model imported as QDQ.
+        graph: Graph[INTEGER].
+        plan: Precision and reason per node.
+        sources: Digests of model, calibration data and plan.
+        samples: Number of calibration samples.
+    """
+
+    float_graph: Graph | None
+    graph: Graph
+    plan: PrecisionPlan
+    sources: dict[str, str] = field(default_factory=dict)
+    samples: int = 0
+    log: list[str] = field(default_factory=list)
+
+
+def compile(
+    model: ModelSource,
+    *,
+    target: str | TargetSpec = "host",
+    calibration: SampleSource | None = None,
+    precision: str | PrecisionPlan | os.PathLike[str] = "w8a8",
+    evaluate: Evaluation | Callable[[CompiledModel], float] | None = None,
+    budget: Budget | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    freeze: Mapping[str, npt.ArrayLike] | None = None,
+    tuning: object | None = None,
+    seed: int = 0,
+    progress: ProgressFn | None = None,
+) -> CompiledModel:
+    """Compile a trained ONNX model for a target.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        target: Target name ("host" picks the best row for this CPU) or a TargetSpec.
+        calibration: Representative samples (see `qcompiler.data.load_samples`); needed for integer
+            precisions unless the model is already quantized.
+        precision: "w8a8", "fp32", a PrecisionPlan, or the path of a saved plan.
+        evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
+            is better); measures what compilation costs.
+        budget: Limits that the result must keep.
+        input_shapes: Shapes of inputs with symbolic dimensions, by name.
+        freeze: Inputs bound to constants, by name.
+        tuning: Tuning records and limits; None uses the analytic defaults.
+        seed: Seed of everything random.
+        progress: Called with (what is going on, units done, units in total).
+
+    Returns:
+        A model that runs, with `report` holding the measured figures.
+
+    Raises:
+        ModelError: The model cannot be read, or holds operators that cannot be compiled.
+        DataError: The samples do not fit the model.
+        UnknownTargetError: No such target.
+        UnsupportedByTargetError: The target lacks what was asked for.
+        InfeasibleBudgetError: The budget is not kept; its `best` is the compiled model.
+    """
+    if tuning is not None:
+        raise UsageError("this version compiles with its analytic kernel parameters only",
+                         hint="leave tuning out")  # fmt: skip
+    started = time.perf_counter()
+    report_progress = progress or no_progress
+    backend = get_target(target if isinstance(target, str) else target.name)
+    clock = TimeInstrument()
+    result = quantize_model(
+        model,
+        spec=backend.spec,
+        calibration=calibration,
+        precision=precision,
+        input_shapes=input_shapes,
+        freeze=freeze,
+        seed=seed,
+        progress=report_progress,
+        instruments=(clock,),
+    )
+    built = build_graph(result.graph, backend, report_progress)
+    compiled = assemble(built, backend.spec, result)
+    from qcompiler.measure import measured_report
+
+    compiled.report = measured_report(
+        compiled,
+        built,
+        result,
+        model=model,
+        evaluate=evaluate,
+        frozen=bool(freeze),
+        seconds=time.perf_counter() - started,
+        pass_seconds=clock.seconds,
+        progress=report_progress,
+    )
+    _check_budget(compiled, budget)
+    return compiled
+
+
+def quantize_model(
+    model: ModelSource,
+    *,
+    spec: TargetSpec | None = None,
+    calibration: SampleSource | None = None,
+    precision: str | PrecisionPlan | os.PathLike[str] = "w8a8",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    freeze: Mapping[str, npt.ArrayLike] | None = None,
+    seed: int = 0,
+    progress: ProgressFn = no_progress,
+    instruments: Sequence[Instrument] = (),
+    stage: Stage = Stage.INTEGER,
+) -> Quantized:
+    """Run every pass up to Graph[INTEGER], or up to Graph[QDQ] for export.
+
+    Args and errors: as `compile`; `spec` limits the precisions, `stage` says where to stop.
+    """
+    from qcompiler.onnx_import import load_onnx, model_digest
+    from qcompiler.passes.calibrate import CalibrationSet
+    from qcompiler.passes.canonicalize import canonicalize_passes
+    from qcompiler.passes.fuse import Fuse
+    from qcompiler.passes.insert_qdq import quantize_passes
+
+    progress("import", 0, 1)
+    graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze)
+    sources = {"model": model_digest(model)}
+    progress("import", 1, 1)
+    ctx = PassContext(seed=seed, progress=progress)
+    imported_qdq = graph.stage is Stage.QDQ
+    graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
+    if imported_qdq:
+        plan = uniform(graph, Precision.W8A8)
+        if stage is Stage.INTEGER:
+            graph = PassManager([Fuse()], instruments).run(graph, ctx)
+        return Quantized(None, graph, plan, sources, 0, ctx.log)
+    plan = _plan(precision, graph, spec)
+    sources["graph"] = digest(graph)
+    ctx.put(plan)
+    samples = 0
+    passes = [p for p in quantize_passes(plan) if stage is Stage.INTEGER or not isinstance(p, Fuse)]
+    if plan.has_integers:
+        if calibration is None:
+            raise DataError(
+                "integer precision needs calibration samples, got none",
+                hint="give calibration=... (--calibration), or precision='fp32'",
+            )
+        loaded = CalibrationSet.of(load_samples(calibration), graph)
+        ctx.put(loaded)
+        sources["calibration"] = loaded.digest
+        samples = len(loaded)
+    manager = PassManager(passes, instruments, given=tuple(ctx.artifacts))
+    integer = manager.run(graph, ctx)
+    plan = ctx.get(PrecisionPlan)
+    sources["plan"] = plan.digest()
+    return Quantized(graph, integer, plan, sources, samples, ctx.log)
+
+
+def _plan(
+    precision: str | PrecisionPlan | os.PathLike[str], graph: Graph, spec: TargetSpec | None
+) -> PrecisionPlan:
+    if isinstance(precision, PrecisionPlan):
+        return precision
+    if isinstance(precision, str) and not precision.endswith(".json"):
+        wanted = Precision.parse(precision)
+        if spec is not None and wanted not in spec.precisions:
+            known = ", ".join(p.value for p in spec.precisions)
+            raise UnsupportedByTargetError(
+                f"target {spec.name} has no kernels for precision {wanted.value}: it has {known}"
+            )
+        return uniform(graph, wanted)
+    return PrecisionPlan.load(pathlib.Path(precision))
+
+
+def build_graph(graph: Graph, backend: Backend, progress: ProgressFn = no_progress) -> Built:
+    """Run the target's passes on Graph[INTEGER], lower and build it."""
+    shaped = PassManager(backend.passes()).run(graph, PassContext(progress=progress))
+    return backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
+
+
+def assemble(built: Built, spec: TargetSpec, result: Quantized) -> CompiledModel:
+    """Return the model of what a backend built."""
+    graph = built.graph
+    names = _distinct(built.parameter_names)
+    artifact = Artifact(
+        target=TargetInfo(
+            name=spec.name,
+            architecture=(spec.triple or "any").split("-")[0],
+            cpu_features=spec.cpu_features,
+            isa=spec.isa or "",
+            triple=spec.triple or "",
+            mcpu=spec.mcpu or "",
+        ),
+        inputs={
+            v.name: TensorSpec(v.shape, v.dtype, v.batch_axis, v.qparams) for v in graph.inputs
+        },
+        outputs={
+            name: TensorSpec(v.shape, v.dtype, v.batch_axis, v.qparams) for name, v in graph.outputs
+        },
+        params=ParamBlock.from_arrays(dict(zip(names, built.parameters, strict=True))),
+        library=built.library,
+        plan=result.plan.to_json(),
+        executor=built.executor,
+        extras=dict(built.members),
+        sources=result.sources,
+    )
+    return CompiledModel(artifact)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        count = seen.get(name, 0)
+        seen[name] = count + 1
+        out.append(f"{name}#{count}" if count else name)
+    return out
+
+
+def _check_budget(compiled: CompiledModel, budget: Budget | None) -> None:
+    if budget is None or compiled.report is None:
+        return
+    report = compiled.report
+    checks = {
+        "max_drop": (report.get("metric") or {}).get("drop"),
+        "max_latency_ms": (report.get("latency_ms") or {}).get("compiled"),
+        "max_size_mb": (report.get("size_bytes") or {}).get("artifact", 0) / 1e6,
+    }
+    broken = []
+    least = {}
+    for name, found in checks.items():
+        limit = getattr(budget, name)
+        if limit is None:
+            continue
+        if found is None:
+            raise UsageError(
+                f"budget {name} cannot be checked: nothing measures it",
+                hint="give evaluate=... (--evaluate and --metric)" if name == "max_drop" else None,
+            )
+        if not found <= limit:
+            broken.append(f"{name} is {found:.4g}, allowed are {limit:g}")
+            least[name] = float(found)
+    if broken:
+        raise InfeasibleBudgetError(
+            f"the budget is not kept at this precision: {'; '.join(broken)}",
+            least=least,
+            best=compiled,
+            hint="relax the limit to the figure named, or choose another precision",
+        )

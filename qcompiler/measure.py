@@ -1,0 +1,203 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The measured part of a compilation: accuracy and latency against float, and the report."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qcompiler import benchmark, data
+from qcompiler.cpu import default_threads, host_cpu
+from qcompiler.errors import QCompilerError
+from qcompiler.ort import Session
+from qcompiler.passmanager import ProgressFn, no_progress
+from qcompiler.runtime import CompiledModel
+from qcompiler.types import Array
+
+if TYPE_CHECKING:
+    from qcompiler.driver import Quantized
+    from qcompiler.onnx_import import ModelSource
+    from qcompiler.targets.base import Built
+
+_RUNS = 15
+_WARMUP = 3
+
+
+class OrtExecutor:
+    """Runs the float model in ONNX Runtime on arrays in the order of its inputs and outputs."""
+
+    def __init__(self, session: Session, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self.session = session
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+
+    def run(self, inputs: Sequence[Array], *, threads: int = 1) -> list[Array]:
+        """Return the results in order; the session's own threads count."""
+        del threads
+        found = self.session.run(dict(zip(self.inputs, inputs, strict=True)), self.outputs)
+        return [found[name] for name in self.outputs]
+
+
+def float_model(
+    compiled: CompiledModel,
+    model: ModelSource,
+    *,
+    threads: int | None = None,
+    quantized: bool = False,
+) -> CompiledModel:
+    """Return the original model behind the interface of a compiled one, run by ONNX Runtime.
+
+    Args:
+        compiled: The compiled model, whose inputs, outputs and batching are taken over.
+        model: The original model.
+        threads: Threads of ONNX Runtime.
+        quantized: The model holds Q/DQ nodes: only basic optimisation gives right integers on
+            every CPU.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    source: Any = model
+    if not isinstance(model, (str, os.PathLike)):
+        source = model.SerializeToString()
+    session = Session(
+        source,
+        optimization="basic" if quantized else "all",
+        threads=threads or default_threads(),
+    )
+    executor = OrtExecutor(session, tuple(compiled.inputs), tuple(compiled.outputs))
+    return CompiledModel(compiled.artifact, executor=executor, threads=threads)
+
+
+def measured_report(
+    compiled: CompiledModel,
+    built: Built,
+    result: Quantized,
+    *,
+    model: ModelSource,
+    evaluate: data.Evaluation | Callable[[CompiledModel], float] | None,
+    frozen: bool,
+    seconds: float,
+    pass_seconds: Sequence[tuple[str, float]] = (),
+    progress: ProgressFn = no_progress,
+) -> dict[str, Any]:
+    """Measure a compiled model and return its report (fields: INTERFACE, `compile --json`).
+
+    Where the model cannot run on this machine (another CPU, frozen inputs for the float model) the
+    figure is None and `notes` says why.
+    """
+    notes = list(result.log)
+    report: dict[str, Any] = {
+        "artifact": None,
+        "target": compiled.target.name,
+        "precision": result.plan.to_json()["nodes"],
+        "metric": None,
+        "latency_ms": {"compiled": None, "float": None},
+        "size_bytes": _sizes(compiled, model),
+        "nodes": [
+            {
+                "name": r.name,
+                "ops": list(r.ops),
+                "nodes": list(r.nodes),
+                "precision": r.precision.value,
+                "kernel": r.kernel,
+                "macs": r.macs,
+                "latency_ms": None,
+            }
+            for r in built.regions
+        ],
+        "calibration_samples": result.samples,
+        "versions": dict(compiled.artifact.versions),
+        "machine": {"cpu": host_cpu().name, "threads": default_threads(),
+                    "python": platform.python_version()},
+        "digests": dict(result.sources),
+        "notes": notes,
+    }  # fmt: skip
+    reference = None
+    if not frozen:
+        try:
+            reference = float_model(compiled, model, quantized=result.float_graph is None)
+        except QCompilerError as error:
+            notes.append(f"the float model could not be run for comparison: {error}")
+    else:
+        notes.append("the float model is not compared: inputs are frozen")
+    if evaluate is not None:
+        progress("evaluate", 0, 2)
+        report["metric"] = _metric(compiled, reference, evaluate)
+        progress("evaluate", 2, 2)
+    try:
+        report["latency_ms"] = _latency(compiled, reference)
+        _region_times(compiled, report["nodes"])
+    except QCompilerError as error:
+        notes.append(f"latency was not measured: {error}")
+    report["seconds"] = {"total": seconds, "passes": dict(pass_seconds)}
+    return report
+
+
+def _sizes(compiled: CompiledModel, model: ModelSource) -> dict[str, int]:
+    artifact = compiled.artifact
+    members = artifact.members()
+    if isinstance(model, (str, os.PathLike)):
+        path = pathlib.Path(model)
+        size = path.stat().st_size
+    else:
+        size = model.ByteSize()
+    return {
+        "artifact": sum(len(m) for m in members.values()),
+        "parameters": len(artifact.params.data),
+        "library": len(artifact.library or b""),
+        "model": size,
+    }
+
+
+def _metric(
+    compiled: CompiledModel,
+    reference: CompiledModel | None,
+    evaluate: data.Evaluation | Callable[[CompiledModel], float],
+) -> dict[str, Any]:
+    if not isinstance(evaluate, data.Evaluation):
+        score = float(evaluate(compiled))
+        before = float(evaluate(reference)) if reference is not None else None
+        drop = None if before is None else before - score
+        return {"name": "custom", "float": before, "compiled": score, "drop": drop}
+    return data.compare(compiled, reference, evaluate)
+
+
+def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[str, Any]:
+    inputs = compiled.random_inputs()
+    runners = {"compiled": lambda: compiled(inputs)}
+    if reference is not None:
+        runners["float"] = lambda: reference(inputs)
+    threads = default_threads()
+    times = benchmark.measure(runners, runs=_RUNS, warmup=_WARMUP, threads=threads)
+    found: dict[str, Any] = {name: t.median_ms for name, t in times.items()}
+    found.setdefault("float", None)
+    found["float_runner"] = "onnxruntime" if reference is not None else None
+    found["threads"] = threads
+    found["runs"] = _RUNS
+    found["spread"] = {name: t.spread for name, t in times.items()}
+    return found
+
+
+def _region_times(compiled: CompiledModel, nodes: list[dict[str, Any]]) -> None:
+    """Fill in each region's own latency from an instrumented run."""
+    calls = compiled.profile()
+    if not calls:
+        return
+    waiting = list(calls)
+    for node in nodes:
+        mine = []
+        prefix = node["kernel"]
+        while waiting and (waiting[0][0] == prefix or node["kernel"] == "tvm"):
+            if node["kernel"] == "tvm" and not waiting[0][0].startswith("float"):
+                break
+            mine.append(waiting.pop(0)[1])
+            if node["kernel"] != "tvm":
+                break
+        node["latency_ms"] = float(np.sum(mine)) if mine else None

@@ -1,0 +1,408 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel computes which node on a CPU: the lowering table.
+
+A row turns one node of a shaped INTEGER graph (channels last, unsigned activations) into a
+`KernelCall`: the workload (what is computed), the packed constants, and how to build the PrimFunc.
+A row answers None where no generator serves the node; float nodes then go through TVM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from qcompiler import numerics
+from qcompiler.ir import Node, Value
+from qcompiler.ops import OpKind
+from qcompiler.targets.base import Support
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.tvm_lower import VIEWS, KernelCall
+from qcompiler.types import Array, DType, QuantParams
+
+Row = Callable[["CpuLowering", Node], "KernelCall | None"]
+_ROWS: dict[str, Row] = {}
+
+
+def row(*operators: str) -> Callable[[Row], Row]:
+    """Enter a function into the table for some operators."""
+
+    def enter(function: Row) -> Row:
+        for name in operators:
+            _ROWS[name] = function
+        return function
+
+    return enter
+
+
+class CpuLowering:
+    """The table bound to one row of the ISA table."""
+
+    def __init__(self, isa: Isa) -> None:
+        self.isa = isa
+
+    def __call__(self, node: Node) -> KernelCall | None:
+        """Return the kernel call of a node, or None."""
+        function = _ROWS.get(node.op.name)
+        return function(self, node) if function is not None else None
+
+    def supports(self, node: Node) -> Support:
+        """Say whether a generator serves the node."""
+        if node.op.name in VIEWS:
+            return Support(True)
+        if node.op.name not in _ROWS:
+            return Support(False, f"{node.op.name} has no kernel of ours; TVM compiles it")
+        if self(node) is None:
+            return Support(False, f"no {node.op.name} kernel takes these shapes or dtypes")
+        return Support(True)
+
+    def _depthwise(
+        self, node: Node, data: Array, found: tuple[Any, Any], a_dtype: str, inputs: Any
+    ) -> KernelCall | None:
+        return None
+
+    def _batched(self, node: Node) -> KernelCall | None:
+        return None
+
+    def call(
+        self,
+        kernel: str,
+        workload: Hashable,
+        build: Callable[..., Any],
+        inputs: tuple[Value, ...],
+        constants: tuple[Array, ...] = (),
+        macs: int = 0,
+        covers: tuple[Node, ...] = (),
+    ) -> KernelCall:
+        """Return a call of a generator of the form `build(workload, isa)`."""
+        return KernelCall(
+            kernel,
+            (kernel, workload),
+            partial(_named, build, workload, self.isa),
+            inputs,
+            constants,
+            macs,
+            covers,
+        )
+
+
+def _named(build: Callable[..., Any], workload: object, isa: Isa, symbol: str) -> Any:
+    """Build a PrimFunc and give it the symbol that the module uses."""
+    return build(workload, isa).with_attr("global_symbol", symbol)
+
+
+def storage(v: Value) -> str:
+    """Return the name of a value's storage dtype."""
+    return v.dtype.value
+
+
+def grid(v: Value) -> QuantParams:
+    """Return the per-tensor quantization of a value, which must have one."""
+    if v.qparams is None or not v.qparams.is_per_tensor:
+        raise ValueError(f"{v.name} is not quantized per tensor")
+    return v.qparams
+
+
+def is_per_tensor(*values: Value | None) -> bool:
+    """Whether every given value is quantized per tensor in 8 or 16 bits."""
+    return all(
+        v is not None
+        and v.qparams is not None
+        and v.qparams.is_per_tensor
+        and v.dtype in (DType.UINT8, DType.INT8, DType.INT16)
+        for v in values
+    )
+
+
+def is_float32(*values: Value | None) -> bool:
+    """Whether every given value is a float32 tensor."""
+    return all(v is not None and v.dtype is DType.FLOAT32 for v in values)
+
+
+def scalar_multiplier(*factors: float, over: float = 1.0) -> float:
+    """Return `numerics.multiplier` of numbers as a Python float that float32 holds exactly."""
+    return float(numerics.multiplier(*factors, over=over).reshape(()))
+
+
+# ------------------------------------------------------------- convolution and matrix product
+
+
+def _weights(w: Value) -> tuple[Array, Array] | None:
+    """Return (int8 weights, float64-exact scales) of a constant with zero point 0, or None."""
+    if not w.is_constant or w.qparams is None:
+        return None
+    data, q = w.array(), w.qparams
+    if w.dtype is DType.UINT8 and (q.zero_point == 128).all():
+        data = (data.astype(np.int16) - 128).astype(np.int8)
+    elif w.dtype not in (DType.INT8, DType.INT4) or not q.is_symmetric:
+        return None
+    return data, q.scale
+
+
+def _epilogue(node: Node, x: Value, weight_scale: Array, channels: int) -> tuple[Any, Any] | None:
+    """Return (Epilogue, GemmValues) of an integer product, or None where kernels lack it."""
+    from qcompiler.targets.kernels.workload import Epilogue, GemmValues
+
+    out, bias, residual = node.output, node.optional(2), node.optional(3)
+    if not is_per_tensor(x) or x.dtype is DType.INT16:
+        return None
+    if bias is not None and (not bias.is_constant or bias.type.size != channels):
+        return None
+    xq = grid(x)
+    common: dict[str, Any] = {
+        "bias": None if bias is None else bias.array().reshape(-1).astype(np.int32),
+        "a_zero_point": xq.z,
+        "a_qmin": xq.qmin,
+        "a_qmax": xq.qmax,
+    }
+    if out.qparams is None:
+        if residual is not None:
+            return None
+        multiplier = numerics.multiplier(xq.scale, weight_scale)
+        values = GemmValues(multiplier=_per_channel(multiplier, channels), **common)
+        return Epilogue("float32"), values
+    if not is_per_tensor(out):
+        return None
+    oq = grid(out)
+    multiplier = numerics.multiplier(xq.scale, weight_scale, over=oq.scale)
+    extra: dict[str, Any] = {}
+    if residual is not None:
+        if not is_per_tensor(residual):
+            return None
+        rq = grid(residual)
+        extra = {
+            "residual_zero_point": rq.z,
+            "residual_multiplier": scalar_multiplier(rq.s, over=oq.s),
+        }
+    values = GemmValues(
+        multiplier=_per_channel(multiplier, channels),
+        zero_point=oq.z,
+        qmin=oq.qmin,
+        qmax=oq.qmax,
+        **common,
+        **extra,
+    )
+    return Epilogue(storage(out), None if residual is None else storage(residual)), values
+
+
+def _per_channel(multiplier: Array, channels: int) -> Array:
+    return np.ascontiguousarray(np.broadcast_to(multiplier.reshape(-1), (channels,)), np.float32)
+
+
+def _float_epilogue(node: Node, channels: int) -> tuple[Any, Any] | None:
+    from qcompiler.targets.kernels.workload import Epilogue, GemmValues
+
+    bias, residual = node.optional(2), node.optional(3)
+    if bias is not None and (not bias.is_constant or bias.type.size != channels):
+        return None
+    if residual is not None and residual.shape != node.output.shape:
+        return None
+    values = GemmValues(
+        bias=None if bias is None else bias.array().reshape(-1).astype(np.float32),
+        act_min=node.attr("act_min"),
+        act_max=node.attr("act_max"),
+    )
+    return Epilogue("float32", None if residual is None else "float32"), values
+
+
+@row("qconv", "conv")
+def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
+    x, w, out = node.input(0), node.input(1), node.output
+    if x.type.rank != 4 or node.attr("layout") != "NHWC" or not w.is_constant:
+        return None
+    channels = out.shape[3]
+    if node.op.name == "qconv":
+        weights = _weights(w)
+        found = None if weights is None else _epilogue(node, x, weights[1], channels)
+        if weights is None or found is None:
+            return None
+        data, a_dtype = weights[0], storage(x)
+    else:
+        found = _float_epilogue(node, channels)
+        if found is None or not is_float32(x, w, out):
+            return None
+        data, a_dtype = w.array(), "float32"
+    residual = node.optional(3)
+    inputs = (x,) if residual is None else (x, residual)
+    group = int(node.attr("group"))
+    if group > 1 and group == x.shape[3] == channels:
+        depthwise = self._depthwise(node, data, found, a_dtype, inputs)
+        if depthwise is not None:
+            return depthwise
+    from qcompiler.targets.kernels.gemm import build_conv, kernel_key
+    from qcompiler.targets.kernels.packing import pack_conv
+    from qcompiler.targets.kernels.params import default_params
+    from qcompiler.targets.kernels.workload import ConvWorkload
+
+    epilogue, values = found
+    n, h, width, c = x.shape
+    pads = node.attr("pads")
+    workload = ConvWorkload(
+        n, h, width, c, channels, data.shape[2], data.shape[3], epilogue,
+        strides=tuple(node.attr("strides")), pads=(pads[0], pads[1], pads[2], pads[3]),
+        dilations=tuple(node.attr("dilations")), groups=group, a_dtype=a_dtype,
+    )  # fmt: skip
+    params = default_params(workload, self.isa)
+    packed = pack_conv(workload, self.isa, params, data, values)
+    return KernelCall(
+        node.op.name,
+        kernel_key(workload, self.isa, params, packed),
+        partial(build_conv, workload, self.isa, params, packed),
+        inputs,
+        packed.arrays,
+        workload.macs,
+    )
+
+
+@row("qmatmul", "matmul")
+def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.gemm import build_matmul, kernel_key
+    from qcompiler.targets.kernels.packing import pack_matmul
+    from qcompiler.targets.kernels.params import default_params
+    from qcompiler.targets.kernels.workload import MatmulWorkload
+
+    a, b, out = node.input(0), node.input(1), node.output
+    if a.type.rank < 2 or b.type.rank < 2:
+        return None
+    if not b.is_constant or b.type.rank != 2:
+        return self._batched(node)
+    channels = out.shape[-1]
+    if node.op.name == "qmatmul":
+        weights = _weights(b)
+        found = None if weights is None else _epilogue(node, a, weights[1], channels)
+        if weights is None or found is None:
+            return None
+        data, a_dtype = weights[0], storage(a)
+    else:
+        found = _float_epilogue(node, channels)
+        if found is None or not is_float32(a, b, out):
+            return None
+        data, a_dtype = b.array(), "float32"
+    epilogue, values = found
+    workload = MatmulWorkload(
+        a.shape, b.shape, epilogue, a_dtype=a_dtype,
+        b_dtype="float32" if a_dtype == "float32" else "int8",
+        transpose_a=node.attr("transpose_a"), transpose_b=node.attr("transpose_b"),
+    )  # fmt: skip
+    params = default_params(workload, self.isa)
+    packed = pack_matmul(workload, self.isa, params, data, values)
+    residual = node.optional(3)
+    return KernelCall(
+        node.op.name,
+        kernel_key(workload, self.isa, params, packed),
+        partial(build_matmul, workload, self.isa, params, packed),
+        (a,) if residual is None else (a, residual),
+        packed.arrays,
+        workload.macs,
+    )
+
+
+# ------------------------------------------------------------------------------ elementwise
+
+
+@row("quantize")
+def _quantize(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import QuantizeWorkload, quantize
+
+    x, out = node.input(0), node.output
+    if not is_float32(x) or not is_per_tensor(out):
+        return None
+    q = grid(out)
+    w = QuantizeWorkload(out.shape, q.s, q.z, storage(out), q.qmin, q.qmax)
+    return self.call("quantize", w, quantize, (x,))
+
+
+@row("dequantize")
+def _dequantize(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import DequantizeWorkload, dequantize
+
+    x = node.input(0)
+    if not is_per_tensor(x):
+        return None
+    q = grid(x)
+    return self.call(
+        "dequantize", DequantizeWorkload(x.shape, storage(x), q.s, q.z), dequantize, (x,)
+    )
+
+
+@row("requantize")
+def _requantize(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import RequantizeWorkload, requantize
+
+    x, out = node.input(0), node.output
+    if not is_per_tensor(x, out):
+        return None
+    q, o = grid(x), grid(out)
+    w = RequantizeWorkload(
+        x.shape, storage(x), q.z, scalar_multiplier(q.s, over=o.s),
+        storage(out), o.z, o.qmin, o.qmax,
+    )  # fmt: skip
+    return self.call("requantize", w, requantize, (x,))
+
+
+@row("qadd", "qsub", "qmul")
+def _qbinary(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import QBinaryWorkload, qbinary
+
+    a, b, out = node.input(0), node.input(1), node.output
+    if not is_per_tensor(a, b) or not (is_per_tensor(out) or is_float32(out)):
+        return None
+    qa, qb = grid(a), grid(b)
+    o = grid(out) if out.qparams is not None else None
+    over = 1.0 if o is None else o.s
+    if node.op.name == "qmul":
+        ma, mb = scalar_multiplier(qa.s, qb.s, over=over), 1.0
+    else:
+        ma, mb = scalar_multiplier(qa.s, over=over), scalar_multiplier(qb.s, over=over)
+    w = QBinaryWorkload(
+        node.op.name[1:], a.shape, b.shape, storage(a), storage(b), qa.z, qb.z, ma, mb,
+        storage(out), 0 if o is None else o.z, 0 if o is None else o.qmin,
+        0 if o is None else o.qmax,
+    )  # fmt: skip
+    return self.call(node.op.name, w, qbinary, (a, b))
+
+
+@row("table")
+def _table(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import TableWorkload, pack_table, table
+
+    x, entries, out = node.input(0), node.input(1), node.output
+    if x.dtype not in (DType.UINT8, DType.INT8) or not entries.is_constant:
+        return None
+    w = TableWorkload(x.shape, storage(x), storage(out))
+    packed = pack_table(w, self.isa, entries.array())
+    return self.call("table", w, table, (x,), (packed,))
+
+
+_FLOAT_BINARY = frozenset({"add", "sub", "mul", "div", "max", "min"})
+
+
+@row(*_FLOAT_BINARY)
+def _float_binary(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import FloatBinaryWorkload, float_binary
+
+    a, b = node.input(0), node.input(1)
+    if not is_float32(a, b, node.output) or 0 in node.output.shape:
+        return None
+    w = FloatBinaryWorkload(node.op.name, a.shape, b.shape)
+    return self.call(node.op.name, w, float_binary, (a, b))
+
+
+@row("relu", "clip")
+def _clip(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import ClipWorkload, clip
+
+    x = node.input(0)
+    if not is_float32(x) or 0 in x.shape:
+        return None
+    low = 0.0 if node.op.name == "relu" else node.attr("min")
+    high = None if node.op.name == "relu" else node.attr("max")
+    return self.call(node.op.name, ClipWorkload(x.shape, "float32", low, high), clip, (x,))
+
+
+def movement_only(node: Node) -> bool:
+    """Whether a node moves elements without changing them."""
+    return node.op.kind is OpKind.MOVEMENT

@@ -1,0 +1,93 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""IRModule -> shared library: the Relax pipeline, LLVM, and the link."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcompiler.errors import CodegenError, QCompilerError
+from qcompiler.linker import export_library
+from qcompiler.passmanager import ProgressFn, no_progress
+
+# The runtime checks the inputs by name before the VM sees them, and the parameters are ours:
+# the VM's own checks would cost two calls per argument in every run.
+_CHECKS = frozenset({"vm.builtin.check_tensor_info", "vm.builtin.match_shape"})
+
+
+def relax_pipeline() -> Any:
+    """Return the passes from our `main` to VM code: views, memory planning, no op fusion."""
+    import tvm
+    from tvm import relax
+
+    @tvm.transform.module_pass(opt_level=0, name="DropArgumentChecks")
+    def drop_checks(module: Any, _ctx: Any) -> Any:
+        main = module["main"]
+        body = main.body
+        blocks = []
+        for block in body.blocks:
+            kept = [b for b in block.bindings if not _is_check(b)]
+            blocks.append(relax.BindingBlock(kept))
+        new = relax.Function(
+            main.params,
+            relax.SeqExpr(blocks, body.body),
+            main.ret_ty,
+            main.is_pure,
+            main.attrs,
+        )
+        module.update_func(module.get_global_var("main"), new)
+        return module
+
+    return tvm.transform.Sequential(
+        [
+            # No LegalizeOps: main holds calls of kernels, and reshapes that must stay views.
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            drop_checks,
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+def _is_check(binding: Any) -> bool:
+    from tvm import relax
+
+    value = binding.value
+    op = getattr(value, "op", None)
+    return isinstance(op, relax.ExternFunc) and str(op.global_symbol) in _CHECKS
+
+
+def build_library(
+    module: Any, target: Any, triple: str, progress: ProgressFn = no_progress
+) -> bytes:
+    """Compile and link a module; the same module gives the same bytes.
+
+    Raises:
+        CodegenError: TVM or the linker failed.
+    """
+    import tvm
+
+    progress("build", 0, 2)
+    try:
+        with target:
+            executable = tvm.compile(module, target=target, relax_pipeline=relax_pipeline())
+        progress("build", 1, 2)
+        library = export_library(executable, triple=triple)
+    # TVM raises its own and Python's errors alike; all of them mean that code we made was refused.
+    except Exception as error:
+        if isinstance(error, QCompilerError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CodegenError(
+            f"TVM could not build the model for {target}: {lines[-1]}",
+            hint="this is a defect of qcompiler; please report it with the model",
+        ) from error
+    progress("build", 2, 2)
+    return library
