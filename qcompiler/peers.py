@@ -157,7 +157,7 @@ def tvm_float(model: str, inputs: str, threads: int) -> Made:
     module = from_onnx(onnx.load(model), shape_dict=shapes, keep_params_in_input=False)
     target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
     machine = relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
-    order = [p.name_hint for p in module["main"].params]
+    order = [p.name for p in module["main"].params]
     unknown = [name for name in order if name not in feeds]
     if unknown:
         raise QCompilerError(f"no values for inputs {', '.join(unknown)}")

@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import itertools
+import os
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from qcompiler import side_by_side
+from qcompiler.cpu import allowed_cpus
+from qcompiler.errors import UsageError
+from qcompiler.side_by_side import Runner, measure, pick_cpus
+
+FACTORIES = """
+    import os
+    import sys
+    import time
+
+    from qcompiler.errors import QCompilerError
+
+
+    def sleeper(seconds, note="sleeps"):
+        return (lambda: time.sleep(seconds)), note
+
+
+    def missing():
+        raise QCompilerError("not installed", hint="install it")
+
+
+    def bug():
+        raise ZeroDivisionError("of another runtime")
+
+
+    def crash():
+        os.kill(os.getpid(), 11)
+
+
+    def late_exit():
+        calls = []
+
+        def run():
+            calls.append(1)
+            if len(calls) > 6:
+                print("the last words", file=sys.stderr)
+                os._exit(7)
+
+        return run, ""
+
+
+    def noisy():
+        def run():
+            print("not an answer")
+            os.write(1, b"nor is this\\n")
+
+        return run, ""
+
+
+    def hanging():
+        time.sleep(60)
+
+
+    def logger(path):
+        def run():
+            with open(path, "a") as file:
+                file.write(f"{os.getpid()} {sorted(os.sched_getaffinity(0))} "
+                           f"{os.environ['TVM_NUM_THREADS']}\\n")
+            time.sleep(0.03)
+
+        return run, ""
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "bench_factories.py").write_text(textwrap.dedent(FACTORIES))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "bench_factories"
+
+
+def test_times_what_it_is_given(factories: str) -> None:
+    found = measure(
+        [
+            Runner("slow", f"{factories}:sleeper", {"seconds": 0.02}),
+            Runner("fast", f"{factories}:sleeper", {"seconds": 0.005, "note": "naps"}),
+        ],
+        runs=10,
+    )
+    slow, fast = found["slow"].timing, found["fast"].timing
+    assert slow is not None
+    assert fast is not None
+    assert 20 <= slow.min_ms <= slow.median_ms
+    assert 5 <= fast.min_ms <= fast.median_ms
+    assert fast.min_ms < 20
+    assert fast.runs >= 10
+    assert slow.runs >= 10
+    assert slow.threads == 1
+    assert (found["slow"].note, found["fast"].note) == ("sleeps", "naps")
+
+
+def test_problems_are_reported_and_the_others_go_on(factories: str) -> None:
+    found = measure(
+        [
+            Runner("missing", f"{factories}:missing"),
+            Runner("bug", f"{factories}:bug"),
+            Runner("crash", f"{factories}:crash"),
+            Runner("late", f"{factories}:late_exit"),
+            Runner("good", f"{factories}:sleeper", {"seconds": 0.001}),
+        ],
+        runs=20,
+    )
+    assert found["missing"].problem == "not installed (install it)"
+    assert found["bug"].problem == "ZeroDivisionError: of another runtime"
+    assert found["crash"].problem == "its process was killed by signal 11"
+    assert found["late"].problem == "its process ended with status 7: the last words"
+    assert all(found[name].timing is None for name in ("missing", "bug", "crash", "late"))
+    assert found["good"].timing is not None
+    assert list(found) == ["missing", "bug", "crash", "late", "good"]
+
+
+def test_output_of_a_runner_is_no_answer(factories: str) -> None:
+    found = measure([Runner("noisy", f"{factories}:noisy")], runs=2)
+    assert found["noisy"].timing is not None
+
+
+def test_a_runner_that_hangs_is_given_up(factories: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "PREPARE_SECONDS", 1.5)
+    found = measure([Runner("hanging", f"{factories}:hanging")], runs=1)
+    assert found["hanging"].problem == "no answer within 2 s"
+
+
+def test_runners_have_processes_of_their_own_and_take_turns(factories: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    runners = [Runner(n, f"{factories}:logger", {"path": str(log)}) for n in ("a", "b")]
+    measure(runners, runs=10)
+    lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
+    pids = [pid for pid, _ in lines]
+    assert len(set(pids)) == 2
+    assert str(os.getpid()) not in pids
+    turns = sum(x != y for x, y in itertools.pairwise(pids))
+    assert turns >= 10  # ten rounds of two runners, not two blocks
+    assert {rest for _, rest in lines} == {f"[{pick_cpus(1)[0]}] 1"}
+
+
+def test_progress_is_told(factories: str) -> None:
+    calls: list[tuple[str, int, int]] = []
+    measure(
+        [Runner("a", f"{factories}:sleeper", {"seconds": 0.001})],
+        runs=1,
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls[0] == ("prepare a", 0, 1)
+    assert calls[-1][0] == "measure"
+    assert calls[-1][1] == calls[-1][2]
+
+
+def test_pick_cpus_takes_as_many_as_asked_for() -> None:
+    everything = allowed_cpus()
+    assert pick_cpus(len(everything)) == everything
+    assert len(pick_cpus(1)) == 1
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10_000])
+def test_threads_out_of_range(threads: int) -> None:
+    with pytest.raises(UsageError, match=f"{threads} threads wanted, this process may use 1 to"):
+        pick_cpus(threads)
+
+
+def test_runs_out_of_range() -> None:
+    with pytest.raises(UsageError, match="runs must be at least 1, got 0"):
+        measure([], runs=0)
