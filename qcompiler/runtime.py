@@ -215,6 +215,20 @@ class CompiledModel:
         )
         return timing["model"].to_json()
 
+    def profile(
+        self, inputs: Mapping[str, Array] | None = None, *, runs: int = 5
+    ) -> list[tuple[str, float]]:
+        """Return (kernel symbol, seconds) of each kernel call of one run, in order.
+
+        Empty where the executor cannot tell (the interpreter). `inputs` default to random ones.
+        """
+        executor = self._ready()
+        if not isinstance(executor, VmExecutor):
+            return []
+        feeds = self._feeds(self.random_inputs() if inputs is None else inputs)
+        arrays = [feed.batch(0, self._batch) for feed in feeds]
+        return executor.profile(arrays, runs=runs, threads=self._threads)
+
     def random_inputs(self, seed: int = 0) -> dict[str, Array]:
         """Return one batch of seeded random inputs.
 

@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +271,45 @@ class VmExecutor:
         machine = self._module["vm_load_executable"]()
         machine["vm_initialization"](_CPU, 0, _POOLED)
         return machine["main"]
+
+    def profile(
+        self, inputs: Sequence[Array], *, runs: int = 5, threads: int | None = None
+    ) -> list[tuple[str, float]]:
+        """Time every call of a kernel while the model runs.
+
+        Args:
+            inputs: As for `run`.
+            runs: Measured runs; each call's least time counts.
+            threads: As for `run`.
+
+        Returns:
+            (symbol, seconds) in the order of the calls; the VM's own work is left out.
+        """
+        use_threads(default_threads() if threads is None else threads)
+        machine = self._module["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED)
+        started = 0.0
+        calls: list[tuple[str, float]] = []
+
+        def observe(_function: Any, symbol: str, before: bool, _result: Any, *_args: Any) -> int:
+            nonlocal started
+            now = time.perf_counter()
+            if not before and not symbol.startswith("vm."):
+                calls.append((symbol, now - started))
+            started = time.perf_counter()
+            return 0
+
+        machine["set_instrument"](self._ffi.convert(observe))
+        held = [self._ffi.from_dlpack(_aligned(array)) for array in inputs]
+        least: list[tuple[str, float]] = []
+        for _ in range(runs + 1):  # the first one warms up
+            calls.clear()
+            machine["main"](*held, *self._params)
+            least = [
+                (symbol, min(seconds, least[i][1]) if least else seconds)
+                for i, (symbol, seconds) in enumerate(calls)
+            ]
+        return least
 
     def run(self, inputs: Sequence[Array], *, threads: int = 1) -> list[Array]:
         """Run once; the arrays are taken as they are where they lie well, else copied.
