@@ -1,0 +1,734 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Depthwise convolution of 8-bit activations, NHWC, exact, with the requantizing epilogue.
+
+The workload is a `ConvWorkload` with one input channel for each group; output channel `c` reads
+input channel `c // multiplier`.  Arguments of the built PrimFunc, in order: the activations, the
+residual where the epilogue has one, `Packed.arrays`, the output.
+
+How it runs.  A vector register holds one byte of V channels.  The taps along one axis (rows, or
+columns where that is cheaper: the *gathered* axis) of a few neighbouring outputs are interleaved
+byte by byte, four (`vpdpbusd`) or two (`vpmaddwd`, widened) to a group, by unpack instructions, and
+kept in a work area of one strip.  Each group is made once and serves every tap along the other
+(*strip*) axis and every output of the tile: outputs at different positions of the gathered axis
+differ only in their weights, which are packed with zeros where a row is not theirs.  Padding is
+written to the work area as the zero point, so the inner loop has no borders and the zero point's
+share is a constant in the bias.
+
+Unpacking permutes the channels within 128-bit lanes; weights, bias and multipliers are packed in
+that order, and the pack instructions that narrow the results undo it.
+
+Channels are covered by full vectors and one 64-, 32- or 16-channel vector per remainder, the last
+of which may overlap.  Fewer than 16 channels, multipliers other than powers of two up to 16 and
+very large kernels take the plain form of `depthwise_plain`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
+
+from qcompiler.errors import CodegenError
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels import tir
+from qcompiler.targets.kernels.packing import LIMITS, Facts, Packed
+from qcompiler.targets.kernels.simd import loop, unravel, workspace, worth_threads
+from qcompiler.targets.kernels.tir import Buffer, Expr, PrimFuncBuilder
+from qcompiler.targets.kernels.workload import ConvWorkload, GemmValues
+
+__all__ = [
+    "DepthwiseParams",
+    "build_depthwise",
+    "default_params",
+    "is_depthwise",
+    "pack_depthwise",
+    "space",
+]
+
+Array = npt.NDArray[Any]
+
+STRIP_BYTES = 24 * 1024
+"""Largest work area: it should stay in the first-level cache beside the weights."""
+MAX_PRODUCTS = 400
+"""Most dot instructions in one unrolled tile; above, compile time and code size suffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DepthwiseParams:
+    """How a depthwise kernel is tiled.  Any value is correct; speed differs."""
+
+    gather: str
+    """Axis whose taps are interleaved: "h" or "w"."""
+    rows: int
+    """Outputs along the gathered axis that share the interleaved rows."""
+    cols: int
+    """Outputs along the strip axis in a register tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One spatial axis."""
+
+    size: int
+    out: int
+    kernel: int
+    stride: int
+    dilation: int
+    pad: int
+    step: int
+    """Distance between neighbours in the input, in elements."""
+    out_step: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything about a kernel that follows from the workload, the row and the parameters."""
+
+    workload: ConvWorkload
+    isa: Isa
+    params: DepthwiseParams
+
+    @cached_property
+    def group(self) -> int:
+        """Rows interleaved in one 32-bit lane."""
+        return 4 if self.isa.dot == "vpdpbusd" else 2
+
+    @cached_property
+    def multiplier(self) -> int:
+        """Output channels for each input channel."""
+        return self.workload.co // self.workload.c
+
+    @cached_property
+    def axes(self) -> tuple[_Axis, _Axis]:
+        """The gathered and the strip axis."""
+        w = self.workload
+        h = _Axis(w.h, w.oh, w.kh, w.strides[0], w.dilations[0], w.pads[0], w.w * w.c, w.ow * w.co)
+        v = _Axis(w.w, w.ow, w.kw, w.strides[1], w.dilations[1], w.pads[1], w.c, w.co)
+        return (h, v) if self.params.gather == "h" else (v, h)
+
+    @cached_property
+    def rows(self) -> int:
+        """Outputs along the gathered axis in a tile."""
+        return min(self.params.rows, self.axes[0].out)
+
+    @cached_property
+    def cols(self) -> int:
+        """Outputs along the strip axis in a register tile."""
+        return min(self.params.cols, self.strip)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        """Offsets along the gathered axis of the input rows that a tile reads, ascending."""
+        a = self.axes[0]
+        taps = {r * a.stride + k * a.dilation for r in range(self.rows) for k in range(a.kernel)}
+        return sorted(taps)
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups of interleaved rows."""
+        return -(-len(self.offsets) // self.group)
+
+    def tap(self, row: int, slot: int) -> int | None:
+        """Which tap of output `row` the input row in `slot` is; None where it is none."""
+        a = self.axes[0]
+        if slot >= len(self.offsets):
+            return None
+        tap, rest = divmod(self.offsets[slot] - row * a.stride, a.dilation)
+        return tap if rest == 0 and 0 <= tap < a.kernel else None
+
+    @cached_property
+    def steps(self) -> list[tuple[int, int, int]]:
+        """(strip tap, row, group) of the products of a tile that can be non-zero."""
+        slots = range(self.group)
+        return [
+            (k, row, g)
+            for k in range(self.axes[1].kernel)
+            for row in range(self.rows)
+            for g in range(self.groups)
+            if any(self.tap(row, g * self.group + s) is not None for s in slots)
+        ]
+
+    def columns(self, outputs: int) -> int:
+        """Input columns that `outputs` neighbouring outputs along the strip axis read."""
+        b = self.axes[1]
+        return (outputs - 1) * b.stride + (b.kernel - 1) * b.dilation + 1
+
+    @cached_property
+    def column_bytes(self) -> int:
+        """Bytes of the work area for one input column, at the full vector width."""
+        return self.groups * 4 * (self.isa.vector_bits // 8)
+
+    @cached_property
+    def strip(self) -> int:
+        """Outputs along the strip axis that share one filling of the work area."""
+        out = self.axes[1].out
+        parts = 1
+        while self.columns(-(-out // parts)) * self.column_bytes > STRIP_BYTES and parts < out:
+            parts += 1
+        return -(-out // parts)
+
+    @cached_property
+    def blocks(self) -> list[tuple[int, int, int]]:
+        """Channel blocks: [(first channel, repetitions, channels in a vector)]."""
+        return channel_blocks(self.workload.co, self.isa.vector_bits // 8)
+
+    @cached_property
+    def cost(self) -> float:
+        """Estimated instructions for one tile column of V channels, for each output."""
+        b = self.axes[1]
+        products = len(self.steps) * 4 * (1 if self.group == 4 else 2)
+        fill = len(self.offsets) + self.groups * (12 if self.group == 4 else 10)
+        columns = self.columns(self.strip) / self.strip if b.kernel > b.stride else b.kernel
+        loads = self.groups * 4 * self.columns(self.cols) / self.cols
+        return (products + fill * columns + loads) / self.rows + 24
+
+
+def channel_blocks(channels: int, lanes: int) -> list[tuple[int, int, int]]:
+    """Cover `channels` (at least 16) with vectors of 16 to `lanes` channels."""
+    blocks = []
+    full, left = divmod(channels, lanes)
+    if full:
+        blocks.append((0, full, lanes))
+    start = full * lanes
+    while left:
+        width = min(lanes, 1 << (left.bit_length() - 1))
+        if width < 16:
+            blocks.append((channels - 16, 1, 16))
+            break
+        blocks.append((start, 1, width))
+        start, left = start + width, left - width
+    return blocks
+
+
+def lane_channels(lanes: int) -> npt.NDArray[np.int64]:
+    """Channel in each 32-bit lane of the four accumulators: shape [4, lanes / 4]."""
+    lane = np.arange(lanes // 4)
+    part = np.arange(4)[:, None]
+    return lane // 4 * 16 + part * 4 + lane % 4
+
+
+def is_depthwise(workload: ConvWorkload) -> bool:
+    """Whether the convolution is depthwise and of 8-bit activations."""
+    return workload.groups == workload.c and workload.a_dtype in ("uint8", "int8")
+
+
+def is_plain(workload: ConvWorkload, isa: Isa, params: DepthwiseParams) -> bool:
+    """Whether the workload needs the plain form."""
+    multiplier = workload.co // workload.c
+    if workload.co < 16 or multiplier not in (1, 2, 4, 8, 16):
+        return True
+    plan = _Plan(workload, isa, params)
+    return len(plan.steps) * 4 * plan.cols > MAX_PRODUCTS
+
+
+def space(workload: ConvWorkload, isa: Isa) -> tuple[DepthwiseParams, ...]:
+    """Parameters worth trying, best guess first."""
+    candidates = []
+    tile = 8 if isa.vector_registers >= 32 else 4
+    for gather, out in (("h", workload.oh), ("w", workload.ow)):
+        for rows in (1, 2, 3, 4):
+            if rows > out:
+                continue
+            for cols in (1, 2, 3, 4, 6, 8):
+                if rows * cols > tile:
+                    continue
+                params = DepthwiseParams(gather, rows, cols)
+                plan = _Plan(workload, isa, params)
+                if cols <= plan.axes[1].out and len(plan.steps) * 4 * cols <= MAX_PRODUCTS:
+                    candidates.append((plan.cost, gather != "h", -cols, rows, params))
+    candidates.sort(key=lambda c: c[:4])
+    return tuple(c[-1] for c in candidates) or (DepthwiseParams("h", 1, 1),)
+
+
+def default_params(workload: ConvWorkload, isa: Isa) -> DepthwiseParams:
+    """The analytic choice."""
+    return space(workload, isa)[0]
+
+
+# Packing.
+
+
+def pack_depthwise(
+    workload: ConvWorkload,
+    isa: Isa,
+    params: DepthwiseParams,
+    weight: Array,
+    values: GemmValues,
+) -> Packed:
+    """Pack a depthwise convolution's constants.
+
+    Args:
+        workload: Shapes and dtypes.
+        isa: The instruction set's row.
+        params: The tiling the kernel will be built with.
+        weight: `[CO, 1, KH, KW]` (OIHW), int8 with zero point 0.
+        values: The layer's other numbers.
+
+    Raises:
+        CodegenError: an array has another shape or dtype than the workload says.
+    """
+    if weight.shape != workload.weight_shape or weight.dtype != np.int8:
+        raise CodegenError(
+            f"depthwise weights are {weight.dtype}{weight.shape}, expected "
+            f"int8{workload.weight_shape}"
+        )
+    count = workload.co
+    shift = 128 if workload.a_dtype == "int8" else 0  # the kernel reads the stored bytes as uint8
+    zero = values.a_zero_point + shift
+    flat = weight.reshape(count, -1).astype(np.int64)
+    bias = np.zeros(count, np.int64) if values.bias is None else values.bias.astype(np.int64)
+    if bias.shape != (count,):
+        raise CodegenError(f"bias has shape {bias.shape}, expected ({count},)")
+    multiplier = np.broadcast_to(
+        np.asarray(1.0 if values.multiplier is None else values.multiplier, np.float32), (count,)
+    )
+    scalars, saturating = _scalars(workload, values, flat, bias, multiplier)
+    scalars[0] = zero
+    plain = is_plain(workload, isa, params)
+    if plain:
+        arrays = {"weight": np.ascontiguousarray(weight.reshape(count, -1).T.astype(np.int16))}
+        corrected = bias
+        order = np.arange(count)
+    else:
+        plan = _Plan(workload, isa, params)
+        arrays = {"weight": _pack_weights(plan, weight[:, 0])}
+        corrected = bias - zero * flat.sum(1)
+        order = np.concatenate(
+            [
+                first + n * lanes + lane_channels(lanes).reshape(-1)
+                for first, repetitions, lanes in plan.blocks
+                for n in range(repetitions)
+            ]
+        )
+    arrays["bias"] = corrected[order].astype(np.uint64).astype(np.uint32).view(np.int32)
+    arrays["multiplier"] = np.ascontiguousarray(multiplier[order])
+    arrays["scalars"] = scalars
+    dot = "vpdpbusd" if isa.dot == "vpdpbusd" and not plain else "exact"
+    facts = Facts(dot, saturating, values.zero_point != 0, clip=False)
+    return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _scalars(
+    workload: ConvWorkload, values: GemmValues, weight: Array, bias: Array, multiplier: Array
+) -> tuple[Array, bool]:
+    """The eight scalars of `packing.SCALARS`, and whether the narrowing may do the clamp."""
+    scalars = np.zeros(8, np.float32)
+    dtype = workload.epilogue.out_dtype
+    if dtype not in LIMITS:
+        return scalars, False
+    low, high = LIMITS[dtype]
+    qmin = low if values.qmin is None else values.qmin
+    qmax = high if values.qmax is None else values.qmax
+    bound = np.abs(weight).sum(1) * 255 + np.abs(bias)
+    reach = float((bound * np.abs(multiplier).astype(np.float64)).max())
+    if workload.epilogue.residual_dtype is not None:
+        reach += 2.0**17 * abs(float(values.residual_multiplier))
+    fits = bool(bound.max() < 2**31) and reach < 2.0**30
+    scalars[1:4] = values.zero_point, qmin - values.zero_point, qmax - values.zero_point
+    scalars[4:6] = values.residual_multiplier, values.residual_zero_point
+    return scalars, fits and (qmin, qmax) == (low, high)
+
+
+def _pack_weights(plan: _Plan, weight: Array) -> Array:
+    """Weights `[CO, KH, KW]` as vectors, for each block, step and accumulator.
+
+    int8 where four rows make a group, int16 where two do; V bytes for each vector.
+    """
+    if plan.params.gather == "w":
+        weight = weight.transpose(0, 2, 1)
+    parts = []
+    for first, repetitions, lanes in plan.blocks:
+        channels = lane_channels(lanes)  # [4, L]
+        for n in range(repetitions):
+            block = np.zeros((len(plan.steps), *channels.shape, plan.group), np.int16)
+            for s, (k, row, g) in enumerate(plan.steps):
+                for member in range(plan.group):
+                    tap = plan.tap(row, g * plan.group + member)
+                    if tap is not None:
+                        block[s, :, :, member] = weight[first + n * lanes + channels, tap, k]
+            parts.append(block.reshape(-1))
+    packed = np.concatenate(parts)
+    return packed.astype(np.int8) if plan.group == 4 else packed
+
+
+# The kernel.
+
+
+def build_depthwise(
+    workload: ConvWorkload,
+    isa: Isa,
+    params: DepthwiseParams,
+    packed: Packed,
+    name: str = "depthwise",
+) -> Any:
+    """The PrimFunc of a depthwise convolution whose constants are `packed`.
+
+    Raises:
+        CodegenError: the workload is not a depthwise convolution of 8-bit activations.
+    """
+    from qcompiler.targets.kernels.depthwise_plain import PlainKernel
+
+    if not is_depthwise(workload):
+        raise CodegenError(
+            f"depthwise: expected groups == channels and 8-bit activations, got {workload}"
+        )
+    epilogue = workload.epilogue
+    with PrimFuncBuilder(name) as builder:
+        a = builder.argument("a", workload.a_shape, workload.a_dtype)
+        residual = None
+        if epilogue.residual_dtype is not None:
+            residual = builder.argument("residual", workload.out_shape, epilogue.residual_dtype)
+        constants = {
+            label: builder.argument(label, shape, dtype) for label, shape, dtype in packed.shapes
+        }
+        out = builder.argument("out", workload.out_shape, epilogue.out_dtype)
+        size = int(np.prod(workload.a_shape))
+        buffers = {label: tir.flat(buffer) for label, buffer in constants.items()}
+        buffers["a"] = tir.alias(a, (size,), "uint8")
+        buffers["out"] = tir.flat(out)
+        if residual is not None:
+            buffers["residual"] = tir.flat(residual)
+        if is_plain(workload, isa, params):
+            PlainKernel(workload, isa, packed.facts, buffers).emit()
+        else:
+            _Kernel(_Plan(workload, isa, params), packed.facts, buffers).emit()
+    return builder.finish()
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One kernel under construction; buffers are one-dimensional."""
+
+    plan: _Plan
+    facts: Facts
+    buffers: dict[str, Buffer]
+
+    def emit(self) -> None:
+        """The loop over tasks: images, runs of tiles along the gathered axis, channel blocks."""
+        plan = self.plan
+        w = plan.workload
+        a, b = plan.axes
+        tiles = -(-a.out // plan.rows)
+        vectors = sum(repetitions for _, repetitions, _ in plan.blocks)
+        cycles = plan.cost * w.n * a.out * b.out * vectors / 2.5
+        threads = worth_threads(cycles)
+        # Threads share images and tiles; channel blocks too where all are alike and tiles are few.
+        alike = len(plan.blocks) == 1
+        share_blocks = alike and threads and w.n * tiles < 32
+        strips = -(-b.out // plan.strip)
+        run = tiles if not threads else max(1, w.n * tiles * (vectors if share_blocks else 1) // 64)
+        run = min(run, tiles)
+        runs = -(-tiles // run)
+        outer = [w.n, runs, plan.blocks[0][1] if share_blocks else 1]
+        with loop(int(np.prod(outer)), threads=threads) as task:
+            image, chunk, block = unravel(task, outer)
+            area = workspace(plan.columns(plan.strip) * plan.column_bytes // 4, "int32")
+            weights_at = channels_at = 0
+            for first, repetitions, lanes in plan.blocks:
+                with loop(1 if share_blocks else repetitions) as n:
+                    index = block if share_blocks else n
+                    emit = _Block(
+                        self,
+                        area,
+                        lanes,
+                        tir.bind(index * lanes + first),
+                        tir.bind(index * lanes + channels_at),
+                        tir.bind(index * (len(plan.steps) * 4 * self._step(lanes)) + weights_at),
+                    )
+                    with loop(min(run, tiles)) as t, loop(strips) as strip:
+                        start = T.min((chunk * run + t) * plan.rows, a.out - plan.rows)
+                        column = T.min(strip * plan.strip, b.out - plan.strip)
+                        emit.tile(image, tir.bind(start), tir.bind(column))
+                weights_at += repetitions * len(plan.steps) * 4 * self._step(lanes)
+                channels_at += repetitions * lanes
+
+    def _step(self, lanes: int) -> int:
+        """Elements of one weight vector."""
+        return lanes if self.plan.group == 4 else lanes // 2
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The code for one vector of channels."""
+
+    kernel: _Kernel
+    area: Buffer
+    """Work area, int32 `[column, group, 4, lanes / 4]`."""
+    lanes: int
+    channel: Expr
+    """First output channel."""
+    packed_channel: Expr
+    """Where the block's bias and multipliers start."""
+    packed_weight: Expr
+
+    @property
+    def plan(self) -> _Plan:
+        """The kernel's plan."""
+        return self.kernel.plan
+
+    def tile(self, image: Expr, start: Expr, column: Expr) -> None:
+        """Outputs `start ...` along the gathered, `column ...` along the strip axis."""
+        plan = self.plan
+        self._fill(image, start, column)
+        b = plan.axes[1]
+        with loop(-(-plan.strip // plan.cols)) as t:
+            first = tir.bind(T.min(t * plan.cols, plan.strip - plan.cols))
+            at = image * (plan.workload.oh * plan.workload.ow * plan.workload.co) + self.channel
+            at = at + start * plan.axes[0].out_step + (column + first) * b.out_step
+            self._products(tir.bind(first * b.stride), tir.bind(at))
+
+    # Filling the work area.
+
+    def _fill(self, image: Expr, start: Expr, column: Expr) -> None:
+        plan, w = self.plan, self.plan.workload
+        a, b = plan.axes
+        columns = plan.columns(plan.strip)
+        row = tir.bind(start * a.stride - a.pad)
+        left = tir.bind(column * b.stride - b.pad)
+        base = tir.bind(
+            image * (w.h * w.w * w.c) + T.floordiv(self.channel, plan.multiplier) + left * b.step
+        )
+        lo, hi = tir.splat(0, "int32", 1), tir.splat(columns, "int32", 1)
+        if b.pad:
+            lo = tir.bind(T.max(T.min(tir.splat(0, "int32", 1) - left, columns), 0))
+            with tir.serial(lo) as j:
+                self._fill_padding(j)
+        if (b.out - 1) * b.stride - b.pad + (b.kernel - 1) * b.dilation >= b.size:
+            hi = tir.bind(T.max(T.min(tir.splat(b.size, "int32", 1) - left, columns), lo))
+            with tir.serial(hi, columns) as j:
+                self._fill_padding(j)
+        last = (a.out - 1) * a.stride - a.pad + plan.offsets[-1] - (plan.rows - 1) * a.stride
+        if a.pad == 0 and last < a.size:
+            with tir.serial(lo, hi) as j:
+                self._fill_column(base, row, j, inside=True)
+            return
+        inside = T.And(row >= 0, row + plan.offsets[-1] < a.size)
+        with T.If(inside):
+            with T.Then(), tir.serial(lo, hi) as j:
+                self._fill_column(base, row, j, inside=True)
+            with T.Else(), tir.serial(lo, hi) as j:
+                self._fill_column(base, row, j, inside=False)
+
+    def _fill_padding(self, column: Expr) -> None:
+        quarter = self.lanes // 4
+        repeat = 0x01010101 if self.plan.group == 4 else 0x00010001
+        zero = tir.cast(tir.load(self.kernel.buffers["scalars"], 0, 1), "int32")
+        value = tir.bind(tir.splat(zero * repeat, "int32", quarter))
+        for part in range(self.plan.groups * 4):
+            self._put(column, part, value)
+
+    def _put(self, column: Expr, part: int, value: Expr) -> None:
+        quarter = self.lanes // 4
+        at = column * (self.plan.groups * self.lanes) + part * quarter
+        tir.store(self.area, at, value)
+
+    def _fill_column(self, base: Expr, row: Expr, column: Expr, *, inside: bool) -> None:
+        plan = self.plan
+        rows: list[Expr] = []
+        zeros = tir.splat(0, "uint8", self.lanes)
+        for slot in range(plan.groups * plan.group):
+            if slot < len(plan.offsets):
+                rows.append(self._row(base, row + plan.offsets[slot], column, inside=inside))
+            else:
+                rows.append(zeros)
+        for g in range(plan.groups):
+            members = rows[g * plan.group : (g + 1) * plan.group]
+            for part, vector in enumerate(_interleave(members, self.lanes)):
+                self._put(column, g * 4 + part, vector)
+
+    def _row(self, base: Expr, row: Expr, column: Expr, *, inside: bool) -> Expr:
+        """V channels of one input pixel as uint8; the zero point where `row` is outside."""
+        plan = self.plan
+        a, b = plan.axes
+        held = row if inside else T.max(T.min(row, a.size - 1), 0)
+        repeat = plan.multiplier
+        count = self.lanes // repeat
+        source = self.kernel.buffers["a"]
+        at = base + held * a.step + column * b.step
+        value = tir.load(source, at, count)
+        if repeat > 1:
+            value = tir.bind(value)
+            picks = [lane // repeat for lane in range(self.lanes)]
+            value = tir.shuffle([value] * repeat, picks)
+        if plan.workload.a_dtype == "int8":
+            value = T.bitwise_xor(value, tir.splat(128, "uint8", self.lanes))
+        if not inside:
+            fill = tir.cast(tir.load(self.kernel.buffers["scalars"], 0, 1), "uint8")
+            valid = T.And(row >= 0, row < a.size)
+            value = T.Select(valid, value, tir.splat(fill, "uint8", self.lanes))
+        return tir.bind(value)
+
+    # The products.
+
+    def _products(self, column: Expr, at: Expr) -> None:
+        plan = self.plan
+        quarter = self.lanes // 4
+        narrow: dict[tuple[int, int], list[Expr]] = {}
+        for part in range(4):
+            accs = self._accumulate(column, part)
+            for key, acc in accs.items():
+                narrow.setdefault(key, []).append(acc)
+        for (row, col), accs in narrow.items():
+            where = at + row * plan.axes[0].out_step + col * plan.axes[1].out_step
+            _Finish(self, tir.bind(where), quarter).store(accs)
+
+    def _accumulate(self, column: Expr, part: int) -> dict[tuple[int, int], Expr]:
+        plan = self.plan
+        b = plan.axes[1]
+        quarter = self.lanes // 4
+        constants = self.kernel.buffers
+        bias = tir.bind(tir.load(constants["bias"], self.packed_channel + part * quarter, quarter))
+        accs = {(r, c): bias for c in range(plan.cols) for r in range(plan.rows)}
+        loaded: dict[tuple[int, int], Expr] = {}
+        width = self.lanes if plan.group == 4 else self.lanes // 2
+        bits = self.lanes * 8
+        data_dtype = "uint8" if plan.group == 4 else "int16"
+        for s, (k, row, g) in enumerate(plan.steps):
+            weight = tir.bind(
+                tir.load(constants["weight"], self.packed_weight + (s * 4 + part) * width, width)
+            )
+            for col in range(plan.cols):
+                source = (col * b.stride + k * b.dilation, g)
+                if source not in loaded:
+                    offset = (column + source[0]) * (plan.groups * self.lanes)
+                    value = tir.load(self.area, offset + (g * 4 + part) * quarter, quarter)
+                    loaded[source] = tir.bind(tir.reinterpret(value, data_dtype, width))
+                acc, data = accs[row, col], loaded[source]
+                dtype = tir.vector("int32", quarter)
+                if plan.group == 4:
+                    name = plan.isa.intrinsic("dot_u8s8", bits)
+                    total = tir.intrinsic(dtype, str(name), acc, data, weight)
+                else:
+                    name = plan.isa.intrinsic("madd_i16", bits)
+                    total = acc + tir.intrinsic(dtype, str(name), data, weight)
+                accs[row, col] = tir.bind(total)
+        return accs
+
+
+def _interleave(rows: list[Expr], lanes: int) -> list[Expr]:
+    """Interleave four rows of bytes, or two rows widened to int16: four vectors of int32 lanes."""
+    if len(rows) == 4:
+        low = [_unpack(rows[0], rows[1], high) for high in (0, 1)]
+        top = [_unpack(rows[2], rows[3], high) for high in (0, 1)]
+    else:
+        low = [_unpack(rows[0], rows[1], high) for high in (0, 1)]
+        top = []
+    out = []
+    for half in range(2):
+        for high in range(2):
+            if top:
+                words = [tir.reinterpret(v[half], "int16", lanes // 2) for v in (low, top)]
+                merged = _unpack(tir.bind(words[0]), tir.bind(words[1]), high)
+            else:
+                merged = _unpack(low[half], tir.splat(0, "uint8", lanes), high)
+            out.append(tir.bind(tir.reinterpret(merged, "int32", lanes // 4)))
+    return out
+
+
+def _unpack(a: Expr, b: Expr, high: int) -> Expr:
+    """Interleave the low or high halves of the 128-bit lanes of `a` and `b`."""
+    count = tir.lanes_of(a)
+    per_lane = 16 if tir.dtype_of(a).endswith("int8") else 8
+    indices: list[int] = []
+    for start in range(0, count, per_lane):
+        for k in range(per_lane // 2):
+            lane = start + high * (per_lane // 2) + k
+            indices += [lane, count + lane]
+    return tir.bind(tir.shuffle([a, b], indices))
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """The epilogue of one output pixel: four accumulators in packed order to V stored outputs."""
+
+    block: _Block
+    at: Expr
+    quarter: int
+
+    def store(self, accs: list[Expr]) -> None:
+        """Requantize or dequantize `accs` and store them."""
+        block = self.block
+        kernel = block.kernel
+        dtype = kernel.plan.workload.epilogue.out_dtype
+        out = kernel.buffers["out"]
+        if dtype == "int32":
+            tir.store(out, self.at, self._in_order(accs))
+            return
+        residuals = self._residuals()
+        reals = [self._real(part, acc, residuals) for part, acc in enumerate(accs)]
+        if dtype == "float32":
+            tir.store(out, self.at, self._in_order(reals))
+            return
+        isa = kernel.plan.isa
+        rounded = []
+        for value in reals:
+            if not kernel.facts.saturating:
+                value = T.min(T.max(value, self._scalar(2)), self._scalar(3))
+            whole = tir.round_to_int32(isa, value)
+            if kernel.facts.zero_point and dtype == "int16":
+                whole = whole + tir.cast(self._scalar(1), "int32")
+            rounded.append(tir.bind(whole))
+        bits = block.lanes * 8
+        half = block.lanes // 2
+        pack = str(isa.intrinsic("pack_i16", bits))
+        words = [
+            tir.intrinsic(tir.vector("int16", half), pack, rounded[i], rounded[i + 1])
+            for i in (0, 2)
+        ]
+        # 8-bit results: saturating to int16 before and after the zero point changes nothing.
+        if kernel.facts.zero_point and dtype != "int16":
+            zero = tir.cast(tir.load(kernel.buffers["scalars"], 1, 1), "int16")
+            shift = tir.splat(zero, "int16", half)
+            words = [
+                tir.intrinsic(tir.vector("int16", half), "llvm.sadd.sat", word, shift)
+                for word in words
+            ]
+        words = [tir.bind(word) for word in words]
+        if dtype == "int16":
+            tir.store(out, self.at, self._words_in_order(words))
+            return
+        pack = str(isa.intrinsic("pack_u8" if dtype == "uint8" else "pack_i8", bits))
+        tir.store(out, self.at, tir.intrinsic(tir.vector(dtype, block.lanes), pack, *words))
+
+    def _scalar(self, position: int) -> Expr:
+        scalar = tir.load(self.block.kernel.buffers["scalars"], position, 1)
+        return tir.splat(scalar, "float32", self.quarter)
+
+    def _real(self, part: int, acc: Expr, residuals: list[Expr]) -> Expr:
+        multiplier = tir.load(
+            self.block.kernel.buffers["multiplier"],
+            self.block.packed_channel + part * self.quarter,
+            self.quarter,
+        )
+        value = tir.cast(acc, "float32") * multiplier
+        if residuals:
+            other = tir.cast(residuals[part], "float32") - self._scalar(5)
+            value = tir.fence(value) + tir.fence(other * self._scalar(4))
+        return tir.bind(value)
+
+    def _residuals(self) -> list[Expr]:
+        """The residual's values as int32 in packed order; empty where there is none."""
+        block = self.block
+        residual = block.kernel.buffers.get("residual")
+        if residual is None:
+            return []
+        lanes = block.lanes
+        stored = tir.bind(tir.load(residual, self.at, lanes))
+        order = lane_channels(lanes)
+        return [tir.cast(tir.shuffle([stored], part.tolist()), "int32") for part in order]
+
+    def _in_order(self, parts: list[Expr]) -> Expr:
+        """Four vectors in packed order as one in channel order."""
+        position = np.argsort(lane_channels(self.block.lanes).reshape(-1))
+        return tir.shuffle([tir.bind(part) for part in parts], position.tolist())
+
+    def _words_in_order(self, words: list[Expr]) -> Expr:
+        lanes = self.block.lanes
+        channels = lane_channels(lanes).reshape(2, 2, -1, 4)  # pair, member, 128-bit lane, word
+        position = np.argsort(channels.transpose(0, 2, 1, 3).reshape(-1))
+        return tir.shuffle(words, position.tolist())
