@@ -9,7 +9,7 @@ venv=${1:?usage: make_venv.sh VENV [PYTHON]}
 wanted=${2:-}
 
 fail() {
-  printf '\n%s\n' "$@" >&2
+  printf '%s\n' '' "$@" '' >&2
   exit 1
 }
 
@@ -38,14 +38,14 @@ else
   done
   [[ -n $python ]] || fail \
     "No usable Python found: qcompiler needs Python 3.10, 3.11, 3.12 or 3.13 with the venv module." \
-    "python3 here: $(python3 --version 2>&1 || echo none)" \
+    "python3 here: $(python3 --version 2>/dev/null || echo none)" \
     "Install one (Debian, Ubuntu: apt install python3 python3-venv) or say make PYTHON=/path/to/python3.12 ..."
 fi
 
-# TVM links the kernels it generates with the system's compiler driver; this is its own search order.
-compiler=${CXX:-${CC:-}}
+# qcompiler links the kernels it generates with the system's compiler (qcompiler/linker.py).
+compiler=${CC:-}
 if [[ -z $compiler ]]; then
-  for candidate in g++ gcc clang++ clang c++ cc; do
+  for candidate in cc gcc clang c++ g++; do
     if command -v "$candidate" >/dev/null; then
       compiler=$candidate
       break
@@ -53,7 +53,7 @@ if [[ -z $compiler ]]; then
   done
 fi
 [[ -n $compiler ]] || fail \
-  "No C compiler found: qcompiler links the kernels it generates with one (g++, gcc, clang or cc)." \
+  "No C compiler found: qcompiler links the kernels it generates with one (cc, gcc, clang, c++ or g++)." \
   "Install one (Debian, Ubuntu: apt install gcc; Fedora: dnf install gcc), or set CC to its path."
 
 probe=$(mktemp -d)
@@ -62,7 +62,7 @@ echo 'int qcompiler_probe(void) { return 0; }' >"$probe/probe.c"
 # The variable may hold a command with options, as in CC="ccache gcc".
 # shellcheck disable=SC2086
 $compiler -shared -fPIC -o "$probe/probe.so" "$probe/probe.c" 2>"$probe/log" || fail \
-  "The C compiler $compiler cannot link a shared library:" "$(cat "$probe/log")" \
+  "The C compiler '$compiler' cannot link a shared library. $(cat "$probe/log")" \
   "Install its C library headers (Debian, Ubuntu: apt install gcc libc6-dev), or set CC to another one."
 
 echo "Making $venv with $("$python" --version 2>&1) ($(command -v "$python")), C compiler $compiler"
