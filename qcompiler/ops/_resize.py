@@ -97,7 +97,7 @@ def weights(n: int, out: int, scale: float, attrs: Attrs) -> Array:
         t = (index - p) * stretch
         w = _linear(t) if mode == "linear" else _cubic(t, float(coeff))
         inside = (index >= 0) & (index < n)
-        if attrs["exclude_outside"] or attrs["antialias"]:
+        if attrs["exclude_outside"]:
             w = np.where(inside, w, 0.0)
         w = w / w.sum()
         np.add.at(matrix[i], np.clip(index, 0, n - 1), w)

@@ -120,12 +120,22 @@ def _cast_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
 
 
 def _cast(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
-    x, to = np.asarray(arrays[0]), ctx.outputs[0].dtype.numpy
+    x, dtype = np.asarray(arrays[0]), ctx.outputs[0].dtype
+    to = dtype.numpy
     with np.errstate(all="ignore"):  # out-of-range floats: undefined in ONNX, never an error
         if x.dtype.kind == "f" and to.kind in "iu":
             # Through int64 so that the low bits are kept, as C compilers do on x86.
             return (np.trunc(x).astype(np.int64).astype(to),)
-        return (x.astype(to),)
+        y = x.astype(to)
+    return (_to_bfloat16(y) if dtype is DType.BFLOAT16 else y,)
+
+
+def _to_bfloat16(x: Array) -> Array:
+    """Round float32 to the nearest bfloat16, ties to even; the result is held in float32."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, rounded.view(np.float32))
 
 
 register(OpDef("cast", ("x",), _cast_infer, _cast, {"to": REQUIRED}, kind=OpKind.CAST))
