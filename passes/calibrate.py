@@ -1,0 +1,274 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: run the float graph on samples and note the range of every value to quantize."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from qcompiler.data import Batch, InputSpec, SampleSet
+from qcompiler.errors import CalibrationError, UsageError
+from qcompiler.ir import Graph, Value
+from qcompiler.onnx_export import to_onnx
+from qcompiler.ops import OpKind, Stage
+from qcompiler.ort import Session
+from qcompiler.passes.observers import Observer, ObserverName, TensorStats
+from qcompiler.passes.regions import analyse
+from qcompiler.passmanager import Pass, PassContext
+from qcompiler.plan import uniform
+from qcompiler.printer import digest
+from qcompiler.types import Array, DType, Precision
+
+FORMAT = 1
+"""Version of the table's JSON form."""
+
+_SUMMARY_BINS = 64
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Samples that fit a graph.
+
+    Attributes:
+        samples: The samples.
+        inputs: The graph's inputs.
+        runs: Number of runs that the samples make.
+        digest: sha256 of the samples.
+        count: Number of samples.
+    """
+
+    samples: SampleSet
+    inputs: tuple[InputSpec, ...]
+    runs: int
+    digest: str
+    count: int
+
+    @classmethod
+    def of(cls, samples: SampleSet, graph: Graph) -> CalibrationSet:
+        """Check every sample against the graph's inputs (reads the set once).
+
+        Raises:
+            CalibrationError: Missing or misnamed inputs, wrong shape or dtype, NaN or infinity, an
+                empty set.
+        """
+        inputs = InputSpec.of({v.name: v for v in graph.inputs})
+        runs = count = 0
+        for batch in samples.batches(inputs, CalibrationError):
+            runs += 1
+            count += batch.samples
+        return cls(samples, inputs, runs, samples.digest(), count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.samples.batches(self.inputs, CalibrationError)
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """What calibration found about one value.
+
+    Attributes:
+        range: (least, greatest) real that 8-bit quantization should cover; holds 0.
+        bounds: (least, greatest) element seen.
+        mean: Mean of the elements.
+        deviation: Standard deviation of the elements.
+        count: Number of elements seen.
+        histogram: Counts of equal bins over `bounds`, for reports; empty without a histogram.
+    """
+
+    range: tuple[float, float]
+    bounds: tuple[float, float]
+    mean: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+    histogram: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """Range per value name.
+
+    Attributes:
+        tensors: Value name -> what was found.
+        graph: Digest of the graph that ran.
+        data: Digest of the samples.
+        samples: Number of samples.
+        spec: Text form of the pass that made it.
+    """
+
+    tensors: Mapping[str, TensorRange] = field(default_factory=dict)
+    graph: str = ""
+    data: str = ""
+    samples: int = 0
+    spec: str = ""
+
+    def find(self, name: str) -> TensorRange | None:
+        """Return the entry of a value, if it was observed."""
+        return self.tensors.get(name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "format": FORMAT,
+            "graph": self.graph,
+            "data": self.data,
+            "samples": self.samples,
+            "spec": self.spec,
+            "tensors": {
+                name: {
+                    "range": list(t.range),
+                    "bounds": list(t.bounds),
+                    "mean": t.mean,
+                    "deviation": t.deviation,
+                    "count": t.count,
+                    "histogram": list(t.histogram),
+                }
+                for name, t in self.tensors.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, doc: object) -> CalibrationTable:
+        """Return the table that `to_json` wrote.
+
+        Raises:
+            UsageError: Not such a document, or another format version.
+        """
+        if not isinstance(doc, Mapping) or doc.get("format") != FORMAT:
+            raise UsageError(f"not a calibration table of format {FORMAT}")
+        try:
+            tensors = {
+                str(name): TensorRange(
+                    (float(t["range"][0]), float(t["range"][1])),
+                    (float(t["bounds"][0]), float(t["bounds"][1])),
+                    float(t["mean"]),
+                    float(t["deviation"]),
+                    int(t["count"]),
+                    tuple(int(c) for c in t["histogram"]),
+                )
+                for name, t in doc["tensors"].items()
+            }
+            return cls(
+                tensors,
+                str(doc["graph"]),
+                str(doc["data"]),
+                int(doc["samples"]),
+                str(doc["spec"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UsageError(f"the calibration table is damaged: {error!r}") from None
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Write the JSON form to a file."""
+        pathlib.Path(path).write_text(json.dumps(self.to_json()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> CalibrationTable:
+        """Read a table from a file.
+
+        Raises:
+            UsageError: The file cannot be read or holds no table.
+        """
+        try:
+            doc = json.loads(pathlib.Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the calibration table {str(path)!r}: {error}") from None
+        return cls.from_json(doc)
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Observe activation ranges on the calibration set. Leaves the graph unchanged."""
+
+    name: ClassVar[str] = "calibrate"
+    stage: ClassVar[tuple[Stage, Stage]] = (Stage.FLOAT, Stage.FLOAT)
+    requires: ClassVar[tuple[type, ...]] = (CalibrationSet,)
+    provides: ClassVar[tuple[type, ...]] = (CalibrationTable,)
+    observer: ObserverName = "mse"
+    percentile: float = 99.99  # percent of the elements covered, for observer=percentile
+    momentum: float = 0.9  # weight of the past, for observer=moving_average
+
+    def __post_init__(self) -> None:
+        self._observer()
+
+    def _observer(self) -> Observer:
+        return Observer(self.observer, self.percentile, self.momentum)
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """Run the graph on every sample.
+
+        Raises:
+            CalibrationError: A sample or an inner value holds NaN or infinity.
+        """
+        samples = ctx.get(CalibrationSet)
+        observer = self._observer()
+        stats = {v.name: observer.start(v.name) for v in observed_values(graph)}
+        inputs = {v.name for v in graph.inputs} & stats.keys()
+        inner = [name for name in stats if name not in inputs]
+        model = to_onnx(graph, extra_outputs=inner).SerializeToString()
+        session = Session(model, optimization="basic")
+        ctx.progress("calibrate", 0, samples.runs)
+        for done, batch in enumerate(samples, 1):
+            found = session.run(batch.inputs, inner) if inner else {}
+            for name, summary in stats.items():
+                array = batch.inputs[name] if name in inputs else found[name]
+                summary.add(_real(array, batch), observer.momentum)
+            ctx.progress("calibrate", done, samples.runs)
+        tensors = {name: _entry(s, observer) for name, s in stats.items()}
+        ctx.put(
+            CalibrationTable(tensors, digest(graph), samples.digest, samples.count, self.spec())
+        )
+        return False
+
+
+def observed_values(graph: Graph) -> list[Value]:
+    """Return the values that a plan might quantize, in the graph's order.
+
+    These are the values that the all-integer plan quantizes, and every float operand of a product,
+    which a plan with some float products may quantize instead.
+    """
+    regions = analyse(graph, uniform(graph, Precision.W8A8))
+    wanted: dict[Value, None] = dict.fromkeys(regions.primary)
+    for node in graph.nodes:
+        if node.op.kind is OpKind.COMPUTE:
+            wanted.update(dict.fromkeys(node.operands[:2]))
+    order = {v: i for i, v in enumerate(graph.values())}
+    return sorted(
+        (v for v in wanted if not v.is_constant and v.dtype is DType.FLOAT32),
+        key=lambda v: order[v],
+    )
+
+
+def _real(array: Array, batch: Batch) -> Array:
+    """Leave out the rows that only fill up the last batch."""
+    if batch.samples < batch.size and array.ndim and len(array) == batch.size:
+        return array[: batch.samples]
+    return array
+
+
+def _entry(stats: TensorStats, observer: Observer) -> TensorRange:
+    if stats.count == 0:
+        return TensorRange((0.0, 0.0), (0.0, 0.0))
+    summary: tuple[int, ...] = ()
+    if stats.histogram is not None:
+        centres, counts = stats.histogram.bins()
+        folded, _ = np.histogram(
+            centres, _SUMMARY_BINS, (stats.least, stats.greatest), weights=counts
+        )
+        summary = tuple(int(c) for c in folded)
+    return TensorRange(
+        observer.range(stats),
+        (stats.least, stats.greatest),
+        stats.mean,
+        stats.deviation,
+        stats.count,
+        summary,
+    )

@@ -1,0 +1,542 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The pattern table: float islands between dequantize and quantize -> one integer operator.
+
+Each rule takes the quantize node that ends an island (its clamps already peeled off) and returns
+the integer node that replaces it, or None where the island is not its shape. Rules are tried in
+the order of `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.ir import Graph, Node, Value
+from qcompiler.numerics import dequantize, quantize, quantize_bias, table_entries
+from qcompiler.ops import EvalContext, OpKind
+from qcompiler.passes.fuse_moves import dequantized, params, succeed
+from qcompiler.plan import TABLE_BINARY
+from qcompiler.types import (
+    Array,
+    DType,
+    PerAxis,
+    PerTensor,
+    QuantParams,
+    TensorType,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Island:
+    """A quantize node and the clamps before it.
+
+    Attributes:
+        graph: The graph.
+        end: The quantize node.
+        value: The float before the clamps; only the clamps (or `end`) read it.
+        target: Type of the result, clamp range narrowed by the clamps.
+        clamps: The peeled relu and clip nodes, last first.
+        alone: Whether nothing else reads `value`.
+    """
+
+    graph: Graph
+    end: Node
+    value: Value
+    target: TensorType
+    clamps: tuple[Node, ...]
+    alone: bool
+
+    def replace(self, op: str, inputs: Sequence[Value | None], core: Node, **attrs: object) -> Node:
+        """Put an integer node in the place of the island; its name is the core operator's."""
+        names = [*core.sources]
+        for clamp in reversed(self.clamps):
+            names += clamp.sources
+        sources = tuple(dict.fromkeys(names))
+        return replace_core(self.graph, op, inputs, core, self.end, self.target, sources, attrs)
+
+
+def replace_core(
+    graph: Graph,
+    op: str,
+    inputs: Sequence[Value | None],
+    core: Node,
+    end: Node,
+    target: TensorType,
+    sources: tuple[str, ...],
+    attrs: dict[str, object],
+) -> Node:
+    """Replace `end` by an integer node that carries the name of `core`."""
+    full: dict[str, object] = {k: core.attrs[k] for k in core.attrs if k in attrs_of(op)}
+    full.update(attrs)
+    new = graph.add(op, inputs, full, types=[target], before=end, sources=sources)  # type: ignore[arg-type]
+    old = end.output
+    graph.replace_node(end, new.output)
+    graph.eliminate_dead()
+    if core.graph is None:  # nothing else needs it: the name is free
+        succeed(new, core, old)
+    else:
+        new.output.name = old.name
+    return new
+
+
+def attrs_of(op: str) -> frozenset[str]:
+    """Return the attribute names of an operator."""
+    from qcompiler.ops import op_def
+
+    return frozenset(op_def(op).attrs)
+
+
+def island(graph: Graph, end: Node) -> Island:
+    """Peel the clamps before a quantize node."""
+    value = end.input(0)
+    q = params(end.output)
+    clamps: list[Node] = []
+    bounds: list[tuple[float | None, float | None]] = []
+    while (
+        value.producer is not None
+        and value.producer.op.name in ("relu", "clip")
+        and _alone(graph, value)
+    ):
+        node = value.producer
+        clamps.append(node)
+        lo, hi = clamp_bounds(node)
+        bounds.append((lo, hi))
+        value = node.input(0)
+    qmin, qmax = q.qmin, q.qmax
+    for lo, hi in bounds:  # last clamp first: an outer clamp wins over an inner one
+        inner_lo, inner_hi = _codes(lo, q, qmin), _codes(hi, q, qmax)
+        qmin, qmax = _clamp(inner_lo, qmin, qmax), _clamp(inner_hi, qmin, qmax)
+    clamped = QuantParams(q.scale, q.zero_point, q.storage, qmin, qmax, q.granularity)
+    target = TensorType(end.output.shape, q.storage, clamped)
+    return Island(graph, end, value, target, tuple(clamps), _alone(graph, value))
+
+
+def clamp_bounds(node: Node) -> tuple[float | None, float | None]:
+    """Return (least, greatest) result of a relu or clip node; None = unbounded."""
+    if node.op.name == "relu":
+        return 0.0, None
+    lo, hi = node.attr("min"), node.attr("max")
+    if lo is not None and hi is not None and lo > hi:
+        lo = hi  # ONNX: the upper bound wins
+    return lo, hi
+
+
+def _codes(bound: float | None, q: QuantParams, default: int) -> int:
+    return default if bound is None else int(quantize(np.float32(bound), q))
+
+
+def _clamp(v: int, lo: int, hi: int) -> int:
+    return min(max(v, lo), hi)
+
+
+def _alone(graph: Graph, value: Value) -> bool:
+    return len(value.uses) == 1 and not graph.is_output(value)
+
+
+# ------------------------------------------------------------------------------- products
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A convolution or matrix product whose operands are all quantized."""
+
+    node: Node
+    op: str
+    operands: tuple[Value, Value, Value | None]
+    attrs: dict[str, object]
+
+
+class Weights:
+    """Constant weights in the form that integer products take, made once per constant."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._made: dict[tuple[Value, bool], Value] = {}
+
+    def get(self, w: Value, transpose: bool) -> Value:
+        """Return the weights held as int8, the last two axes swapped if asked."""
+        key = (w, transpose)
+        if key not in self._made:
+            self._made[key] = self._make(w, transpose)
+        return self._made[key]
+
+    def _make(self, w: Value, transpose: bool) -> Value:
+        q, data = params(w), w.array()
+        if q.storage is DType.INT8 and not transpose:
+            return w
+        shift = 128 if q.storage is DType.UINT8 else 0  # the same grid, moved into int8
+        data = (data.astype(np.int16) - shift).astype(np.int8)
+        granularity = q.granularity
+        if transpose:
+            data = np.ascontiguousarray(np.swapaxes(data, -1, -2))
+            if isinstance(granularity, PerAxis):
+                axis = {data.ndim - 1: data.ndim - 2, data.ndim - 2: data.ndim - 1}
+                granularity = PerAxis(axis.get(granularity.axis, granularity.axis))
+        held = QuantParams(
+            q.scale,
+            q.zero_point - shift,
+            DType.INT8,
+            q.qmin - shift,
+            q.qmax - shift,
+            granularity,
+        )
+        return self.graph.constant(data, w.name, held)
+
+
+_NARROW = (DType.INT8, DType.UINT8)
+_WEIGHT_STORAGE = (DType.INT8, DType.UINT8, DType.INT4, DType.UINT4)
+
+
+def product(node: Node | None, weights: Weights) -> Product | None:
+    """Return the integer form of a float product between dequantized operands, or None."""
+    if node is None or node.op.name not in ("conv", "matmul") or node.optional(3) is not None:
+        return None
+    if node.attr("act_min") is not None or node.attr("act_max") is not None:
+        return None
+    x, w = dequantized(node.input(0)), dequantized(node.input(1))
+    if x is None or w is None or not _activation(x):
+        return None
+    attrs: dict[str, object] = {}
+    if w.is_constant:
+        q = params(w)
+        transpose = node.op.name == "matmul" and bool(node.attr("transpose_b"))
+        if transpose:
+            attrs["transpose_b"] = False
+        axis = 0 if node.op.name == "conv" else w.type.rank - (2 if transpose else 1)
+        if q.storage not in _WEIGHT_STORAGE or w.type.rank < 2:
+            return None
+        if not q.is_per_tensor and q.granularity != PerAxis(axis):
+            return None
+        if not q.is_per_tensor and q.scale.shape != (w.shape[axis],):
+            return None
+        w = weights.get(w, transpose)
+    elif node.op.name == "conv" or not _activation(w) or w.type.rank < 2:
+        return None
+    bias = node.optional(2)
+    if bias is not None:
+        bias = _integer_bias(weights.graph, bias, params(x), params(w))
+        if bias is None:
+            return None
+    return Product(node, "q" + node.op.name, (x, w, bias), attrs)
+
+
+def _activation(v: Value) -> bool:
+    return not v.is_constant and v.dtype in _NARROW and params(v).is_per_tensor
+
+
+def _integer_bias(graph: Graph, bias: Value, x: QuantParams, w: QuantParams) -> Value | None:
+    """Return the bias as int32 at the scale of the accumulator; None where that cannot be."""
+    source = dequantized(bias)
+    scale = np.float64(x.s) * w.scale.astype(np.float64)
+    if source is not None and source.is_constant:
+        q = params(source)
+        if (
+            source.dtype is DType.INT32
+            and q.is_symmetric
+            and np.allclose(np.broadcast_to(q.scale, bias.shape), scale, rtol=1e-5, atol=0)
+        ):
+            ints: Array = source.array()
+        else:
+            ints = _rounded(dequantize(source.array(), q), x, w)
+    elif bias.is_constant:
+        ints = _rounded(bias.array(), x, w)
+    else:
+        return None
+    if ints.size == 0:
+        return None
+    held = QuantParams(
+        scale.astype(np.float32),
+        np.zeros(scale.shape, np.int32),
+        DType.INT32,
+        DType.INT32.min,
+        DType.INT32.max,
+        PerTensor() if w.is_per_tensor else PerAxis(0),
+    )
+    name = source.name if source is not None else bias.name
+    return graph.constant(ints, name, held)
+
+
+def _rounded(bias: Array, x: QuantParams, w: QuantParams) -> Array:
+    found = quantize_bias(bias, x.s, w.scale)
+    return np.empty(0, np.int32) if found.clamped else found.q
+
+
+def fuse_product(i: Island, weights: Weights) -> Node | None:
+    """clamp(product(dq x, dq w, dq b)) -> qconv / qmatmul."""
+    if not i.alone or not params_ok(i.target, (8, 16)):
+        return None
+    p = product(i.value.producer, weights)
+    if p is None:
+        return None
+    return i.replace(p.op, p.operands, p.node, **p.attrs)
+
+
+def fuse_residual(i: Island, weights: Weights) -> Node | None:
+    """clamp(add(product(...), dq r)) -> qconv / qmatmul with a residual operand."""
+    add = i.value.producer
+    if add is None or add.op.name != "add" or not i.alone or not params_ok(i.target, (8, 16)):
+        return None
+    order = {n: k for k, n in enumerate(i.graph.nodes)}
+    places = [0, 1]
+    places.sort(key=lambda k: -_position(order, add.input(k)))
+    for k in places:
+        v, other = add.input(k), dequantized(add.input(1 - k))
+        if other is None or other.is_constant or not params(other).is_per_tensor:
+            continue
+        if other.dtype.bits > 16 or not v.shape == other.shape == add.output.shape:
+            continue
+        p = product(v.producer, weights) if _alone(i.graph, v) else None
+        if p is None:
+            continue
+        clamps = (*i.clamps, add)  # sources of the addition belong to the kernel
+        whole = Island(i.graph, i.end, i.value, i.target, clamps, True)
+        return whole.replace(p.op, (*p.operands, other), p.node, **p.attrs)
+    return None
+
+
+def _position(order: dict[Node, int], v: Value) -> int:
+    return -1 if v.producer is None else order[v.producer]
+
+
+def params_ok(t: TensorType, bits: tuple[int, ...]) -> bool:
+    """Whether a result type has one scale and an allowed width."""
+    return t.qparams is not None and t.qparams.is_per_tensor and t.dtype.bits in bits
+
+
+# ---------------------------------------------------------------- binary, reductions, norms
+
+
+def fuse_binary(i: Island, weights: Weights) -> Node | None:
+    """clamp(add|sub|mul(dq a, dq b)) -> qadd / qsub / qmul."""
+    node = i.value.producer
+    if node is None or node.op.name not in ("add", "sub", "mul") or not i.alone:
+        return None
+    a, b = dequantized(node.input(0)), dequantized(node.input(1))
+    if a is None or b is None or not params_ok(i.target, (8, 16)):
+        return None
+    if any(not params(v).is_per_tensor or v.dtype.bits > 16 for v in (a, b)):
+        return None
+    return i.replace("q" + node.op.name, (a, b), node)
+
+
+def fuse_reduction(i: Island, weights: Weights) -> Node | None:
+    """clamp(average_pool|reduce_mean(dq x)) -> qaverage_pool / qreduce_mean."""
+    node = i.value.producer
+    if node is None or node.op.name not in ("average_pool", "reduce_mean") or not i.alone:
+        return None
+    x = dequantized(node.input(0))
+    if x is None or not params(x).is_per_tensor or x.dtype.bits > 16:
+        return None
+    if not params_ok(i.target, (8, 16)):
+        return None
+    return i.replace("q" + node.op.name, (x,), node)
+
+
+def fuse_softmax(i: Island, weights: Weights) -> Node | None:
+    """softmax(dq x) or softmax(x), then quantize -> qsoftmax."""
+    node = i.value.producer
+    if node is None or node.op.name != "softmax" or not i.alone or not params_ok(i.target, (8,)):
+        return None
+    x = dequantized(node.input(0))
+    if x is None or x.dtype not in _NARROW or not params(x).is_per_tensor:
+        x = node.input(0)
+    if x.dtype is not DType.FLOAT32 and not x.type.is_quantized:
+        return None
+    return i.replace("qsoftmax", (x,), node)
+
+
+def fuse_layer_norm(i: Island, weights: Weights) -> Node | None:
+    """layer_norm(dq x), then quantize -> qlayer_norm."""
+    node = i.value.producer
+    if node is None or not i.alone or not params_ok(i.target, (8, 16)):
+        return None
+    operands = layer_norm_operands(i.graph, node)
+    return None if operands is None else i.replace("qlayer_norm", operands, node)
+
+
+def layer_norm_operands(graph: Graph, node: Node) -> tuple[Value, Value, Value] | None:
+    """Return the operands of the integer form of a layer_norm over a dequantized tensor."""
+    if node.op.name != "layer_norm":
+        return None
+    x = dequantized(node.input(0))
+    if x is None or x.is_constant or x.dtype.bits > 16 or not params(x).is_per_tensor:
+        return None
+    if int(node.attr("axis")) not in (-1, x.type.rank - 1):
+        return None
+    affine: list[Value] = []
+    for k, fill in ((1, 1.0), (2, 0.0)):
+        v = node.optional(k)
+        d = x.shape[-1]
+        if v is None:
+            affine.append(graph.constant(np.full(d, fill, np.float32), f"{node.name}_{k}"))
+            continue
+        source = dequantized(v)
+        if source is not None and source.is_constant:
+            real = dequantize(source.array(), params(source))
+        elif v.is_constant:
+            real = v.array()
+        else:
+            return None
+        if v.is_constant and real.shape == (d,) and real.dtype == np.float32:
+            affine.append(v)
+        else:
+            flat = np.broadcast_to(real, (d,)).astype(np.float32)
+            affine.append(graph.constant(flat, v.name))
+    return x, affine[0], affine[1]
+
+
+# --------------------------------------------------------------------------------- tables
+
+
+def cone(value: Value) -> tuple[Value, list[Node]] | None:
+    """Return (quantized root, float nodes in order) of an elementwise function of one tensor.
+
+    Every path from `value` backwards runs through elementwise operators whose other operands are
+    scalar constants, and ends at dequantizations of one 8-bit tensor of the same shape.
+    """
+    root: Value | None = None
+    nodes: dict[Node, None] = {}
+    stack = [value]
+    while stack:
+        v = stack.pop()
+        if v.is_constant:
+            if v.type.size != 1:
+                return None
+            continue
+        source = dequantized(v)
+        if source is not None:
+            if source.is_constant:
+                if source.type.size != 1:
+                    return None
+                continue
+            if root is not None and source is not root:
+                return None
+            root = source
+            continue
+        p = v.producer
+        if p is None or v.dtype is not DType.FLOAT32 or v.shape != value.shape:
+            return None
+        if p.op.kind is not OpKind.UNARY and p.op.name not in TABLE_BINARY:
+            return None
+        if p not in nodes:
+            nodes[p] = None
+            stack.extend(p.operands)
+    if root is None or not nodes or root.shape != value.shape:
+        return None
+    if root.dtype not in _NARROW or not params(root).is_per_tensor:
+        return None
+    return root, list(nodes)
+
+
+def cone_function(value: Value, root: Value) -> Callable[[Array], Array]:
+    """Return the float function of the root's reals that a cone computes, through evaluate."""
+
+    def compute(x: Array) -> Array:
+        known: dict[Value, Array] = {}
+
+        def at(v: Value) -> Array:
+            if v in known:
+                return known[v]
+            source = dequantized(v)
+            if v.is_constant:
+                known[v] = v.array().reshape(-1)
+            elif source is root:
+                known[v] = x
+            elif source is not None:
+                known[v] = dequantize(source.array(), params(source)).reshape(-1)
+            else:
+                known[v] = _evaluate(v, [at(u) for u in _producer(v).operands], x)
+            return known[v]
+
+        return at(value)
+
+    return compute
+
+
+def _producer(v: Value) -> Node:
+    if v.producer is None:
+        raise TypeError(f"{v.name} has no producer")
+    return v.producer
+
+
+def _evaluate(v: Value, arrays: list[Array], like: Array) -> Array:
+    node = _producer(v)
+    types = tuple(TensorType(a.shape, DType.of(a.dtype)) for a in arrays)
+    out = (TensorType(like.shape, v.dtype),)
+    return node.op.evaluate(arrays, node.attrs, EvalContext(types, out))[0]
+
+
+def fuse_table(i: Island, weights: Weights) -> Node | None:
+    """quantize(f(dq x)) for an elementwise f -> a table, or a tighter clamp of x's kernel."""
+    end = i.end.input(0)
+    found = cone(end)
+    if found is None or not params_ok(i.target, (8, 16)):
+        return None
+    root, nodes = found
+    if set(nodes) == set(i.clamps) and _clamps_in_place(i, root):
+        kernel = root.producer
+        narrowed = params(root).clamped(*params_range(i.target))
+        i.graph.set_type(root, TensorType(root.shape, root.dtype, narrowed))
+        i.graph.replace_node(i.end, root)
+        i.graph.eliminate_dead()
+        return kernel
+    target = params(i.end.output)
+    entries = table_entries(cone_function(end, root), params(root), target)
+    held = i.graph.constant(entries, f"{i.end.output.name}_entries", dtype=target.storage)
+    narrowed = QuantParams(
+        target.scale,
+        target.zero_point,
+        target.storage,
+        int(entries.min()),
+        int(entries.max()),
+        target.granularity,
+    )
+    sources = tuple(dict.fromkeys(s for n in reversed(nodes) for s in n.sources))
+    return replace_core(
+        i.graph,
+        "table",
+        (root, held),
+        nodes[0],
+        i.end,
+        TensorType(root.shape, target.storage, narrowed),
+        sources,
+        {},
+    )
+
+
+def params_range(t: TensorType) -> tuple[int, int]:
+    """Return (qmin, qmax) of a quantized type."""
+    if t.qparams is None:
+        raise TypeError(f"{t} is not quantized")
+    return t.qparams.qmin, t.qparams.qmax
+
+
+def _clamps_in_place(i: Island, root: Value) -> bool:
+    """Whether the clamps only narrow the grid of a kernel whose result nothing else reads."""
+    kernel = root.producer
+    if kernel is None or not kernel.op.declared or i.graph.is_output(root):
+        return False
+    if kernel.op.name == "table":  # the entries are fixed already
+        return False
+    readers = root.users
+    return (
+        params(root).same_grid(params(i.end.output))
+        and len(readers) == 1
+        and _alone(i.graph, readers[0].output)
+    )
+
+
+Rule = Callable[[Island, Weights], "Node | None"]
+
+RULES: tuple[Rule, ...] = (
+    fuse_table,
+    fuse_product,
+    fuse_residual,
+    fuse_binary,
+    fuse_reduction,
+    fuse_softmax,
+    fuse_layer_norm,
+)

@@ -1,0 +1,46 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Scales of constant weights: symmetric int8 per output channel, searched for narrow widths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qcompiler.numerics import choose_weight_qparams
+from qcompiler.types import Array, PerAxis, QuantParams
+
+_SHRINK = np.linspace(1.0, 0.35, 40)
+
+
+def weight_qparams(w: Array, axis: int, bits: int, least_scale: Any = 0.0) -> QuantParams:
+    """Choose the symmetric scale of each output channel of a weight tensor.
+
+    From 7 bits on the largest weight of the channel is kept. Below, clipping it pays: the scale
+    with the least mean squared error over a grid of clipped ranges is taken.
+
+    Args:
+        w: Weights, finite.
+        axis: Output channel axis.
+        bits: Width in use; storage is int8.
+        least_scale: Lower bound of the scale, a number or one per channel.
+
+    Raises:
+        DataError: A weight is NaN or infinite.
+    """
+    full = choose_weight_qparams(w, axis=axis, bits=bits, least_scale=least_scale)
+    if bits >= 7:
+        return full
+    rows = np.moveaxis(np.asarray(w, np.float64), axis, 0).reshape(w.shape[axis], -1)
+    best = np.full(rows.shape[0], np.inf)
+    scale = full.scale.astype(np.float64)
+    for shrink in _SHRINK:
+        s = np.maximum(full.scale.astype(np.float64) * shrink, least_scale)
+        q = np.clip(np.rint(rows / s[:, None]), full.qmin, full.qmax)
+        error = ((q * s[:, None] - rows) ** 2).sum(1)
+        better = error < best
+        best, scale = np.where(better, error, best), np.where(better, s, scale)
+    return QuantParams(
+        scale.astype(np.float32), full.zero_point, full.storage, full.qmin, full.qmax, PerAxis(axis)
+    )

@@ -1,0 +1,177 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of a model's outputs: top-k against labels, distances to the float model's outputs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.errors import DataError, UsageError
+from qcompiler.types import Array
+
+Outputs = Mapping[str, Array]
+MetricFn = Callable[[Outputs, Mapping[str, Array]], float]
+"""metric(outputs by name, arrays of the sample set that are not inputs) -> score."""
+
+SQNR_CEILING = 120.0
+"""dB; equal outputs count as this, so that differences stay finite. float32 itself has ~140."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric and how to read it.
+
+    Attributes:
+        name: What the user asked for.
+        higher_is_better: Direction.
+        points: Factor from a difference to points of a budget: 100 for shares (percentage points).
+        needs_reference: Whether it compares with the float model's outputs.
+        score: Outputs, extra sample arrays and reference outputs -> score.
+    """
+
+    name: str
+    higher_is_better: bool
+    points: float
+    needs_reference: bool
+    score: Callable[[Outputs, Mapping[str, Array], Outputs | None], float]
+
+    def drop(self, before: float, after: float) -> float:
+        """Return by how many points `after` is worse than `before` (negative: better)."""
+        worse = before - after if self.higher_is_better else after - before
+        return worse * self.points
+
+
+def metric_of(name: str) -> Metric:
+    """Return the metric of that name: top1, top5, mse, cosine, sqnr, or `module:function`.
+
+    A function gets (outputs, samples) and returns a float, higher meaning better unless it has a
+    true attribute `lower_is_better`; a difference of it counts in its own unit.
+
+    Raises:
+        UsageError: Unknown name, or a function that cannot be imported.
+    """
+    if name in ("top1", "top5"):
+        k = int(name[3:])
+        return Metric(name, True, 100.0, False, lambda o, s, r: top_k(o, s, r, k))
+    distances = {"mse": (mse, False), "cosine": (cosine, True), "sqnr": (sqnr, True)}
+    if name in distances:
+        fn, higher = distances[name]
+        return Metric(name, higher, 1.0, True, lambda o, s, r: fn(o, _required(name, r)))
+    if ":" in name:
+        custom = _imported(name)
+        higher = not getattr(custom, "lower_is_better", False)
+        return Metric(name, higher, 1.0, False, lambda o, s, r: float(custom(o, s)))
+    raise UsageError(
+        f"unknown metric {name!r}: expected top1, top5, mse, cosine, sqnr or module:function"
+    )
+
+
+def _imported(name: str) -> MetricFn:
+    module, _, function = name.partition(":")
+    if os.getcwd() not in sys.path:  # a script's own folder is not on the path of `qcompile`
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"metric {name!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise UsageError(f"metric {name!r} is not a function")
+    fn: MetricFn = found
+    return fn
+
+
+def _required(name: str, reference: Outputs | None) -> Outputs:
+    if reference is None:
+        raise UsageError(f"metric {name} compares with the float model, which is not given")
+    return reference
+
+
+def top_k(
+    outputs: Outputs, samples: Mapping[str, Array], reference: Outputs | None, k: int
+) -> float:
+    """Return the share of samples whose class is among the k greatest scores.
+
+    The class is `label`, or without labels the float model's first choice. Among equal scores the
+    lower class id comes first.
+
+    Raises:
+        DataError: Neither labels nor a reference, or a number of labels that does not fit.
+    """
+    name, scores = _scores(outputs)
+    n = len(scores)
+    if "label" in samples:
+        labels = np.asarray(samples["label"]).reshape(-1)
+        if labels.size != n:
+            raise DataError(f"{labels.size} labels for {n} samples", value="label")
+        if labels.dtype.kind not in "iu":
+            raise DataError(f"labels are {labels.dtype}, expected integer class ids", value="label")
+    elif reference is not None:
+        labels = _scores(reference)[1].argmax(1)
+    else:
+        raise DataError(
+            f"top{k} needs an array 'label' in the samples, or the float model to compare with"
+        )
+    if labels.size and not 0 <= int(labels.min()) <= int(labels.max()) < scores.shape[1]:
+        raise DataError(
+            f"labels run from {labels.min()} to {labels.max()}, output {name!r} has "
+            f"{scores.shape[1]} classes",
+            value="label",
+        )
+    first = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((first == labels[:, None]).any(1).mean())
+
+
+def _scores(outputs: Outputs) -> tuple[str, Array]:
+    """Return (name, scores [N, classes]) of the output that scores classes."""
+    found = [
+        (name, a.reshape(len(a), -1))
+        for name, a in outputs.items()
+        if a.ndim >= 2 and a.dtype.kind == "f" and max(a.shape[1:]) == math.prod(a.shape[1:]) > 1
+    ]
+    if len(found) != 1:
+        shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in outputs.items())
+        raise DataError(
+            f"top-k needs one output [N, classes]; the model returns {shapes}",
+            hint="use a metric module:function",
+        )
+    return found[0]
+
+
+def _pairs(outputs: Outputs, reference: Outputs) -> list[tuple[Array, Array]]:
+    return [
+        (np.asarray(a, np.float64), np.asarray(reference[name], np.float64))
+        for name, a in outputs.items()
+    ]
+
+
+def mse(outputs: Outputs, reference: Outputs) -> float:
+    """Return the mean squared difference, averaged over the outputs."""
+    return float(np.mean([np.mean((a - b) ** 2) for a, b in _pairs(outputs, reference)]))
+
+
+def cosine(outputs: Outputs, reference: Outputs) -> float:
+    """Return the mean cosine between each sample's output and the float model's."""
+    found = []
+    for a, b in _pairs(outputs, reference):
+        a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+        norm = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        same = (a == b).all(1)
+        found.append(np.where(same, 1.0, (a * b).sum(1) / np.where(norm == 0, 1.0, norm)).mean())
+    return float(np.mean(found))
+
+
+def sqnr(outputs: Outputs, reference: Outputs) -> float:
+    """Return 10 log10(sum y^2 / sum (y - y')^2) in dB, averaged over the outputs."""
+    found = []
+    for a, b in _pairs(outputs, reference):
+        noise, signal = ((a - b) ** 2).sum(), (b**2).sum()
+        level = 10 * math.log10(signal / noise) if noise and signal else math.inf
+        found.append(min(level, SQNR_CEILING) if not noise or signal else 0.0)
+    return float(np.mean(found))

@@ -1,0 +1,267 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which precision each node computes in, and why: the artifact between assignment and insertion."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompiler.errors import UsageError
+from qcompiler.ir import Graph, Node
+from qcompiler.ops import OpKind
+from qcompiler.types import DType, Precision
+
+FORMAT = 1
+"""Version of the JSON form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Precision of one node and the reason for it, as a sentence fragment."""
+
+    precision: Precision
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """Return the JSON form."""
+        return {"precision": self.precision.value, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Decision per node name.
+
+    Attributes:
+        nodes: Node name -> decision, in the graph's order.
+        graph: Digest of the graph it was made for; empty where it fits any graph with the names.
+    """
+
+    nodes: Mapping[str, Decision] = field(default_factory=dict)
+    graph: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", dict(self.nodes))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.nodes)
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def precision(self, name: str) -> Precision:
+        """Return the precision of a node; FP32 for one that the plan does not name."""
+        decision = self.nodes.get(name)
+        return decision.precision if decision is not None else Precision.FP32
+
+    def reason(self, name: str) -> str:
+        """Return the reason of a node; empty for one that the plan does not name."""
+        decision = self.nodes.get(name)
+        return decision.reason if decision is not None else ""
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether any node computes in integers."""
+        return any(d.precision.is_integer for d in self.nodes.values())
+
+    def replaced(self, changes: Mapping[str, Decision]) -> PrecisionPlan:
+        """Return the plan with some decisions replaced or added."""
+        return PrecisionPlan({**self.nodes, **changes}, self.graph)
+
+    def overridden(self, graph: Graph, rules: Mapping[str, Precision | str]) -> PrecisionPlan:
+        """Return the plan with precisions forced by rules; later rules win.
+
+        Args:
+            graph: Graph whose nodes the rules select.
+            rules: Selector -> precision. A selector is a node name, a shell pattern over node
+                names (`layer1.*`), or `op:` followed by an operator's name (`op:matmul`).
+
+        Raises:
+            UsageError: A selector that selects nothing (all of them listed), an unknown
+                precision, or an integer precision for an operator without an integer form.
+        """
+        changes: dict[str, Decision] = {}
+        empty: list[str] = []
+        for selector, wanted in rules.items():
+            precision = Precision.parse(wanted) if isinstance(wanted, str) else wanted
+            chosen = [n for n in graph.nodes if _selects(selector, n)]
+            if not chosen:
+                empty.append(selector)
+            for node in chosen:
+                obstacle = integer_obstacle(node) if precision.is_integer else None
+                if obstacle is not None:
+                    raise UsageError(
+                        f"node {node.name!r} cannot have the precision {precision.value}: "
+                        f"{obstacle}",
+                        node=node.name,
+                        hint=f"leave it out of {selector!r} or ask for fp32",
+                    )
+                changes[node.name] = Decision(precision, f"asked for by {selector!r}")
+        if empty:
+            raise UsageError(
+                f"no node is selected by {', '.join(map(repr, empty))}",
+                hint="a selector is a node name, a pattern over node names, or op:NAME",
+            )
+        return self.replaced(changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "format": FORMAT,
+            "graph": self.graph,
+            "nodes": {name: d.to_json() for name, d in self.nodes.items()},
+        }
+
+    @classmethod
+    def from_json(cls, doc: object) -> PrecisionPlan:
+        """Return the plan that `to_json` wrote.
+
+        Raises:
+            UsageError: Not such a document, another format version, or an unknown precision.
+        """
+        if not isinstance(doc, Mapping) or not isinstance(doc.get("nodes"), Mapping):
+            raise UsageError("a precision plan is a JSON object with 'format', 'graph', 'nodes'")
+        if doc.get("format") != FORMAT:
+            raise UsageError(f"precision plan of format {doc.get('format')!r}, expected {FORMAT}")
+        nodes: dict[str, Decision] = {}
+        for name, entry in doc["nodes"].items():
+            if not isinstance(entry, Mapping) or "precision" not in entry:
+                raise UsageError(f"precision plan: node {name!r} has no 'precision'")
+            nodes[str(name)] = Decision(
+                Precision.parse(str(entry["precision"])), str(entry.get("reason", ""))
+            )
+        return cls(nodes, str(doc.get("graph", "")))
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Write the JSON form to a file."""
+        pathlib.Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> PrecisionPlan:
+        """Read a plan from a file.
+
+        Raises:
+            UsageError: The file cannot be read or holds no plan.
+        """
+        try:
+            doc = json.loads(pathlib.Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the precision plan {str(path)!r}: {error}") from None
+        return cls.from_json(doc)
+
+    def digest(self) -> str:
+        """Return the sha256 of the JSON form as hex."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _selects(selector: str, node: Node) -> bool:
+    if selector.startswith("op:"):
+        return node.op.name == selector[3:]
+    return node.name == selector or fnmatch.fnmatchcase(node.name, selector)
+
+
+# Elementwise functions whose 8-bit form is a table; the rest of the kind returns bool.
+_NOT_FLOAT = frozenset({"not", "isnan", "isinf"})
+# Binary operators: the first three have integer kernels, the others only join a table when one
+# operand is a scalar constant (or both come from one tensor).
+INTEGER_BINARY = frozenset({"add", "sub", "mul"})
+TABLE_BINARY = frozenset({"add", "sub", "mul", "div", "pow", "min", "max", "prelu"})
+_REDUCTIONS = frozenset({"average_pool", "reduce_mean"})
+
+
+def integer_obstacle(node: Node) -> str | None:
+    """Return why the node has no integer form on its own, or None where it has one.
+
+    This looks at the node alone; whether integers pay off also depends on its neighbours.
+    """
+    name, kind = node.op.name, node.op.kind
+    results = [v.dtype for v in node.outputs]
+    if any(t is not DType.FLOAT32 for t in results):
+        return f"operator works on {results[0].value}, not float32: {name}"
+    if kind is OpKind.COMPUTE:
+        return _compute_obstacle(node)
+    if kind is OpKind.MOVEMENT:
+        return _movement_obstacle(node)
+    if kind is OpKind.UNARY and name not in _NOT_FLOAT:
+        return None
+    if kind is OpKind.BINARY and name in TABLE_BINARY:
+        return None
+    if name in _REDUCTIONS:
+        return None
+    if name == "softmax":
+        return None
+    if name == "layer_norm":
+        if int(node.attr("axis")) not in (-1, node.input(0).type.rank - 1):
+            return "layer_norm over more than the last axis has no integer form"
+        if any(v is not None and not v.is_constant for v in node.inputs[1:]):
+            return "layer_norm with computed scale or bias has no integer form"
+        return None
+    return f"operator has no integer form: {name}"
+
+
+def _compute_obstacle(node: Node) -> str | None:
+    name = node.op.name
+    if name not in ("conv", "matmul"):
+        return f"operator has no integer form: {name}"
+    x, w, bias = node.input(0), node.input(1), node.optional(2)
+    if x.is_constant:
+        return f"the left operand of {name} is a constant"
+    if name == "conv" and not w.is_constant:
+        return "the weights of conv are computed, not constant"
+    if name == "matmul" and (x.type.rank < 2 or w.type.rank < 2):
+        return "matmul with a vector operand has no integer form"
+    if bias is not None and not bias.is_constant:
+        return f"the bias of {name} is computed, not constant"
+    if node.optional(3) is not None:
+        return f"{name} already carries a fused float operand"
+    return None
+
+
+def _movement_obstacle(node: Node) -> str | None:
+    name = node.op.name
+    if name == "resize" and node.attr("mode") != "nearest":
+        return f"resize with {node.attr('mode')} interpolation has no integer form"
+    if name == "pad" and node.attr("mode") == "constant" and float(node.attr("value")) != 0.0:
+        return "pad with a value other than 0 has no integer form"
+    if name == "gather" and node.input(0).is_constant:
+        return "gather reads a constant table"
+    return None
+
+
+def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> PrecisionPlan:
+    """Return the plan that gives every node the precision where it has such a form.
+
+    Args:
+        graph: FLOAT graph; its digest is recorded.
+        precision: For integer precisions the nodes without an integer form get FP32 with the
+            reason; `insert_qdq` completes the reasons with what the neighbours decide.
+    """
+    from qcompiler.printer import digest
+
+    wanted = Precision.parse(precision) if isinstance(precision, str) else precision
+    nodes: dict[str, Decision] = {}
+    for node in graph.nodes:
+        if not wanted.is_integer:
+            nodes[node.name] = Decision(wanted, f"{wanted.value} was asked for")
+            continue
+        obstacle = integer_obstacle(node)
+        if obstacle is not None:
+            nodes[node.name] = Decision(Precision.FP32, obstacle)
+        elif node.op.kind is OpKind.COMPUTE:
+            constant = node.input(1).is_constant
+            what = "weights and activations" if constant else "both operands"
+            nodes[node.name] = Decision(wanted, f"{what} are known: {_words(wanted)}")
+        else:
+            nodes[node.name] = Decision(wanted, "has an integer form; follows its neighbours")
+    return PrecisionPlan(nodes, digest(graph))
+
+
+def _words(precision: Precision) -> str:
+    w, a = precision.weight_bits, precision.activation_bits
+    return f"int{w}" if w == a else f"int{w} weights, int{a} activations"
