@@ -289,7 +289,8 @@ def multiplier(*factors: Any, over: Any = 1.0) -> Array:
     product = np.asarray(factors[0], np.float64)
     for f in factors[1:]:
         product = product * np.asarray(f, np.float64)
-    return np.asarray(product / np.asarray(over, np.float64)).astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 it is infinity
+        return np.asarray(product / np.asarray(over, np.float64)).astype(np.float32)
 
 
 def _scale_of(qparams: QuantParams | None) -> Any:
@@ -587,8 +588,9 @@ def mean_multiplier(x_qparams: QuantParams, count: Any, target: QuantParams | No
 
 
 def _mean(acc: Array, x_qparams: QuantParams, count: Any, target: QuantParams | None) -> Array:
-    t = np.asarray(acc.astype(np.float32) * mean_multiplier(x_qparams, count, target))
-    return t if target is None else _clamp_to_storage(np.rint(t), target.zero_point, target)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity clamps, NaN maps to qmin
+        t = np.asarray(acc.astype(np.float32) * mean_multiplier(x_qparams, count, target))
+        return t if target is None else _clamp_to_storage(np.rint(t), target.zero_point, target)
 
 
 # ------------------------------------------------------------------------------ softmax, norm

@@ -91,9 +91,13 @@ def with_outputs(model: bytes, names: Sequence[str]) -> bytes:
     """Return the serialized model with inner values added to its outputs.
 
     Raises:
-        ModelError: A name that the model does not define.
+        ModelError: The bytes are no model, or a name that it does not define.
     """
-    proto = onnx.load_model_from_string(model)
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise ModelError(f"the bytes are no ONNX model ({error})") from error
     known = {name for n in proto.graph.node for name in n.output}
     known |= {v.name for v in proto.graph.input}
     present = {v.name for v in proto.graph.output}

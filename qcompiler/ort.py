@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -77,8 +78,10 @@ class Session:
             from qcompiler.onnx_export_node import with_outputs
 
             if not isinstance(model, bytes):
-                with open(model, "rb") as f:
-                    model = f.read()
+                try:
+                    model = Path(model).read_bytes()
+                except OSError as error:
+                    raise ModelError(f"cannot read the model: {error}") from error
             model = with_outputs(model, extra_outputs)
         source: Any = model if isinstance(model, bytes) else os.fspath(model)
         try:
