@@ -59,11 +59,6 @@ class CpuLowering:
             return Support(False, f"no {node.op.name} kernel takes these shapes or dtypes")
         return Support(True)
 
-    def _depthwise(
-        self, node: Node, data: Array, found: tuple[Any, Any], a_dtype: str, inputs: Any
-    ) -> KernelCall | None:
-        return None
-
     def _batched(self, node: Node) -> KernelCall | None:
         return None
 
@@ -228,10 +223,7 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
     residual = node.optional(3)
     inputs = (x,) if residual is None else (x, residual)
     group = int(node.attr("group"))
-    if group > 1 and group == x.shape[3] == channels:
-        depthwise = self._depthwise(node, data, found, a_dtype, inputs)
-        if depthwise is not None:
-            return depthwise
+    from qcompiler.targets.kernels import depthwise
     from qcompiler.targets.kernels.gemm import build_conv, kernel_key
     from qcompiler.targets.kernels.packing import pack_conv
     from qcompiler.targets.kernels.params import default_params
@@ -245,6 +237,17 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
         strides=tuple(node.attr("strides")), pads=(pads[0], pads[1], pads[2], pads[3]),
         dilations=tuple(node.attr("dilations")), groups=group, a_dtype=a_dtype,
     )  # fmt: skip
+    if depthwise.is_depthwise(workload):
+        tiles = depthwise.default_params(workload, self.isa)
+        packed = depthwise.pack_depthwise(workload, self.isa, tiles, data, values)
+        return KernelCall(
+            "depthwise",
+            ("depthwise", workload, tiles, packed.facts, packed.shapes),
+            partial(depthwise.build_depthwise, workload, self.isa, tiles, packed),
+            inputs,
+            packed.arrays,
+            workload.macs,
+        )
     params = default_params(workload, self.isa)
     packed = pack_conv(workload, self.isa, params, data, values)
     return KernelCall(
