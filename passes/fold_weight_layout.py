@@ -1,0 +1,95 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Bring constant weights of matrix products into the order [K, N].
+
+matmul(a, w, transpose_b)                ->  matmul(a, w')
+matmul(a, dequantize(q), transpose_b)    ->  matmul(a, dequantize(q'))
+transpose(dequantize(q))                 ->  dequantize(q')
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from qcompiler.ir import Graph, Node, Value
+from qcompiler.passes.rewrite import merged_sources, producer_of, supersede
+from qcompiler.passmanager import Pass, PassContext
+from qcompiler.types import PerAxis, PerGroup, QuantParams
+
+
+@dataclass(frozen=True)
+class FoldWeightLayout(Pass):
+    """Transpose constant weights at compile time, quantized ones included."""
+
+    name: ClassVar[str] = "fold_weight_layout"
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """Return whether anything was folded."""
+        del ctx
+        changed = False
+        for node in graph.nodes:
+            if node.op.name == "transpose":
+                changed |= _fold_transpose(graph, node)
+            elif node.op.name == "matmul" and node.attr("transpose_b"):
+                changed |= _fold_matmul(graph, node)
+        if changed:
+            graph.eliminate_dead()
+            graph.sort()
+        return changed
+
+
+def _stored(value: Value) -> Value | None:
+    """Return the constant itself, or the quantized constant that is dequantized."""
+    node = producer_of(value, "dequantize")
+    stored = node.input(0) if node is not None else value
+    return stored if stored.is_constant else None
+
+
+def _transposed(graph: Graph, value: Value, perm: Sequence[int]) -> Value:
+    """Return a transposed copy of a stored weight."""
+    q = value.qparams
+    if q is not None and not q.is_per_tensor:
+        g = q.granularity
+        scale, zero = q.scale, q.zero_point
+        if isinstance(g, PerAxis):
+            g = PerAxis(list(perm).index(g.axis))
+        elif isinstance(g, PerGroup):
+            g = PerGroup(list(perm).index(g.axis), g.group_size)
+            scale, zero = scale.transpose(perm), zero.transpose(perm)
+        q = QuantParams(scale, zero, q.storage, q.qmin, q.qmax, g)
+    data = np.ascontiguousarray(value.array().transpose(perm))
+    return graph.constant(data, value.name, q, value.dtype)
+
+
+def _fold_matmul(graph: Graph, node: Node) -> bool:
+    b = node.input(1)
+    stored = _stored(b)
+    if stored is None:
+        return False
+    perm = [*range(b.type.rank - 2), b.type.rank - 1, b.type.rank - 2]
+    new = _transposed(graph, stored, perm)
+    if stored is not b and b.producer is not None:
+        source = b.producer
+        new = graph.add("dequantize", [new], name=source.name, sources=source.sources).output
+    graph.set_input(node, 1, new)
+    graph.set_attrs(node, transpose_b=False)
+    return True
+
+
+def _fold_transpose(graph: Graph, node: Node) -> bool:
+    x = node.input(0)
+    stored = _stored(x)
+    if stored is None or stored is x:
+        return False
+    new = graph.add(
+        "dequantize",
+        [_transposed(graph, stored, node.attr("perm"))],
+        name=node.name,
+        sources=merged_sources(node),
+    )
+    supersede(graph, node, new)
+    return True
