@@ -26,6 +26,7 @@ Report = Mapping[str, Any]
 
 _SHOWN_REGIONS = 40
 _PERCENT = ("top1", "top5")
+"""Metrics that are shares of 1; their drop is in percentage points."""
 _LOWER_IS_BETTER = ("mse",)
 
 
@@ -69,7 +70,7 @@ def _accuracy(report: Report) -> Comparison | None:
     def text(value: float | None) -> str:
         if value is None:
             return "–"
-        return f"{value:.2f} %" if percent else f"{value:.4g}"
+        return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
 
     change = "–"
     good = None

@@ -1,16 +1,26 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and a guard on which package is tested."""
 
 from __future__ import annotations
 
+import os
+import sys
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The checkout holds qcompiler/ without qcompiler.passes and qcompiler.targets (these are passes/ and
+# targets/ until they are installed). With the checkout on sys.path, as `python -m pytest` puts it
+# there, that folder would hide the installed package.
+sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
 
 # The same examples on every machine and run; a failing example is a fact, not luck.
 settings.register_profile("qcompiler", deadline=None, derandomize=True, max_examples=50)
@@ -21,6 +31,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite the files in tests/golden"
     )
+
+
+def pytest_report_header() -> str:
+    import qcompiler
+    import qcompiler.passes
+
+    return f"qcompiler: {qcompiler.__file__}, passes: {qcompiler.passes.__file__}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `isa(name)` where the CPU lacks that row's features."""
+    for mark in item.iter_markers("isa"):
+        from qcompiler.cpu import missing_features
+        from qcompiler.targets.isa import ISA_TABLE
+
+        missing = missing_features(ISA_TABLE[mark.args[0]].cpu_features)
+        if missing:
+            pytest.skip(f"the CPU lacks {', '.join(missing)}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Run in a neutral folder: `python -c` in a subprocess would import from the checkout too."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,7 +147,5 @@ def require_metric(evaluate: Path | None, metric: str | None, max_drop: float | 
     if evaluate is None and (metric is not None or max_drop is not None):
         given = "--metric" if metric is not None else "--max-drop"
         raise UsageError(f"{given} needs --evaluate with the samples to measure on")
-    if metric is not None and ":" in metric and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a user's module:function lies
     if max_drop is not None and not 0 <= max_drop < float("inf"):
         raise UsageError(f"--max-drop {max_drop}: expected a number that is not negative")
