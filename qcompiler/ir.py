@@ -375,10 +375,17 @@ class Graph:
             self._nodes[n] = None
 
     def set_outputs(self, outputs: Iterable[tuple[str, Value]]) -> None:
-        """Set what the graph returns: (result name, value) pairs with distinct names."""
+        """Set what the graph returns: (result name, value) pairs with distinct names.
+
+        A value that takes the place of another one under its result name keeps its batch axis.
+        """
         outs = list(outputs)
         if len({n for n, _ in outs}) != len(outs):
             raise QCompilerError("result names are not distinct")
+        before = dict(self._outputs)
+        for name, value in outs:
+            if value.batch_axis is None and name in before:
+                value.batch_axis = before[name].batch_axis
         self._outputs = outs
 
     # ----------------------------------------------------------------- mutating
@@ -418,7 +425,7 @@ class Graph:
         for node, i in old.uses:
             self.set_input(node, i, new)
         if not keep_outputs:
-            self._outputs = [(n, new if v is old else v) for n, v in self._outputs]
+            self.set_outputs([(n, new if v is old else v) for n, v in self._outputs])
 
     def erase(self, node: Node) -> None:
         """Remove a node that nothing reads.
