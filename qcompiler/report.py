@@ -75,7 +75,7 @@ def _accuracy(report: Report) -> Comparison | None:
     change = "–"
     good = None
     if drop is not None:
-        gain = drop if name in _LOWER_IS_BETTER else -drop
+        gain = (drop if name in _LOWER_IS_BETTER else -drop) + 0.0  # no minus before a zero
         change = f"{gain:+.2f} points" if percent else f"{gain:+.4g}"
         limit = _number((report.get("budget") or {}).get("max_drop"))
         good = drop <= limit if limit is not None else (True if drop <= 0 else None)

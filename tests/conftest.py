@@ -17,9 +17,9 @@ from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The checkout holds qcompiler/ without qcompiler.passes and qcompiler.targets (these are passes/ and
-# targets/ until they are installed). With the checkout on sys.path, as `python -m pytest` puts it
-# there, that folder would hide the installed package.
+# The checkout holds qcompiler/ without qcompiler.passes and qcompiler.targets: until they are
+# installed, these are passes/ and targets/. With the checkout on sys.path, as `python -m pytest`
+# puts it there, that folder would hide the installed package.
 sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
 
 # The same examples on every machine and run; a failing example is a fact, not luck.
