@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx
+import onnx.checker
 import onnx.reference
 import onnx.shape_inference
 
@@ -385,7 +386,7 @@ class _Importer:
                 opset_imports=[onnx.helper.make_opsetid(domain, ctx.version)],
                 ir_version=int(self.model.proto.ir_version),
             )
-        except onnx.shape_inference.InferenceError as error:
+        except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
             raise ShapeError(one_line(error)) from None
         return [
             read_type(found.get(o, onnx.TypeProto()), f"its result {i}")
@@ -398,11 +399,13 @@ class _Importer:
     ) -> Sequence[Value | None] | None:
         """Evaluate a node of constants by ONNX's reference; None where it cannot."""
         try:
-            for t in self._infer(ctx, node, _required_schema(node, domain, ctx.version), domain):
-                check_folded_size(t.shape, t.dtype, "a constant result")
-        except UnsupportedOpError:  # the shape depends on the data: bounded by the operands
-            if sum(v.type.size * 8 for v in ctx.inputs if v is not None) > MAX_FOLDED_BYTES:
-                raise
+            types = self._infer(ctx, node, _required_schema(node, domain, ctx.version), domain)
+        except (UnsupportedOpError, ShapeError):
+            types = []  # the shape depends on the data: bounded by the operands
+        for t in types:
+            check_folded_size(t.shape, t.dtype, "a constant result")
+        if sum(v.type.size * 8 for v in ctx.inputs if v is not None) > MAX_FOLDED_BYTES:
+            return None
         feeds = {
             n: to_onnx_array(v.array(), v.dtype)
             for n, v in zip(node.input, ctx.inputs, strict=False)

@@ -94,6 +94,11 @@ def bind_inputs(
             given_shapes[d.name] = frozen[d.name].shape
         elif d.name in shapes:
             given_shapes[d.name] = tuple(int(n) for n in shapes[d.name])
+            if any(n < 1 for n in given_shapes[d.name]):
+                raise UsageError(
+                    f"input {d.name!r} cannot have the shape {list(given_shapes[d.name])}",
+                    hint="give one positive extent per axis",
+                )
         if d.name in given_shapes:
             _bind(d, given_shapes[d.name], symbols)
     for d in inputs:
@@ -108,8 +113,8 @@ def _bind(d: Declared, shape: Shape, symbols: dict[str, int]) -> None:
     if d.shape is None:
         return
     problem = f"input {d.name!r} is declared {_text(d.shape)}, given {list(shape)}"
-    if len(shape) != len(d.shape) or any(n < 1 for n in shape):
-        raise UsageError(problem, hint="give one positive extent per axis")
+    if len(shape) != len(d.shape):
+        raise UsageError(problem, hint="give one extent per axis")
     for want, n in zip(d.shape, shape, strict=True):
         if isinstance(want, int) and want != n:
             raise UsageError(problem, hint="fixed extents cannot be changed")

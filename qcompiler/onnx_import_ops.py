@@ -404,6 +404,51 @@ def _instance_norm(ctx: OpContext) -> Results:
     return [ctx.emit("instance_norm", ctx.input(0), ctx.input(1), ctx.input(2), epsilon=epsilon)]
 
 
+@converter("GroupNormalization")
+def _group_norm(ctx: OpContext) -> Results:
+    """Normalise each group as one row; scale and bias follow per channel (per group: opset 18)."""
+    x, scale, bias = ctx.input(0), ctx.input(1), ctx.input(2)
+    groups = int(ctx.attr("num_groups"))
+    if x.type.rank < 3 or groups < 1 or x.shape[1] % groups:
+        raise ShapeError(f"{list(x.shape)} does not split into {groups} groups of channels")
+    rows = reshape(ctx, x, (x.shape[0], groups, x.type.size // (x.shape[0] * groups)))
+    epsilon = float(ctx.attr("epsilon", 1e-5))
+    y = reshape(ctx, ctx.emit("layer_norm", rows, axis=2, epsilon=epsilon), x.shape)
+
+    def per_channel(v: Value) -> Value:
+        if v.type.size == groups and ctx.version < 21:
+            wide = ctx.emit(
+                "expand", reshape(ctx, v, (groups, 1)), shape=(groups, x.shape[1] // groups)
+            )
+            v = reshape(ctx, wide, (x.shape[1],))
+        return reshape(ctx, v, (x.shape[1], *(1,) * (x.type.rank - 2)))
+
+    return [ctx.emit("add", ctx.emit("mul", y, per_channel(scale)), per_channel(bias))]
+
+
+@converter("MeanVarianceNormalization")
+def _mean_variance_norm(ctx: OpContext) -> Results:
+    x = ctx.input(0)
+    axes = tuple(normal_axis(int(a), x.type.rank) for a in ctx.attr("axes") or (0, 2, 3))
+    centered = ctx.emit("sub", x, ctx.emit("reduce_mean", x, axes=axes, keepdims=True))
+    square = ctx.emit("mul", centered, centered)
+    variance = ctx.emit("reduce_mean", square, axes=axes, keepdims=True)
+    # Source: the function body of MeanVarianceNormalization-13.
+    spread = ctx.emit("add", ctx.emit("sqrt", variance), ctx.scalar(1e-9, x))
+    return [ctx.emit("div", centered, spread)]
+
+
+@converter("LpNormalization")
+def _lp_norm(ctx: OpContext) -> Results:
+    x = ctx.input(0)
+    axes = (ctx.axis(-1, x.type.rank),)
+    op = "reduce_l1" if int(ctx.attr("p", 2)) == 1 else "reduce_l2"
+    norm = ctx.emit(op, x, axes=axes, keepdims=True)
+    # Where the norm is 0 the result is 0, not a quotient of zeros.
+    safe = ctx.emit("where", ctx.emit("equal", norm, ctx.scalar(0, x)), ctx.scalar(1, x), norm)
+    return [ctx.emit("div", x, safe)]
+
+
 @converter("LayerNormalization")
 def _layer_norm(ctx: OpContext) -> Results:
     if any(ctx.wanted[1:]):
