@@ -84,3 +84,18 @@ def measure(
             threads=threads,
         )
     return timings
+
+
+def block(run: Callable[[], object], *, runs: int, warmup: int) -> list[float]:
+    """Return the seconds of each of `runs` runs, one after another, after `warmup` unmeasured ones.
+
+    For runners that disturb each other's next run (thread pools that spin), where `measure` would
+    blame the wrong one: time blocks of each in turn, with a pause between.
+    """
+    seconds = []
+    for index in range(warmup + runs):
+        start = time.perf_counter()
+        run()
+        if index >= warmup:
+            seconds.append(time.perf_counter() - start)
+    return seconds

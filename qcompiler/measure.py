@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import pathlib
 import platform
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
     from qcompiler.targets.base import Built
 
-_RUNS = 15
-_WARMUP = 3
+_ROUNDS = 3
+_RUNS = 8
+_WARMUP = 2
+_PAUSE = 0.02  # seconds
 
 
 class OrtExecutor:
@@ -175,29 +178,35 @@ def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[s
     if reference is not None:
         runners["float"] = lambda: reference(inputs)
     threads = default_threads()
-    times = benchmark.measure(runners, runs=_RUNS, warmup=_WARMUP, threads=threads)
-    found: dict[str, Any] = {name: t.median_ms for name, t in times.items()}
+    milliseconds: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(_ROUNDS):
+        for name, runner in runners.items():
+            # Both runtimes leave threads spinning for a moment: let them go to sleep first.
+            time.sleep(_PAUSE)
+            block = benchmark.block(runner, runs=_RUNS, warmup=_WARMUP)
+            milliseconds[name] += [s * 1e3 for s in block]
+    found: dict[str, Any] = {name: float(np.median(t)) for name, t in milliseconds.items()}
     found.setdefault("float", None)
     found["float_runner"] = "onnxruntime" if reference is not None else None
     found["threads"] = threads
-    found["runs"] = _RUNS
-    found["spread"] = {name: t.spread for name, t in times.items()}
+    found["runs"] = _ROUNDS * _RUNS
+    found["min"] = {name: min(t) for name, t in milliseconds.items()}
     return found
 
 
 def _region_times(compiled: CompiledModel, nodes: list[dict[str, Any]]) -> None:
     """Fill in each region's own latency from an instrumented run."""
     calls = compiled.profile()
-    if not calls:
-        return
-    waiting = list(calls)
+    at = 0
     for node in nodes:
-        mine = []
-        prefix = node["kernel"]
-        while waiting and (waiting[0][0] == prefix or node["kernel"] == "tvm"):
-            if node["kernel"] == "tvm" and not waiting[0][0].startswith("float"):
+        # A float region is several calls, all with the region's prefix.
+        symbol, several = node["kernel"], node["kernel"].startswith("float")
+        seconds = 0.0
+        while at < len(calls) and (
+            calls[at][0].startswith(symbol + "_") if several else calls[at][0] == symbol
+        ):
+            seconds += calls[at][1]
+            at += 1
+            if not several:
                 break
-            mine.append(waiting.pop(0)[1])
-            if node["kernel"] != "tvm":
-                break
-        node["latency_ms"] = float(np.sum(mine)) if mine else None
+        node["latency_ms"] = seconds * 1e3 if calls else None

@@ -9,6 +9,7 @@ A row answers None where no generator serves the node; float nodes then go throu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -17,7 +18,6 @@ import numpy as np
 
 from qcompiler import numerics
 from qcompiler.ir import Node, Value
-from qcompiler.ops import OpKind
 from qcompiler.targets.base import Support
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.tvm_lower import VIEWS, KernelCall
@@ -224,6 +224,10 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
     inputs = (x,) if residual is None else (x, residual)
     group = int(node.attr("group"))
     from qcompiler.targets.kernels import depthwise
+    from qcompiler.targets.kernels.depthwise_float import (
+        build_float_depthwise,
+        pack_float_depthwise,
+    )
     from qcompiler.targets.kernels.gemm import build_conv, kernel_key
     from qcompiler.targets.kernels.packing import pack_conv
     from qcompiler.targets.kernels.params import default_params
@@ -237,7 +241,17 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
         strides=tuple(node.attr("strides")), pads=(pads[0], pads[1], pads[2], pads[3]),
         dilations=tuple(node.attr("dilations")), groups=group, a_dtype=a_dtype,
     )  # fmt: skip
-    if depthwise.is_depthwise(workload):
+    if a_dtype == "float32" and group == c > 1:
+        packed = pack_float_depthwise(workload, data, values)
+        return KernelCall(
+            "depthwise",
+            ("depthwise", workload, packed.facts, packed.shapes),
+            partial(build_float_depthwise, workload, self.isa, packed),
+            inputs,
+            packed.arrays,
+            workload.macs,
+        )
+    if depthwise.is_depthwise(workload) and c > 1:
         tiles = depthwise.default_params(workload, self.isa)
         packed = depthwise.pack_depthwise(workload, self.isa, tiles, data, values)
         return KernelCall(
@@ -406,6 +420,69 @@ def _clip(self: CpuLowering, node: Node) -> KernelCall | None:
     return self.call(node.op.name, ClipWorkload(x.shape, "float32", low, high), clip, (x,))
 
 
-def movement_only(node: Node) -> bool:
-    """Whether a node moves elements without changing them."""
-    return node.op.kind is OpKind.MOVEMENT
+# ---------------------------------------------------------------------- pooling, reductions
+
+
+def _averaging(x: Value, out: Value) -> Any:
+    """Return how a quantized average becomes its output."""
+    from qcompiler.targets.kernels.pool import Averaging
+
+    q = grid(x)
+    if out.qparams is None:
+        return Averaging(q.z, "float32", q.s)
+    o = grid(out)
+    return Averaging(q.z, storage(out), q.s, o.s, o.z, o.qmin, o.qmax)
+
+
+@row("max_pool", "average_pool", "qaverage_pool")
+def _pool(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels import pool
+    from qcompiler.targets.kernels.window import Window
+
+    x, out, name = node.input(0), node.output, node.op.name
+    if x.type.rank != 4 or node.attr("layout") != "NHWC":
+        return None
+    quantized = name == "qaverage_pool"
+    if quantized and not (is_per_tensor(x) and (is_per_tensor(out) or is_float32(out))):
+        return None
+    if not quantized and not is_float32(x) and not (name == "max_pool" and is_per_tensor(x)):
+        return None
+    window = Window(
+        x.shape[0], x.shape[1:3], out.shape[1:3],
+        *(tuple(node.attr(k)) for k in ("kernel", "strides", "pads", "dilations")),
+    )  # fmt: skip
+    w = pool.PoolWorkload(
+        window, x.shape[3], storage(x), _averaging(x, out) if quantized else None,
+        name != "max_pool" and bool(node.attr("count_include_pad")),
+    )  # fmt: skip
+    if name == "max_pool":
+        return self.call(name, w, pool.max_pool, (x,))
+    return self.call(name, w, pool.average_pool, (x,), (pool.pack_counts(w),))
+
+
+_REDUCTIONS = {"reduce_sum": "sum", "reduce_max": "max", "reduce_min": "min"}
+
+
+@row("qreduce_mean", "reduce_mean", *_REDUCTIONS)
+def _reduce(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pool import ReduceWorkload, reduce
+
+    x, out, name = node.input(0), node.output, node.op.name
+    quantized = name == "qreduce_mean"
+    if quantized and not (is_per_tensor(x) and (is_per_tensor(out) or is_float32(out))):
+        return None
+    if not quantized and not is_float32(x, out):
+        return None
+    axes = sorted(a % x.type.rank for a in node.attr("axes"))
+    if not axes or 0 in x.shape:
+        return None
+    # Axes of extent 1 can join a run of neighbours without changing what is folded.
+    first, last = axes[0], axes[-1]
+    if any(x.shape[a] != 1 for a in range(first, last) if a not in axes):
+        return None
+    w = ReduceWorkload(
+        _REDUCTIONS.get(name, "mean"), x.shape, out.shape,
+        math.prod(x.shape[:first]), math.prod(x.shape[first : last + 1]),
+        math.prod(x.shape[last + 1 :]), storage(x), _averaging(x, out) if quantized else None,
+    )  # fmt: skip
+    return self.call(name, w, reduce, (x,))

@@ -260,16 +260,15 @@ class _Emitter:
         imported = self.float_regions[nodes]
         if not imported.outputs:
             return
-        self.env.update(
-            imported.emit(self.bb, self.env, self.region_params, f"float{len(self.regions)}")
-        )
+        prefix = f"float{len(self.regions)}"
+        self.env.update(imported.emit(self.bb, self.env, self.region_params, prefix))
         self.regions.append(
             Region(
                 nodes[0].name if len(nodes) == 1 else f"{nodes[0].name}..{nodes[-1].name}",
                 tuple(n.op.name for n in nodes),
                 tuple(dict.fromkeys(s for n in nodes for s in n.sources)),
                 Precision.FP32,
-                "tvm",
+                prefix,
             )
         )
 

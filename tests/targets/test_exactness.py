@@ -1,0 +1,112 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Promise 2: the compiled integer graph returns what the interpreter returns, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from qcompiler.artifact import ParamBlock
+from qcompiler.driver import build_graph, quantize_model
+from qcompiler.interpreter import run
+from qcompiler.ir import Graph, Value
+from qcompiler.registry import get_target
+from qcompiler.targets.base import Built
+from qcompiler.targets.isa import ISA_TABLE, runnable
+from qcompiler.types import Array
+from qcompiler.vm import VmExecutor
+
+MODELS = Path(__file__).parents[2] / "models"
+ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
+EXTERNAL = (
+    "mobilenetv2",
+    "resnet20",
+    "resnet20_raw",
+    "resnet56",
+    "ic_resnet8",
+    "kws_dscnn",
+    "mnist",
+    "minilm",
+)
+
+
+def catalogue() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("catalogue", MODELS / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["catalogue"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def integer_values(graph: Graph) -> list[Value]:
+    """Every quantized result, so that a difference shows where it starts."""
+    return [v for n in graph.nodes for v in n.outputs if v.type.is_quantized]
+
+
+def executor(built: Built) -> VmExecutor:
+    assert built.library is not None
+    block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(built.parameters)})
+    return VmExecutor(built.library, block.arrays)
+
+
+def compare(built: Built, feeds: dict[str, Array], threads: int = 1) -> None:
+    """Run both and require equality; integers exactly, float results within rounding."""
+    graph = built.graph
+    expected = run(graph, feeds)
+    found = executor(built).run([feeds[v.name] for v in graph.inputs], threads=threads)
+    for (name, value), array in zip(graph.outputs, found, strict=True):
+        if value.type.is_quantized or value.dtype.is_integer:
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+        else:
+            np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def compile_all_values(path: Path, calibration: object, target: str) -> Built:
+    """Compile a model that also returns every integer tensor it computes."""
+    result = quantize_model(path, calibration=calibration)
+    graph = result.graph
+    named = {v: name for name, v in graph.outputs}
+    extra = [(f"value:{v.name}", v) for v in integer_values(graph) if v not in named]
+    graph.set_outputs([*graph.outputs, *extra])
+    return build_graph(graph, get_target(target))
+
+
+def sample(samples: dict[str, Array], built: Built, i: int) -> dict[str, Array]:
+    feeds = {}
+    for v in built.graph.inputs:
+        array = samples[v.name]
+        feeds[v.name] = array[i : i + 1] if array.ndim == v.type.rank else array[i]
+    return feeds
+
+
+@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("name", ["digits_cnn", "digits_hybrid"])
+def test_bundled_models(name: str, target: str) -> None:
+    folder = MODELS / name
+    calibration = dict(np.load(folder / "calib.npz"))
+    evaluation = dict(np.load(folder / "eval.npz"))
+    built = compile_all_values(folder / "model.onnx", calibration, target)
+    for i in range(20):
+        compare(built, sample(evaluation, built, i))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("name", EXTERNAL)
+def test_external_models(name: str, target: str) -> None:
+    models = catalogue()
+    reason = models.skip_reason(name)
+    if reason:
+        pytest.skip(reason)
+    model = models.external(name, 64, 20)
+    built = compile_all_values(model.path, model.calibration, target)
+    for i in range(20):
+        compare(built, sample(model.evaluation, built, i), threads=1 + i % 2)
