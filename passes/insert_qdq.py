@@ -201,12 +201,9 @@ class _Insertion:
                 hi * S16_HEADROOM,
                 storage=DType.INT16,
                 scheme="symmetric",
-                narrow_range=True,
             )
         if kind is Kind.S8:
-            return choose_qparams(
-                lo, hi, storage=DType.INT8, scheme="symmetric", bits=width, narrow_range=True
-            )
+            return choose_qparams(lo, hi, storage=DType.INT8, scheme="symmetric", bits=width)
         return choose_qparams(lo, hi, storage=DType.UINT8, bits=width)
 
     def _range(self, v: Value, kind: Kind) -> tuple[float, float]:

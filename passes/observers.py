@@ -251,10 +251,14 @@ def entropy_range(
     """Minimise KL(P || Q) over shrunken ranges.
 
     P is the histogram clipped to the range with the tails added to its end bins; Q is P gathered
-    into 256 levels and spread evenly over the non-empty bins. Both ends shrink in proportion.
+    into 256 levels and spread evenly over the non-empty bins. Both ends shrink in proportion. Exact
+    zeros are left out: zero is always represented, and after a relu its bin would decide alone.
     Source: TensorRT's calibrator (Migacz, GTC 2017), with 256 levels over an asymmetric range.
     """
     del observer
+    zero = np.abs(centres) <= half
+    around = counts[~zero][np.argsort(np.abs(centres[~zero]))[:2]]
+    counts = np.where(zero, np.minimum(counts, around.mean() if around.size else 0.0), counts)
     lo, hi = min(float(centres[0]) - half, 0.0), max(float(centres[-1]) + half, 0.0)
     best, chosen = math.inf, (lo, hi)
     for shrink in _SHRINKS:
