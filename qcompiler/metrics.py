@@ -67,7 +67,7 @@ def metric_of(name: str) -> Metric:
     if ":" in name:
         custom = _imported(name)
         higher = not getattr(custom, "lower_is_better", False)
-        return Metric(name, higher, 1.0, False, lambda o, s, r: float(custom(o, s)))
+        return Metric(name, higher, 1.0, False, lambda o, s, r: _called(name, custom, o, s))
     raise UsageError(
         f"unknown metric {name!r}: expected top1, top5, mse, cosine, sqnr or module:function"
     )
@@ -85,6 +85,13 @@ def _imported(name: str) -> MetricFn:
         raise UsageError(f"metric {name!r} is not a function")
     fn: MetricFn = found
     return fn
+
+
+def _called(name: str, fn: MetricFn, outputs: Outputs, samples: Mapping[str, Array]) -> float:
+    try:
+        return float(fn(outputs, samples))
+    except Exception as error:  # the user's code: whatever it raises is about their metric
+        raise DataError(f"metric {name!r} failed: {type(error).__name__}: {error}") from error
 
 
 def _required(name: str, reference: Outputs | None) -> Outputs:

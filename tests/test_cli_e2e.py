@@ -262,10 +262,10 @@ def test_metrics_that_make_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, *base, "--evaluate", EVALUATION, "--metric", "top3")
     assert status == 2
     assert "top3" in err
-    np.savez("unlabelled.npz", input=np.zeros((4, 1, 8, 8), np.float32))
-    status, _, err = run(capsys, *base, "--evaluate", "unlabelled.npz", "--metric", "top1")
+    np.savez("wrong.npz", input=np.zeros((4, 1, 8, 8), np.float32), label=np.zeros(3, np.int64))
+    status, _, err = run(capsys, *base, "--evaluate", "wrong.npz", "--metric", "top1")
     assert status == 2
-    assert "label" in err
+    assert "3 labels for 4 samples" in err
 
 
 def test_a_metric_of_the_users_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -283,6 +283,21 @@ def test_a_metric_of_the_users_own(capsys: pytest.CaptureFixture[str], tmp_path:
     metric = json.loads(out)["metric"]
     assert 0.9 < metric["compiled"] <= 1
     assert 0.9 < metric["float"] <= 1
+
+
+def test_a_metric_of_the_users_own_that_fails(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "my_broken_metric.py").write_text("def score(outputs, samples): return 1 / 0\n")
+    status, _, err = run(
+        capsys,
+        *("compile", MODEL, "-o", "net.qcm", "--calibration", CALIBRATION),
+        *("--evaluate", EVALUATION, "--metric", "my_broken_metric:score"),
+        *("--target", "reference"),
+    )
+    assert status == 2
+    assert "metric 'my_broken_metric:score' failed: ZeroDivisionError: division by zero" in err
+    assert not Path("net.qcm").exists()
 
 
 def test_interrupt_leaves_nothing_half_written(tmp_path: Path) -> None:

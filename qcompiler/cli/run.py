@@ -65,9 +65,10 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
     shell.input_file(path, "input file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise DataError(f"{path} is a single .npy array, expected .npz with names")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise DataError(f"{path} is a single .npy array, expected .npz with names")
+        with file:
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise DataError(f"{path} is not a readable .npz file: {error}") from error
