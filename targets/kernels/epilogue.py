@@ -24,6 +24,8 @@ from qcompiler.targets.kernels.tir import (
     load,
     load_int32,
     local,
+    maximum,
+    minimum,
     round_to_int32,
     serial,
     splat,
@@ -102,7 +104,7 @@ class EpilogueWriter:
             if self.residual is not None:
                 acc = acc + self._residual(index, lanes, valid)
             if self.facts.clip:
-                acc = clamp_between(acc, self._scalar(2, lanes), self._scalar(3, lanes))
+                acc = minimum(maximum(acc, self._scalar(2, lanes)), self._scalar(3, lanes))
             return bind(acc)
         if out_dtype == "int32":
             return acc
@@ -114,7 +116,7 @@ class EpilogueWriter:
             other = other - self._scalar(5, lanes)  # exact: integers below 2**24
             value = fence(value) + fence(other * self._scalar(4, lanes))
         if not self.facts.saturating:
-            value = clamp_between(value, self._scalar(2, lanes), self._scalar(3, lanes))
+            value = minimum(maximum(value, self._scalar(2, lanes)), self._scalar(3, lanes))
         rounded = round_to_int32(self.isa, value)
         if self.facts.zero_point:
             rounded = rounded + splat(cast(load(self.scalars, 1, 1), "int32"), "int32", lanes)
@@ -136,10 +138,3 @@ class EpilogueWriter:
         for position in range(valid):
             store(staged, position, cast(load(self.residual, index + position, 1), dtype))
         return load(staged, 0, lanes)
-
-
-def clamp_between(value: Expr, low: Expr, high: Expr) -> Expr:
-    """Limit each lane to [low, high], vectors of the value's type."""
-    from tvm.script.ir_builder import tirx
-
-    return tirx.min(tirx.max(value, low), high)

@@ -67,6 +67,8 @@ class Facts:
     """Whether the output's zero point must be added."""
     clip: bool
     """Whether a float32 output is clipped."""
+    row_terms: bool = False
+    """Whether an activation B's zero point calls for row sums of A."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,14 +117,24 @@ def pack_conv(
 
 
 def pack_matmul(
-    workload: MatmulWorkload, isa: Isa, params: GemmParams, b: Array, values: GemmValues
+    workload: MatmulWorkload, isa: Isa, params: GemmParams, b: Array | None, values: GemmValues
 ) -> Packed:
-    """Pack the constant B of a matrix product; `b` has the workload's `b_shape`.
+    """Pack the constants of a matrix product.
+
+    Args:
+        workload: Shapes and dtypes.
+        isa: The instruction set's row.
+        params: The tiling the kernel will be built with.
+        b: The constant B of shape `b_shape` (int8 with zero point 0, or float32), or None where B
+            is an activation.
+        values: The product's other numbers.
 
     Raises:
         CodegenError: `b` has another shape or dtype than the workload says.
     """
-    if b.shape != workload.b_shape or not workload.b_constant:
+    if b is None and not workload.b_constant:
+        return _pack_activations(workload, isa, params, values)
+    if b is None or b.shape != workload.b_shape or not workload.b_constant:
         raise CodegenError(f"constant B of shape {b.shape} does not fit {workload}")
     geometry = geometry_of(workload, isa)
     rows = b if workload.transpose_b else b.T
@@ -146,7 +158,7 @@ def _pack(
     columns = column_index(geometry.n, plan.lanes, plan.nv)
     tiles = _tiles(geometry, plan, weight, columns)
     if is_float:
-        return _pack_float(geometry, plan, tiles[..., 0], columns, values)
+        return _float_constants(geometry, tiles[..., 0], columns, values)
 
     shift = 128 if geometry.a_dtype == "int8" else 0  # the kernel adds it to the stored bytes
     qmin, qmax = LIMITS[geometry.a_dtype]
@@ -158,41 +170,84 @@ def _pack(
 
     count = geometry.groups * geometry.n
     flat = weight.reshape(count, -1).astype(np.int64)
-    bias = np.zeros(count, np.int64) if values.bias is None else values.bias.astype(np.int64)
-    if bias.shape != (count,):
-        raise CodegenError(f"bias has shape {bias.shape}, expected ({count},)")
+    bias = _bias(values, count)
     corrected = (bias - a_zero_point * flat.sum(1)).astype(np.uint64).astype(np.uint32)
-    multiplier = np.broadcast_to(
-        np.asarray(1.0 if values.multiplier is None else values.multiplier, np.float32), (count,)
-    )
-
+    multiplier = _multiplier(values, count)
+    spread = max(abs(a_max - a_zero_point), abs(a_min - a_zero_point))
+    reach = np.abs(flat).sum(1) * spread + np.abs(bias)
     arrays: dict[str, Array] = {}
     dot = _pack_weights(geometry, isa, tiles, largest, arrays)
     if dot != "mixed" and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
+    scalars, saturating = _requantization(epilogue, values, reach, multiplier)
+    scalars[0] = a_zero_point
     if epilogue.out_dtype != "int32":
         arrays["multiplier"] = _per_column(multiplier, geometry, columns)
-
-    scalars = np.zeros(8, np.float32)
-    scalars[0] = values.a_zero_point + shift
-    saturating = False
-    if epilogue.out_dtype in LIMITS:
-        low, high = LIMITS[epilogue.out_dtype]
-        qmin = low if values.qmin is None else values.qmin
-        qmax = high if values.qmax is None else values.qmax
-        spread = max(abs(a_max - a_zero_point), abs(a_min - a_zero_point))
-        bound = np.abs(flat).sum(1) * spread + np.abs(bias)
-        reach = float((bound * np.abs(multiplier).astype(np.float64)).max())
-        if epilogue.residual_dtype is not None:
-            reach += 2.0**17 * abs(float(values.residual_multiplier))
-        fits = bool(bound.max() < 2**31) and reach < 2.0**30
-        saturating = fits and (qmin, qmax) == (low, high)
-        scalars[1:4] = values.zero_point, qmin - values.zero_point, qmax - values.zero_point
-        scalars[4:6] = values.residual_multiplier, values.residual_zero_point
     arrays["scalars"] = scalars
     facts = Facts(dot, saturating, values.zero_point != 0, clip=False)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _multiplier(values: GemmValues, count: int) -> npt.NDArray[np.float32]:
+    """The multiplier of each of `count` columns."""
+    given = 1.0 if values.multiplier is None else values.multiplier
+    return np.broadcast_to(np.asarray(given, np.float32), (count,))
+
+
+def _requantization(
+    epilogue: Epilogue, values: GemmValues, reach: Array, multiplier: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float32], bool]:
+    """The scalars of the epilogue, and whether the narrowing stores may do the clamp.
+
+    `reach` bounds the magnitude of each column's sums.
+    """
+    scalars = np.zeros(8, np.float32)
+    if epilogue.out_dtype not in LIMITS:
+        return scalars, False
+    low, high = LIMITS[epilogue.out_dtype]
+    qmin = low if values.qmin is None else values.qmin
+    qmax = high if values.qmax is None else values.qmax
+    scaled = float((reach * np.abs(multiplier).astype(np.float64)).max())
+    if epilogue.residual_dtype is not None:
+        scaled += 2.0**17 * abs(float(values.residual_multiplier))
+    fits = bool(reach.max() < 2**31) and scaled < 2.0**30
+    scalars[1:4] = values.zero_point, qmin - values.zero_point, qmax - values.zero_point
+    scalars[4:6] = values.residual_multiplier, values.residual_zero_point
+    return scalars, fits and (qmin, qmax) == (low, high)
+
+
+def _pack_activations(
+    workload: MatmulWorkload, isa: Isa, params: GemmParams, values: GemmValues
+) -> Packed:
+    """Constants of a product of two activations: no weights, but zero points."""
+    geometry = geometry_of(workload, isa)
+    columns = column_index(geometry.n, params.lanes, params.nv)
+    if workload.a_dtype == "float32":
+        return _float_constants(geometry, None, columns, values)
+    a_zero_point = values.a_zero_point + (128 if workload.a_dtype == "int8" else 0)
+    b_zero_point = values.b_zero_point - (128 if workload.b_dtype == "uint8" else 0)
+    bias = _bias(values, geometry.n)
+    multiplier = _multiplier(values, geometry.n)
+    reach = np.abs(bias) + 255 * 255 * workload.k
+    scalars, saturating = _requantization(workload.epilogue, values, reach, multiplier)
+    product = workload.k * a_zero_point * b_zero_point
+    points = np.asarray([a_zero_point, b_zero_point, product, 0], np.int64)
+    arrays = {"bias": _per_column(bias.astype(np.int32), geometry, columns)}
+    if workload.epilogue.out_dtype != "int32":
+        arrays["multiplier"] = _per_column(multiplier, geometry, columns)
+    arrays["scalars"] = scalars
+    arrays["zero_points"] = points.astype(np.uint64).astype(np.uint32).view(np.int32)
+    dot: Dot = "vpdpbusd" if isa.dot == "vpdpbusd" else "exact"
+    facts = Facts(dot, saturating, values.zero_point != 0, False, b_zero_point != 0)
+    return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _bias(values: GemmValues, count: int) -> npt.NDArray[np.int64]:
+    bias = np.zeros(count, np.int64) if values.bias is None else values.bias.astype(np.int64)
+    if bias.shape != (count,):
+        raise CodegenError(f"bias has shape {bias.shape}, expected ({count},)")
+    return bias
 
 
 def _tiles(geometry: Geometry, plan: TilePlan, weight: Array, columns: Array) -> Array:
@@ -213,9 +268,10 @@ def _per_column(vector: Array, geometry: Geometry, columns: Array) -> Array:
     return np.ascontiguousarray(picked.reshape(-1))
 
 
-def _pack_float(
-    geometry: Geometry, plan: TilePlan, tiles: Array, columns: Array, values: GemmValues
+def _float_constants(
+    geometry: Geometry, tiles: Array | None, columns: Array, values: GemmValues
 ) -> Packed:
+    """Constants of a float32 kernel; `tiles` [T, V, L, Q], or None for an activation B."""
     count = geometry.groups * geometry.n
     bias = np.zeros(count, np.float32) if values.bias is None else values.bias
     if bias.shape != (count,) or bias.dtype.name != "float32":
@@ -224,8 +280,10 @@ def _pack_float(
     scalars[2] = -np.inf if values.act_min is None else values.act_min
     scalars[3] = np.inf if values.act_max is None else values.act_max
     clip = values.act_min is not None or values.act_max is not None
-    arrays = {
-        "weight": np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)),
+    arrays: dict[str, Array] = {}
+    if tiles is not None:
+        arrays["weight"] = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
+    arrays |= {
         "bias": _per_column(bias, geometry, columns),
         "scalars": scalars,
     }

@@ -120,10 +120,10 @@ class Geometry:
 
 
 def geometry_of(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> Geometry:
-    """The geometry of a convolution, or of a matrix product with constant weights."""
+    """The geometry of a convolution or of a matrix product (of one, for an activation B)."""
     group = 1 if workload.a_dtype == "float32" else isa.k_group
     if isinstance(workload, MatmulWorkload):
-        rows = math.prod(workload.a_shape) // workload.k
+        rows = math.prod(workload.a_shape) // workload.k if workload.b_constant else workload.m
         return _matrix(workload.a_dtype, rows, workload.k, workload.n, 1, group)
     pointwise = workload.kh == workload.kw == 1 and workload.strides == (1, 1)
     if pointwise and not any(workload.pads):

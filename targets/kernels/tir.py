@@ -26,10 +26,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, final
 
-from qcompiler.targets.isa import Isa
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
+
+from qcompiler.targets.isa import Isa
 
 __all__ = [
     "Buffer",
@@ -47,12 +48,15 @@ __all__ = [
     "load",
     "load_int32",
     "local",
+    "maximum",
+    "minimum",
     "own_function",
     "parallel",
     "reinterpret",
     "requantized",
     "round_to_int32",
     "scratch",
+    "select_lazy",
     "serial",
     "shuffle",
     "splat",
@@ -244,6 +248,23 @@ def clamp(value: Expr, low: float | int | None, high: float | int | None) -> Exp
     if high is not None:
         value = T.min(value, splat(high, dtype, lanes))
     return value
+
+
+def select_lazy(conditions: Sequence[Expr], value: Expr, otherwise: Expr) -> Expr:
+    """`value`, evaluated only where all conditions hold (so it may load), else `otherwise`."""
+    for condition in reversed(conditions):
+        value = T.if_then_else(condition, value, otherwise)
+    return value
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    """The smaller of two expressions, lane by lane."""
+    return T.min(a, b)
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """The larger of two expressions, lane by lane."""
+    return T.max(a, b)
 
 
 def round_to_int32(isa: Isa, value: Expr) -> Expr:

@@ -165,6 +165,8 @@ class MatmulWorkload:
             raise CodegenError(f"matmul: constant weights must be of rank 2: {shapes}")
         if (self.a_dtype == "float32") != (self.b_dtype == "float32"):
             raise CodegenError(f"matmul: cannot multiply {self.a_dtype} by {self.b_dtype}")
+        if self.b_constant and self.transpose_a:
+            raise CodegenError("matmul: with transpose_a, pass B as an operand (b_constant=False)")
         if self.b_constant and self.b_dtype == "uint8":
             raise CodegenError("matmul: constant weights must be int8; shift uint8 weights by 128")
         if self.k != self.b_shape[-1 if self.transpose_b else -2]:

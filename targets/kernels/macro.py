@@ -1,0 +1,416 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The macro-kernel: register tiles over all of K, for every instruction set and element type.
+
+Tasks (image, block of tile rows, block of tile columns) go to the thread pool.  A task reads the
+activations in place where it can, else it copies its band of input rows, padded, into a work area.
+Register tiles of `mt` pixels x `nv` vectors then run over all of K with their accumulators in
+registers.  Activation addresses in a tile are one base plus constants, since shapes are static: no
+pointer per row and no im2col.
+
+Each register tile is an LLVM function of its own: inlined into the loops around it, LLVM hoists
+per-layer constants over the K loop and then spills the accumulators (measured on 16 registers:
+1.6 times slower).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from qcompiler.errors import CodegenError
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.epilogue import EpilogueWriter
+from qcompiler.targets.kernels.packing import Facts
+from qcompiler.targets.kernels.plan import Geometry, TilePlan
+from qcompiler.targets.kernels.tir import (
+    Buffer,
+    Expr,
+    bind,
+    cast,
+    intrinsic,
+    load,
+    local,
+    maximum,
+    minimum,
+    own_function,
+    parallel,
+    reinterpret,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
+from qcompiler.targets.kernels.workload import GemmParams
+
+__all__ = ["MacroKernel", "Source", "Step", "copy_elements", "fill_elements"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a task reads activations, and what it adds to its sums."""
+
+    buffer: Buffer
+    origin: Expr
+    """Element of output row 0, column 0 (of the whole image, even if the buffer is a band)."""
+    pitch: int
+    """Elements from one input row to the next."""
+    image: Expr = 0
+    first_tile: Expr = 0
+    """Column tile that the weight and bias buffers begin with."""
+    row_terms: Buffer | None = None
+    """int32 added to every sum of an output row (products of two activations)."""
+    first_row: Expr = 0
+    """Output row that `row_terms` begins with."""
+
+
+@dataclass(frozen=True, slots=True)
+class MacroKernel:
+    """One kernel under construction; buffers are one-dimensional."""
+
+    isa: Isa
+    geometry: Geometry
+    plan: TilePlan
+    params: GemmParams
+    facts: Facts
+    a: Buffer
+    constants: dict[str, Buffer]
+    writer: EpilogueWriter
+    name: str
+    tasks: int
+    """Iterations of the loop over tasks."""
+
+    def own_function(self, suffix: str) -> AbstractContextManager[None]:
+        """A function for the body, where TVM can make one.
+
+        TVM drops a parallel loop of one iteration; the caller then carries debug information, which
+        it mixes with that of the new function, and LLVM refuses the module.
+        """
+        return own_function(f"{self.name}_{suffix}") if self.tasks > 1 else nullcontext()
+
+    def emit(self) -> None:
+        """The loop over tasks."""
+        plan = self.plan
+        with parallel(self.tasks) as task:
+            block = bind(task % plan.col_blocks)
+            outer = bind(task // plan.col_blocks)
+            image = bind(outer // plan.row_blocks)
+            first = bind(outer % plan.row_blocks * plan.row_block)
+            last = bind(minimum(first + plan.row_block, plan.rows.tiles))
+            begin = bind(block * plan.col_block)
+            end = bind(minimum(begin + plan.col_block, plan.tiles))
+            self.emit_task(self._source(image, first), (first, last), (begin, end))
+
+    def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
+        """All register tiles of the tile rows and column tiles in the two half-open ranges."""
+        if self.params.order == "n":
+            with serial(*tiles) as tile:
+                for row_tile, size in self._row_tiles(rows):
+                    self._row(source, row_tile, size, (tile, None))
+        else:
+            for row_tile, size in self._row_tiles(rows):
+                self._row(source, row_tile, size, tiles)
+
+    def _row_tiles(self, row_range: tuple[Expr, Expr]) -> list[tuple[tuple[Expr, Expr], int]]:
+        """The ranges of tile rows of each size."""
+        first, last = row_range
+        if self.plan.rows.small == 0:
+            return [((first, last), self.plan.rows.size)]
+        found = []
+        for start, count, size in self.plan.rows.kinds:
+            low = bind(maximum(first, start))
+            high = bind(maximum(low, minimum(last, start + count)))
+            found.append(((low, high), size))
+        return found
+
+    def _row(
+        self,
+        source: Source,
+        row_tiles: tuple[Expr, Expr],
+        size: int,
+        tiles: tuple[Expr, Expr | None],
+    ) -> None:
+        """Tile rows of one size, for one column tile or for a range of them."""
+        plan = self.plan
+        with serial(*row_tiles) as row_tile:
+            row = bind(self.first_row_of(row_tile))
+            for col_from, col_count, cols in plan.cols.kinds:
+                with serial(col_count) as col_tile:
+                    col = bind(col_from * plan.cols.size + col_tile * cols)
+                    if tiles[1] is None:
+                        self._tile(source, (row, col), (size, cols), tiles[0])
+                        continue
+                    with serial(*tiles) as tile:
+                        self._tile(source, (row, col), (size, cols), tile)
+
+    def first_row_of(self, row_tile: Expr) -> Expr:
+        """First output row of a tile row."""
+        rows = self.plan.rows
+        if rows.small == 0:
+            return row_tile * rows.size
+        return row_tile * (rows.size - 1) + minimum(row_tile, rows.big)
+
+    def _source(self, image: Expr, first: Expr) -> Source:
+        g = self.geometry
+        if g.direct:
+            return Source(self.a, bind(image * (g.h * g.w * g.c)), g.w * g.c, image)
+        first_row = bind(self.first_row_of(first))
+        band = self._copy_band(image, first_row)
+        pitch = g.band_width * g.c
+        return Source(band, bind(0 - first_row * (g.sh * pitch)), pitch, image)
+
+    def _copy_band(self, image: Expr, first_row: Expr) -> Buffer:
+        """Copy the input rows that a task reads into a padded work area."""
+        g = self.geometry
+        pitch = g.band_width * g.c
+        rows = g.band_rows(self.plan.band)
+        dtype = "float32" if g.a_dtype == "float32" else "uint8"
+        band = scratch(rows * pitch + _CHUNK, dtype)
+        fill = bind(cast(load(self.constants["scalars"], 0, 1), dtype))
+        left = min(g.pl, g.band_width) * g.c
+        inside = max(0, min(g.w, g.band_width - g.pl)) * g.c
+        with serial(rows) as row:
+            top = bind(first_row * g.sh + row - g.pt)
+            target = bind(row * pitch)
+            with when(top < 0):
+                fill_elements(band, target, fill, pitch)
+            with when(top >= g.h):
+                fill_elements(band, target, fill, pitch)
+            with when(maximum(0, top) == minimum(top, g.h - 1)):
+                fill_elements(band, target, fill, left)
+                start = bind((image * g.h + top) * (g.w * g.c))
+                copy_elements(band, target + left, self.a, start, inside)
+                fill_elements(band, target + (left + inside), fill, pitch - left - inside)
+        return band
+
+    def _tile(
+        self, source: Source, at: tuple[Expr, Expr], extent: tuple[int, int], tile: Expr
+    ) -> None:
+        """One register tile: `extent` pixels from pixel `at`, the vectors of one column tile."""
+        g, plan = self.geometry, self.plan
+        row, col = at
+        a_index = source.origin + row * (g.sh * source.pitch) + col * (g.sw * g.c)
+        if g.groups > 1:
+            a_index = a_index + tile // plan.group_tiles * g.cg
+        a_index = bind(a_index)
+        with self.own_function("tile"):
+            self._tile_body(source, a_index, at, extent, tile)
+
+    def _tile_body(
+        self,
+        source: Source,
+        a_index: Expr,
+        at: tuple[Expr, Expr],
+        extent: tuple[int, int],
+        tile: Expr,
+    ) -> None:
+        g, plan = self.geometry, self.plan
+        lanes, nv = plan.lanes, plan.nv
+        row, col = at
+        pixels = [(r, c) for r in range(extent[0]) for c in range(extent[1])]
+        a_steps = [r * g.sh * source.pitch + c * g.sw * g.c for r, c in pixels]
+
+        dtype = "float32" if self.facts.dot == "float" else "int32"
+        acc = Accumulators(len(pixels), nv, lanes, dtype)
+        near_tile = bind(tile - source.first_tile)
+        for v in range(nv):
+            index = near_tile * plan.nt + v * lanes
+            bias = bind(load(self.constants["bias"], index, lanes))
+            for m, (r, _) in enumerate(pixels):
+                total = bias
+                if source.row_terms is not None:
+                    term = load(source.row_terms, row + r - source.first_row, 1)
+                    total = total + splat(term, "int32", lanes)
+                acc.put(m, v, total)
+
+        self._k_loops(source, a_index, a_steps, near_tile, acc)
+
+        channels = g.groups * g.n
+        starts, valid = self.columns(tile)
+        base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
+        lane = bind(tile * plan.nt)
+        for m, (r, c) in enumerate(pixels):
+            step = (r * g.ow + c) * channels
+            values = [acc.get(m, v) for v in range(nv)]
+            self.writer.store_row(values, lane, [base + start + step for start in starts], valid)
+
+    def columns(self, tile: Expr) -> tuple[list[Expr], int]:
+        """Output channel of the vectors of a tile (see `plan.column_index`), and valid lanes.
+
+        One start where the vectors follow each other, else one for each.
+        """
+        g, plan = self.geometry, self.plan
+        lanes, nv, nt = plan.lanes, plan.nv, plan.nt
+        if g.n < lanes:
+            return [bind(tile * g.n)], g.n
+        group = tile // plan.group_tiles
+        if g.n < nt:
+            return [bind(group * g.n + min(v * lanes, g.n - lanes)) for v in range(nv)], lanes
+        if g.n % nt == 0:
+            return [bind(tile * nt)], lanes
+        within = tile % plan.group_tiles
+        return [bind(group * g.n + minimum(within * nt, g.n - nt))], lanes
+
+    def _k_loops(
+        self, source: Source, a_index: Expr, a_steps: list[int], tile: Expr, acc: Accumulators
+    ) -> None:
+        """Accumulate over all of K."""
+        g = self.geometry
+        offsets = self.constants.get("offsets")
+        if self.facts.dot == "mixed":
+            self._mixed_loops(source, a_index, a_steps, tile, acc)
+            return
+        step = Step(self.isa, self.facts.dot, self.constants["weight"], acc)
+        first = bind(tile * (g.k_groups * step.weight_elements))
+        with serial(g.k_groups) as k:
+            offset = k * g.k_group if offsets is None else load(offsets, k, 1)
+            step.emit(
+                source.buffer, bind(a_index + offset), a_steps, first + k * step.weight_elements
+            )
+
+    def _mixed_loops(
+        self, source: Source, a_index: Expr, a_steps: list[int], tile: Expr, acc: Accumulators
+    ) -> None:
+        """Safe K-groups by the saturating instruction, then the others by int16 pairs."""
+        offsets, spans = self.constants["offsets"], self.constants["spans"]
+        table = bind(tile * self.geometry.k_groups)
+        for which, (kind, label) in enumerate((("maddubs", "weight"), ("exact", "weight_exact"))):
+            step = Step(self.isa, kind, self.constants[label], acc)
+            count = bind(load(spans, tile * 4 + which, 1))
+            first = bind(load(spans, tile * 4 + 2 + which, 1) * step.weight_elements)
+            with serial(count) as k:
+                index = bind(a_index + load(offsets, table + k, 1))
+                step.emit(source.buffer, index, a_steps, first + k * step.weight_elements)
+            table = bind(table + count)
+
+
+class Accumulators:
+    """The register tile: `rows` x `nv` vectors."""
+
+    def __init__(self, rows: int, nv: int, lanes: int, dtype: str) -> None:
+        """Reserve the registers."""
+        self.nv, self.lanes = nv, lanes
+        self._buffer = local(rows * nv * lanes, dtype)
+
+    def get(self, m: int, v: int) -> Expr:
+        """The vector of row m, column vector v."""
+        return load(self._buffer, (m * self.nv + v) * self.lanes, self.lanes)
+
+    def put(self, m: int, v: int, value: Expr) -> None:
+        """Replace it."""
+        store(self._buffer, (m * self.nv + v) * self.lanes, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One K-group of a register tile, multiplied in one of the ways of `plan.Dot`."""
+
+    isa: Isa
+    kind: str
+    weight: Buffer
+    acc: Accumulators
+
+    @property
+    def weight_elements(self) -> int:
+        """Elements of the weight buffer that one K-group takes."""
+        return self.acc.nv * self.acc.lanes * (1 if self.kind == "float" else 4)
+
+    def emit(self, source: Buffer, a_index: Expr, a_steps: list[int], w_index: Expr) -> None:
+        """Multiply the activations at `a_index` + each step by the weights at `w_index`."""
+        weights = self.weights(w_index)
+        for m, a_step in enumerate(a_steps):
+            parts = self._activations(source, a_index + a_step)
+            for v in range(self.acc.nv):
+                self.acc.put(m, v, self.multiply(self.acc.get(m, v), parts, weights[v]))
+
+    def weights(self, index: Expr) -> list[list[Expr]]:
+        """The weight vectors of one K-group: for each column vector one, or two halves."""
+        halves = 2 if self.kind == "exact" else 1
+        size = self.weight_elements // self.acc.nv // halves
+        return [
+            [
+                bind(load(self.weight, index + (h * self.acc.nv + v) * size, size))
+                for h in range(halves)
+            ]
+            for v in range(self.acc.nv)
+        ]
+
+    def _activations(self, source: Buffer, index: Expr) -> list[Expr]:
+        """One activation group in every lane; even and odd bytes apart for int16 pairs."""
+        lanes = self.acc.lanes
+        if self.kind == "float":
+            return [bind(splat(load(source, index, 1), "float32", lanes))]
+        quad = splat(reinterpret(load(source, index, 4), "int32", 1), "int32", lanes)
+        if self.kind != "exact":
+            return [bind(reinterpret(quad, "uint8", 4 * lanes))]
+        words = bind(reinterpret(quad, "uint16", 2 * lanes))
+        even = words & splat(255, "uint16", 2 * lanes)
+        odd = words >> splat(8, "uint16", 2 * lanes)
+        return [bind(reinterpret(half, "int16", 2 * lanes)) for half in (even, odd)]
+
+    def multiply(self, acc: Expr, a: list[Expr], w: list[Expr]) -> Expr:
+        """`acc` plus the products of one activation group with one weight vector."""
+        lanes = self.acc.lanes
+        if self.kind == "float":
+            return acc + a[0] * w[0]  # contracted to one FMA where the row has it
+        if self.kind == "vpdpbusd":
+            return self._call("dot_u8s8", "int32", lanes, acc, a[0], w[0])
+        if self.kind == "maddubs":
+            pairs = self._call("madd_u8s8", "int16", 2 * lanes, a[0], w[0])
+            return acc + self._call("madd_i16", "int32", lanes, pairs, splat(1, "int16", 2 * lanes))
+        for even_or_odd, weight in zip(a, w, strict=True):
+            acc = acc + self._call("madd_i16", "int32", lanes, even_or_odd, weight)
+        return acc
+
+    def _call(self, operation: str, dtype: str, lanes: int, *operands: Expr) -> Expr:
+        bits = 32 * self.acc.lanes
+        name = self.isa.intrinsic(operation, bits)
+        if name is None:
+            raise CodegenError(f"instruction set {self.isa.name} has no {operation} on {bits} bits")
+        return intrinsic(f"{dtype}x{lanes}", name, *operands)
+
+
+_CHUNK = 64
+
+
+def _chunks(count: int) -> tuple[int, list[tuple[int, int]]]:
+    """Whole chunks of `_CHUNK` elements, and (offset, length) of the pieces that remain."""
+    whole = count // _CHUNK
+    rest = []
+    at, size = whole * _CHUNK, _CHUNK
+    while at < count:
+        while size > count - at:
+            size //= 2
+        rest.append((at, size))
+        at += size
+    return whole, rest
+
+
+def fill_elements(buffer: Buffer, start: Expr, value: Expr, count: int) -> None:
+    """Set `count` elements to a scalar."""
+    dtype = str(buffer.dtype)
+    whole, rest = _chunks(count)
+    if whole:
+        with serial(whole) as chunk:
+            store(buffer, start + chunk * _CHUNK, splat(value, dtype, _CHUNK))
+    for at, size in rest:
+        store(buffer, start + at, splat(value, dtype, size))
+
+
+def copy_elements(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int) -> None:
+    """Copy `count` elements; s8 becomes u8 by adding 128."""
+    flip = source.dtype == "int8" and target.dtype == "uint8"
+
+    def piece(at: Expr, size: int) -> None:
+        value = load(source, start + at, size)
+        if flip:
+            value = reinterpret(value, "uint8", size) ^ splat(128, "uint8", size)
+        store(target, to + at, value)
+
+    whole, rest = _chunks(count)
+    if whole:
+        with serial(whole) as chunk:
+            piece(chunk * _CHUNK, _CHUNK)
+    for at, size in rest:
+        piece(at, size)
