@@ -602,15 +602,61 @@ def softmax_table(scale: float) -> Array:
     return np.rint(np.exp(-float(scale) * d) * float(1 << SOFTMAX_BITS)).astype(np.int32)
 
 
-def softmax(x: Array, x_qparams: QuantParams, axis: int, target: QuantParams | None) -> Array:
-    """Softmax of 8-bit values along an axis.
+EXP_LEAST = -87.0
+"""`exp_f32` is defined from here to 0; e**-87 is the least normal float32, nearly."""
+_LOG2_E, _LN2_HIGH, _LN2_LOW = (
+    np.float32(1.44269504),
+    np.float32(0.693359375),  # few digits: its products with small integers are exact
+    np.float32(-2.12194440e-4),
+)
+_EXP_COEFFICIENTS = tuple(
+    np.float32(c)
+    for c in (
+        1.9875691500e-4,
+        1.3981999507e-3,
+        8.3334519073e-3,
+        4.1665795894e-2,
+        1.6666665459e-1,
+        5.0000001201e-1,
+    )
+)
 
-    d = max(x) - x; T = softmax_table(s_x); S = sum T[d] (exact);
-    r = float32(1 / s_y) / float32(S); y = clamp(rint(float32(T[d]) * r) + z_y).
+
+def exp_f32(x: Array) -> Array:
+    """Return e**x for float32 x in [EXP_LEAST, 0], the same bits on every target.
+
+    n = rint(x * log2 e); r = x - n * ln 2 in two steps; a polynomial in r, by Horner's rule; times
+    2**n. Every step is one float32 operation, rounded by itself. Relative error below 2e-7.
+    Source: Cephes `expf` (coefficients).
     """
-    wide = x.astype(np.int32)
-    d = wide.max(axis=axis, keepdims=True) - wide
-    t = softmax_table(x_qparams.s)[d]
+    x = np.asarray(x, np.float32)
+    n = np.rint(x * _LOG2_E)
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = np.full_like(r, _EXP_COEFFICIENTS[0])
+    for c in _EXP_COEFFICIENTS[1:]:
+        p = p * r + c
+    e = (p * (r * r) + r) + np.float32(1)
+    return np.asarray(np.ldexp(e, n.astype(np.int32)))
+
+
+def softmax(
+    x: Array, x_qparams: QuantParams | None, axis: int, target: QuantParams | None
+) -> Array:
+    """Softmax along an axis with an exact sum, so that its order does not matter.
+
+    8-bit x: d = max(x) - x and T = softmax_table(s_x)[d]. float32 x (attention scores with a
+    mask): T = int32(rint(exp_f32(max(x - max(x), EXP_LEAST)) * 2**20)).
+    S = sum T (exact); r = float32(1 / s_y) / float32(S); y = clamp(rint(float32(T) * r) + z_y).
+    """
+    if x_qparams is None:
+        with np.errstate(invalid="ignore"):  # a row of -inf: all equal
+            below = x - x.max(axis=axis, keepdims=True)
+            below = np.where(below >= EXP_LEAST, below, np.float32(EXP_LEAST))
+        t = np.rint(exp_f32(below) * np.float32(1 << SOFTMAX_BITS)).astype(np.int32)
+    else:
+        wide = x.astype(np.int32)
+        d = wide.max(axis=axis, keepdims=True) - wide
+        t = softmax_table(x_qparams.s)[d]
     total = np.sum(t, axis=axis, keepdims=True, dtype=np.int64)
     r = multiplier(1.0, over=_scale_of(target)) / total.astype(np.float32)
     y = np.asarray(t.astype(np.float32) * r)

@@ -285,16 +285,17 @@ _register(
 
 
 def _qsoftmax_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
-    x = _operand("qsoftmax", types, 0, "x")
-    if x.dtype.bits > 8:
-        raise c.fail("qsoftmax", f"operand 'x' is {x}, expected 8-bit integers")
+    x = c.given("qsoftmax", types, 0, "x")
+    if x.dtype is not DType.FLOAT32 and (x.qparams is None or x.dtype.bits > 8):
+        raise c.fail("qsoftmax", f"operand 'x' is {x}, expected float32 or 8-bit quantized values")
     c.axis_of("qsoftmax", attrs["axis"], x.rank)
     return _float(x.shape)
 
 
 def _qsoftmax(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
     axis: Any = attrs["axis"]
-    q = operand_qparams("qsoftmax", ctx, 0)
+    t = ctx.inputs[0]
+    q = None if t is None else t.qparams
     return (numerics.softmax(np.asarray(arrays[0]), q, int(axis), ctx.outputs[0].qparams),)
 
 
