@@ -61,6 +61,11 @@ CONVERTER_MODULES = (onnx_import_ops, onnx_import_movement, onnx_import_qdq)
 """Modules whose import fills the table of converters."""
 
 _CONTROL_FLOW = frozenset({"Loop", "Scan", "SequenceMap"})
+_INTEGERS_TOO = frozenset({"MatMul", "Gemm", "Resize", "Upsample"})
+_REFERENCE_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, IndexError, KeyError),
+    *(NotImplementedError, ArithmeticError, MemoryError),
+)
 _RANDOM = frozenset(
     {
         "RandomNormal",
@@ -306,11 +311,12 @@ class _Importer:
         try:
             return convert(ctx)
         except ShapeError:
-            # Our rows take floats in some places where ONNX takes integers too (MatMul of int32):
-            # such a node can stay opaque. With float operands the shapes really do not fit.
-            if any(v is not None and v.dtype.is_float for v in ctx.inputs):
-                raise
-            return None
+            # Our rows take floats where ONNX takes integers too: such a node can stay opaque.
+            # Of float operands the shapes really do not fit.
+            integers = all(v is None or not v.dtype.is_float for v in ctx.inputs[:2])
+            if ctx.proto.op_type in _INTEGERS_TOO and integers:
+                return None
+            raise
 
     def _take_names(self, ctx: OpContext, results: Sequence[Value | None]) -> None:
         """Give the results the model's names, and the node of the first one the node's name."""
@@ -424,7 +430,7 @@ class _Importer:
         try:
             with np.errstate(all="ignore"):
                 arrays = onnx.reference.ReferenceEvaluator(proto).run(None, feeds)
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError):
+        except _REFERENCE_ERRORS:
             return None
         found = iter(arrays)
         results: list[Value | None] = []

@@ -70,8 +70,8 @@ def read_model(model: str | os.PathLike[str] | onnx.ModelProto) -> OnnxModel:
     if proto.functions:
         proto = _inlined(proto, name)
     read = OnnxModel(proto, folder, digest, name)
-    _check_opsets(read)
     _check_graph(proto.graph, name)
+    _check_opsets(read)
     return read
 
 
@@ -175,12 +175,30 @@ def reads(node: onnx.NodeProto) -> list[str]:
     return names
 
 
+def _names(graph: onnx.GraphProto) -> Iterator[object]:
+    """Yield every name and text that the importer or the onnx package looks at."""
+    yield graph.name
+    for t in graph.initializer:
+        yield t.name
+    for info in (*graph.input, *graph.output):
+        yield info.name
+        yield from (d.dim_param for d in info.type.tensor_type.shape.dim)
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        for a in node.attribute:
+            yield from (a.name, a.t.name, a.ref_attr_name)
+        for g in subgraphs(node):
+            yield from _names(g)
+
+
 def _check_graph(graph: onnx.GraphProto, name: str) -> None:
     """Check that every name is defined once and that what nodes read is defined.
 
     Raises:
         ModelError: Naming the first offence.
     """
+    if not all(isinstance(n, str) for n in _names(graph)):  # protobuf hands out bytes then
+        raise ModelError(f"{name} holds names that are not UTF-8 text: the file is damaged")
     inputs = [v.name for v in graph.input]
     initializers = [t.name for t in graph.initializer]
     initializers += [t.values.name for t in graph.sparse_initializer]

@@ -356,12 +356,38 @@ def _pool_attrs(ctx: OpContext, x: Value) -> dict[str, Any]:
     }
 
 
+def _without_ceil(x: Value, attrs: dict[str, Any]) -> dict[str, Any]:
+    """Return equal attributes without ceil_mode where more padding at the end says the same.
+
+    The window that hangs over the end sees elements that do not count, as padding does; runtimes
+    disagree about corner cases of ceil_mode, and none about padding.
+    """
+    n = len(attrs["kernel"])
+    pads, ends = attrs["pads"], []
+    for i, (extent, k, s, d) in enumerate(
+        zip(x.shape[2:], attrs["kernel"], attrs["strides"], attrs["dilations"], strict=True)
+    ):
+        reach = d * (k - 1) + 1
+        room = extent + pads[i] + pads[n + i] - reach
+        count = -(-room // s) + 1
+        if (count - 1) * s >= extent + pads[i]:  # ONNX: a window must not start in the end padding
+            count -= 1
+        end = pads[n + i] + max(0, (count - 1) * s - room)
+        if room < 0 or (extent + pads[i] + end - reach) // s + 1 != count or end >= k:
+            return attrs
+        ends.append(end)
+    return {**attrs, "pads": (*pads[:n], *ends), "ceil_mode": False}
+
+
 @converter("MaxPool")
 def _max_pool(ctx: OpContext) -> Results:
     if any(ctx.wanted[1:]):
         return None
     x = ctx.input(0)
-    return [ctx.emit("max_pool", x, **_pool_attrs(ctx, x))]
+    attrs = _pool_attrs(ctx, x)
+    if attrs["ceil_mode"]:
+        attrs = _without_ceil(x, attrs)
+    return [ctx.emit("max_pool", x, **attrs)]
 
 
 @converter("AveragePool")
@@ -369,6 +395,8 @@ def _average_pool(ctx: OpContext) -> Results:
     x = ctx.input(0)
     attrs = _pool_attrs(ctx, x)
     attrs["count_include_pad"] = bool(ctx.attr("count_include_pad", 0))
+    if attrs["ceil_mode"] and not attrs["count_include_pad"]:
+        attrs = _without_ceil(x, attrs)
     return [ctx.emit("average_pool", x, **attrs)]
 
 
