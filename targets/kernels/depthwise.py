@@ -36,6 +36,13 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own sc
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
+from qcompiler.targets.kernels.interleave import (
+    in_order,
+    interleave,
+    lane_channels,
+    narrowed,
+    scattered,
+)
 from qcompiler.targets.kernels.packing import LIMITS, Facts, Packed
 from qcompiler.targets.kernels.simd import loop, unravel, workspace, worth_threads
 from qcompiler.targets.kernels.tir import Buffer, Expr, PrimFuncBuilder
@@ -203,13 +210,6 @@ def channel_blocks(channels: int, lanes: int) -> list[tuple[int, int, int]]:
         blocks.append((start, 1, width))
         start, left = start + width, left - width
     return blocks
-
-
-def lane_channels(lanes: int) -> npt.NDArray[np.int64]:
-    """Channel in each 32-bit lane of the four accumulators: shape [4, lanes / 4]."""
-    lane = np.arange(lanes // 4)
-    part = np.arange(4)[:, None]
-    return lane // 4 * 16 + part * 4 + lane % 4
 
 
 def is_depthwise(workload: ConvWorkload) -> bool:
@@ -538,7 +538,7 @@ class _Block:
                 rows.append(zeros)
         for g in range(plan.groups):
             members = rows[g * plan.group : (g + 1) * plan.group]
-            for part, vector in enumerate(_interleave(members, self.lanes)):
+            for part, vector in enumerate(interleave(members)):
                 self._put(column, g * 4 + part, vector)
 
     def _row(self, base: Expr, row: Expr, column: Expr, *, inside: bool) -> Expr:
@@ -610,38 +610,6 @@ class _Block:
         return accs
 
 
-def _interleave(rows: list[Expr], lanes: int) -> list[Expr]:
-    """Interleave four rows of bytes, or two rows widened to int16: four vectors of int32 lanes."""
-    if len(rows) == 4:
-        low = [_unpack(rows[0], rows[1], high) for high in (0, 1)]
-        top = [_unpack(rows[2], rows[3], high) for high in (0, 1)]
-    else:
-        low = [_unpack(rows[0], rows[1], high) for high in (0, 1)]
-        top = []
-    out = []
-    for half in range(2):
-        for high in range(2):
-            if top:
-                words = [tir.reinterpret(v[half], "int16", lanes // 2) for v in (low, top)]
-                merged = _unpack(tir.bind(words[0]), tir.bind(words[1]), high)
-            else:
-                merged = _unpack(low[half], tir.splat(0, "uint8", lanes), high)
-            out.append(tir.bind(tir.reinterpret(merged, "int32", lanes // 4)))
-    return out
-
-
-def _unpack(a: Expr, b: Expr, high: int) -> Expr:
-    """Interleave the low or high halves of the 128-bit lanes of `a` and `b`."""
-    count = tir.lanes_of(a)
-    per_lane = 16 if tir.dtype_of(a).endswith("int8") else 8
-    indices: list[int] = []
-    for start in range(0, count, per_lane):
-        for k in range(per_lane // 2):
-            lane = start + high * (per_lane // 2) + k
-            indices += [lane, count + lane]
-    return tir.bind(tir.shuffle([a, b], indices))
-
-
 @dataclass(frozen=True)
 class _Finish:
     """The epilogue of one output pixel: four accumulators in packed order to V stored outputs."""
@@ -652,48 +620,24 @@ class _Finish:
 
     def store(self, accs: list[Expr]) -> None:
         """Requantize or dequantize `accs` and store them."""
-        block = self.block
-        kernel = block.kernel
+        kernel = self.block.kernel
+        isa, facts = kernel.plan.isa, kernel.facts
         dtype = kernel.plan.workload.epilogue.out_dtype
         out = kernel.buffers["out"]
         if dtype == "int32":
-            tir.store(out, self.at, self._in_order(accs))
+            tir.store(out, self.at, in_order(accs))
             return
         residuals = self._residuals()
         reals = [self._real(part, acc, residuals) for part, acc in enumerate(accs)]
         if dtype == "float32":
-            tir.store(out, self.at, self._in_order(reals))
+            tir.store(out, self.at, in_order(reals))
             return
-        isa = kernel.plan.isa
-        rounded = []
-        for value in reals:
-            if not kernel.facts.saturating:
-                value = T.min(T.max(value, self._scalar(2)), self._scalar(3))
-            whole = tir.round_to_int32(isa, value)
-            if kernel.facts.zero_point and dtype == "int16":
-                whole = whole + tir.cast(self._scalar(1), "int32")
-            rounded.append(tir.bind(whole))
-        bits = block.lanes * 8
-        half = block.lanes // 2
-        pack = str(isa.intrinsic("pack_i16", bits))
-        words = [
-            tir.intrinsic(tir.vector("int16", half), pack, rounded[i], rounded[i + 1])
-            for i in (0, 2)
-        ]
-        # 8-bit results: saturating to int16 before and after the zero point changes nothing.
-        if kernel.facts.zero_point and dtype != "int16":
-            zero = tir.cast(tir.load(kernel.buffers["scalars"], 1, 1), "int16")
-            shift = tir.splat(zero, "int16", half)
-            words = [
-                tir.intrinsic(tir.vector("int16", half), "llvm.sadd.sat", word, shift)
-                for word in words
-            ]
-        words = [tir.bind(word) for word in words]
-        if dtype == "int16":
-            tir.store(out, self.at, self._words_in_order(words))
-            return
-        pack = str(isa.intrinsic("pack_u8" if dtype == "uint8" else "pack_i8", bits))
-        tir.store(out, self.at, tir.intrinsic(tir.vector(dtype, block.lanes), pack, *words))
+        if not facts.saturating:
+            reals = [T.min(T.max(value, self._scalar(2)), self._scalar(3)) for value in reals]
+        rounded = [tir.round_to_int32(isa, value) for value in reals]
+        zero = tir.cast(tir.load(kernel.buffers["scalars"], 1, 1), "int32")
+        zero_point = zero if facts.zero_point else None
+        tir.store(out, self.at, narrowed(isa, rounded, zero_point, dtype))
 
     def _scalar(self, position: int) -> Expr:
         scalar = tir.load(self.block.kernel.buffers["scalars"], position, 1)
@@ -717,18 +661,4 @@ class _Finish:
         residual = block.kernel.buffers.get("residual")
         if residual is None:
             return []
-        lanes = block.lanes
-        stored = tir.bind(tir.load(residual, self.at, lanes))
-        order = lane_channels(lanes)
-        return [tir.cast(tir.shuffle([stored], part.tolist()), "int32") for part in order]
-
-    def _in_order(self, parts: list[Expr]) -> Expr:
-        """Four vectors in packed order as one in channel order."""
-        position = np.argsort(lane_channels(self.block.lanes).reshape(-1))
-        return tir.shuffle([tir.bind(part) for part in parts], position.tolist())
-
-    def _words_in_order(self, words: list[Expr]) -> Expr:
-        lanes = self.block.lanes
-        channels = lane_channels(lanes).reshape(2, 2, -1, 4)  # pair, member, 128-bit lane, word
-        position = np.argsort(channels.transpose(0, 2, 1, 3).reshape(-1))
-        return tir.shuffle(words, position.tolist())
+        return scattered(tir.load(residual, self.at, block.lanes))

@@ -61,6 +61,7 @@ __all__ = [
     "float_binary",
     "float_unary",
     "pack_table",
+    "permute_look_up",
     "qbinary",
     "quantize",
     "requantize",
@@ -551,7 +552,7 @@ def _look_up_in_memory(x: Buffer, entries: Buffer, y: Buffer, size: int) -> None
 def _look_up_in_registers(
     form: str, lanes: int, x: Buffer, pieces: Buffer, y: Buffer, size: int
 ) -> None:
-    look_up = _permute_look_up if form == "permute" else _shuffle_look_up
+    look_up = permute_look_up if form == "permute" else _shuffle_look_up
     threads = worth_threads(size * (0.15 if form == "permute" else 0.8))
     # Several vectors in one iteration share what the registers do not hold of the table.
     vectors = 4 if form == "permute" else 2
@@ -609,13 +610,15 @@ def _shuffle_look_up(pieces: Buffer, codes: list[Expr]) -> list[Expr]:
     return [tir.reinterpret(result, "uint8", lanes) for result in results]
 
 
-def _permute_look_up(pieces: Buffer, codes: list[Expr]) -> list[Expr]:
+def permute_look_up(pieces: Buffer, codes: list[Expr], start: int = 0) -> list[Expr]:
     """Look 8-bit codes up with the two-register word permute of AVX-512.
+
+    `pieces` holds, from `start` on, the 128 words that `pack_table` makes for this form.
 
     A permute looks at six bits of a word: bit 6 chooses between two of them, bit 7 between the
     bytes of the word found.  Odd bytes are shifted down first.
     """
-    quarters = [tir.bind(tir.load(pieces, k * 32, 32)) for k in range(4)]
+    quarters = [tir.bind(tir.load(pieces, start + k * 32, 32)) for k in range(4)]
 
     def constant(value: int) -> Expr:
         return tir.splat(value, "int16", 32)

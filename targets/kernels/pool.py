@@ -9,7 +9,7 @@ packed table of `pack_counts` (one number for each output position), and the out
 axes: the spatial axes of NHWC have inner = C, those of NCHW inner = 1.
 
 Integer averages: acc = sum(x - zero_point) in int32 over the taps inside, then
-`clamp(rint(f32(acc) * M) + zero_point_out, qmin, qmax)` with M = f32(s_in / (s_out * count)).
+`clamp(rint(f32(acc) * M) + out_zero_point, qmin, qmax)` with M = f32(s_in / (s_out * count)).
 """
 
 from __future__ import annotations
@@ -57,12 +57,18 @@ class Averaging:
     zero_point: int
     """Of the input."""
     dtype: str
-    """Storage of the output: uint8, int8 or int16."""
-    out_zero_point: int
-    qmin: int
-    qmax: int
-    ratio: float
-    """s_in / s_out in float64; divided by the count and rounded once to float32."""
+    """Of the output: uint8, int8, int16, or float32 (then not rounded to an integer)."""
+    scale: float
+    """Of the input."""
+    out_scale: float = 1.0
+    out_zero_point: int = 0
+    qmin: int = 0
+    qmax: int = 0
+
+    def factors(self, count: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        """The multiplier for each count."""
+        exact = np.float64(self.scale) / (np.float64(self.out_scale) * count)
+        return np.asarray(exact, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +190,7 @@ def _sweep_channels(
 def pack_counts(workload: PoolWorkload) -> npt.NDArray[np.float32]:
     """The packed constant of an average pool, one number for each output position [OH * OW].
 
-    Quantized: f32(ratio / count).  Float: the count.  A window with no tap at all gets 0, and 1.
+    Quantized: the multiplier.  Float: the count.  A window with no tap at all counts as one.
     """
     w = workload.window
     count = w.count_padded if workload.count_include_pad else w.count_inside
@@ -194,7 +200,7 @@ def pack_counts(workload: PoolWorkload) -> npt.NDArray[np.float32]:
     safe = np.maximum(counts, 1.0)
     if workload.averaging is None:
         return safe.astype(np.float32)
-    return np.where(counts > 0, workload.averaging.ratio / safe, 0.0).astype(np.float32)
+    return workload.averaging.factors(safe)
 
 
 def average_pool(workload: PoolWorkload, isa: Isa) -> Any:
@@ -254,6 +260,8 @@ def average_pool(workload: PoolWorkload, isa: Isa) -> Any:
 def _averaged(acc: Expr, factors: Expr, averaging: Averaging) -> Expr:
     value = exact_mul(tir.cast(acc, "float32"), factors)
     a = averaging
+    if a.dtype == "float32":
+        return value
     return quantized(value, a.out_zero_point, a.qmin, a.qmax, a.dtype)
 
 
@@ -317,7 +325,7 @@ class _Fold:
         if a is not None:
             if a.zero_point:
                 acc = acc - tir.splat(a.zero_point * self.w.reduced, "int32", lanes)
-            factor = float(np.float32(a.ratio / self.w.reduced))
+            factor = float(a.factors(np.asarray(float(self.w.reduced))))
             return _averaged(acc, tir.splat(factor, "float32", lanes), a)
         if self.w.operation == "mean":
             return acc / tir.splat(float(self.w.reduced), "float32", lanes)
