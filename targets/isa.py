@@ -13,15 +13,15 @@ Sources: Intel 64 SDM volume 2 (PMADDUBSW, PMADDWD, VPDPBUSD), LLVM `IntrinsicsX
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from qcompiler.cpu import missing_features
 from qcompiler.errors import UnknownTargetError
 
-__all__ = ["ISA_TABLE", "Isa", "host_features", "isa_named", "runnable", "tvm_target"]
+__all__ = ["ISA_TABLE", "Isa", "isa_named", "runnable", "tvm_target"]
 
 DotKind = Literal["none", "maddubs", "vpdpbusd"]
 IntrinsicKey = tuple[str, int]
@@ -195,21 +195,9 @@ def isa_named(name: str) -> Isa:
     return ISA_TABLE[name]
 
 
-def host_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The CPU features of this machine as Linux spells them; empty where they cannot be read."""
-    if not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
-def runnable(isa: Isa, features: Iterable[str] | None = None) -> bool:
-    """Whether a machine with `features` (default: this one) can run code built for `isa`."""
-    have = host_features() if features is None else frozenset(features)
-    return have.issuperset(isa.cpu_features)
+def runnable(isa: Isa) -> bool:
+    """Whether this machine can run code built for `isa`."""
+    return not missing_features(isa.cpu_features)
 
 
 def tvm_target(isa: Isa) -> Any:

@@ -236,7 +236,7 @@ class _Operands:
                 return
             rows = [bind(load(self.b, first + (k * 4 + r) * n, lanes)) for r in range(4)]
             pairs = [bind(_interleave(rows[i], rows[i + 1], 1, lanes)) for i in (0, 2)]
-            quads = reinterpret(_interleave(*pairs, 2, lanes), "int32", lanes)
+            quads = reinterpret(_interleave(pairs[0], pairs[1], 2, lanes), "int32", lanes)
             self._put(base, k, v, 0, bind(quads), lanes)
 
     def _transposed(self, base: Expr, v: int, start: Expr, whole: int) -> int:
@@ -300,7 +300,7 @@ class _Operands:
 
 def _interleave(a: Expr, b: Expr, size: int, lanes: int) -> Expr:
     """Pieces of `size` bytes of `a` and `b`, alternating; both have `size * lanes` bytes."""
-    picks = []
+    picks: list[int] = []
     for lane in range(lanes):
         for operand in range(2):
             first = operand * size * lanes + lane * size

@@ -102,7 +102,7 @@ class EpilogueWriter:
         out_dtype = self.epilogue.out_dtype
         if self.facts.dot == "float":
             if self.residual is not None:
-                acc = acc + self._residual(index, lanes, valid)
+                acc = acc + self._residual(self.residual, index, lanes, valid)
             if self.facts.clip:
                 acc = minimum(maximum(acc, self._scalar(2, lanes)), self._scalar(3, lanes))
             return bind(acc)
@@ -112,7 +112,7 @@ class EpilogueWriter:
         if out_dtype == "float32":
             return bind(value)
         if self.residual is not None:
-            other = cast(self._residual(index, lanes, valid), "float32")
+            other = cast(self._residual(self.residual, index, lanes, valid), "float32")
             other = other - self._scalar(5, lanes)  # exact: integers below 2**24
             value = fence(value) + fence(other * self._scalar(4, lanes))
         if not self.facts.saturating:
@@ -125,16 +125,16 @@ class EpilogueWriter:
     def _scalar(self, position: int, lanes: int) -> Expr:
         return splat(load(self.scalars, position, 1), "float32", lanes)
 
-    def _residual(self, index: Expr, lanes: int, valid: int) -> Expr:
+    def _residual(self, residual: Buffer, index: Expr, lanes: int, valid: int) -> Expr:
         """Residual operand of one vector: int32 lanes, or float32."""
         if valid == lanes:
-            if self.residual.dtype == "float32":
-                return load(self.residual, index, lanes)
-            return load_int32(self.residual, index, lanes)
-        dtype = "float32" if self.residual.dtype == "float32" else "int32"
+            if residual.dtype == "float32":
+                return load(residual, index, lanes)
+            return load_int32(residual, index, lanes)
+        dtype = "float32" if residual.dtype == "float32" else "int32"
         staged = local(lanes, dtype)
         with serial(lanes) as position:
             store(staged, position, splat(0, dtype, 1))
         for position in range(valid):
-            store(staged, position, cast(load(self.residual, index + position, 1), dtype))
+            store(staged, position, cast(load(residual, index + position, 1), dtype))
         return load(staged, 0, lanes)

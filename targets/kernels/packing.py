@@ -135,7 +135,8 @@ def pack_matmul(
     if b is None and not workload.b_constant:
         return _pack_activations(workload, isa, params, values)
     if b is None or b.shape != workload.b_shape or not workload.b_constant:
-        raise CodegenError(f"constant B of shape {b.shape} does not fit {workload}")
+        given = "no constant B" if b is None else f"a constant B of shape {b.shape}"
+        raise CodegenError(f"matmul: {given} does not fit {workload}")
     geometry = geometry_of(workload, isa)
     rows = b if workload.transpose_b else b.T
     return _pack(geometry, workload.epilogue, isa, params, rows[None, :, None, :], values)

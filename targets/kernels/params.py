@@ -8,6 +8,9 @@ number of dot instructions, of loads and the latency of one accumulator's chain,
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
 from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
@@ -37,14 +40,12 @@ def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams
     found = {default_params(workload, isa): None}
     for lanes, mt, nv in tiles[:8]:
         found[_blocked(geometry, lanes, mt, nv)] = None
+    orders: tuple[Literal["n", "m"], ...] = ("n", "m")
     for base in list(found)[:3]:
-        plan = tile_plan(geometry, base)
-        for m_block in (base.m_block // 2, base.m_block * 2, plan.rows.tiles):
-            for order in ("n", "m"):
-                m = max(1, min(m_block, plan.rows.tiles))
-                found[
-                    GemmParams(base.lanes, base.mt, base.nv, m, base.n_block, order)  # type: ignore[arg-type]
-                ] = None
+        rows = tile_plan(geometry, base).rows.tiles
+        for m_block in (base.m_block // 2, base.m_block * 2, rows):
+            for order in orders:
+                found[replace(base, m_block=max(1, min(m_block, rows)), order=order)] = None
     return tuple(found)
 
 
@@ -63,7 +64,7 @@ def _register_tiles(geometry: Geometry, isa: Isa) -> list[tuple[int, int, int]]:
     is_float = geometry.a_dtype == "float32"
     fused = isa.fma if is_float else isa.dot == "vpdpbusd"
     pixels = geometry.oh * geometry.ow
-    found = []
+    found: list[tuple[int, int, int]] = []
     for nv in range(1, min(8, vectors) + 1):
         # Weights stay in registers, one holds the activation and, without a fused instruction, one
         # the product.  Kernels of two 8-bit instructions read weights as memory operands; three
