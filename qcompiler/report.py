@@ -110,6 +110,29 @@ def _latency(report: Report) -> Comparison | None:
     )
 
 
+def size_parts(report: Report) -> list[tuple[str, str]]:
+    """Return (what, size as text) of the artifact's parts."""
+    size = report.get("size_bytes") or {}
+    parts = (
+        ("parameters", _number(size.get("parameters"))),
+        ("code", _number(size.get("library"))),
+    )
+    return [(name, _bytes(value)) for name, value in parts if value]
+
+
+def latency_caption(report: Report) -> str | None:
+    """Return how the latencies were measured, as one line, where the report says."""
+    latency = report.get("latency_ms") or {}
+    threads = latency.get("threads")
+    if latency.get("compiled") is None or threads is None:
+        return None
+    runners = {"onnxruntime": "ONNX Runtime"}
+    runner = latency.get("float_runner")
+    beside = f"float in {runners.get(runner, runner)}, " if runner else ""
+    noun = "thread" if threads == 1 else "threads"
+    return f"latency: {beside}{threads} {noun}, medians of interleaved runs"
+
+
 def precision_counts(report: Report) -> dict[str, int]:
     """Return how many nodes have each precision, the most frequent first."""
     plan = report.get("precision") or {}
@@ -200,7 +223,11 @@ def _cards(report: Report) -> str:
         for what, key in (("Accuracy", "metric"), ("Latency", "latency_ms"))
         if not any(_number(v) is not None for v in (report.get(key) or {}).values())
     ]
-    note = f'<p class="faint">{_e("; ".join(missing))}.</p>' if missing else ""
+    notes = [f"{'; '.join(missing)}."] if missing else []
+    parts = ", ".join(f"{name} {text}" for name, text in size_parts(report))
+    notes += [f"Inside the artifact: {parts}."] if parts else []
+    notes += [f"Measured {caption}."] if (caption := latency_caption(report)) else []
+    note = "".join(f'<p class="faint">{_e(text)}</p>' for text in notes)
     return f'<div class="cards">{"".join(cards)}</div>{note}'
 
 

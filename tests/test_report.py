@@ -123,6 +123,19 @@ def test_half_measured_latency_has_no_factor(figures: dict[str, Any]) -> None:
     assert "1 ms" in report.to_html(figures)
 
 
+def test_parts_of_the_size_and_the_way_of_measuring(figures: dict[str, Any]) -> None:
+    assert report.size_parts(figures) == [("parameters", "200 kB")]
+    assert report.latency_caption(figures) is None
+    figures["latency_ms"].update(threads=2, float_runner="onnxruntime")
+    caption = "latency: float in ONNX Runtime, 2 threads, medians of interleaved runs"
+    assert report.latency_caption(figures) == caption
+    page = report.to_html(figures)
+    assert caption in page
+    assert "Inside the artifact: parameters 200 kB." in page
+    figures["latency_ms"] = {"compiled": None, "float": None, "threads": 1}
+    assert report.latency_caption(figures) is None
+
+
 def test_precision_counts_and_fallbacks(figures: dict[str, Any]) -> None:
     assert report.precision_counts(figures) == {"w8a8": 3, "fp32": 1}
     assert report.fallbacks(figures) == [("n2", "fp32: no integer form of <Erf>")]

@@ -143,24 +143,25 @@ def to_json(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 
 def print_table(found: Mapping[str, Any]) -> None:
     """Print one row per runner."""
-    table = Table(title=f"{found['artifact']}, {found['threads']} thread(s), times of one call")
-    table.add_column("runner")
-    for heading in ("median ms", "min ms", "spread", "runs", "ratio"):
+    table = Table(title=f"{found['artifact']}, {found['threads']} thread(s)")
+    table.add_column("runner", no_wrap=True)
+    for heading in ("median", "min", "spread", "ratio"):
         table.add_column(heading, justify="right")
-    table.add_column("how")
+    table.add_column("how", overflow="fold")
     for name, figures in found["runners"].items():
         if "problem" in figures:
-            table.add_row(name, "–", "–", "–", "–", "–", figures["problem"])
+            table.add_row(name, "–", "–", "–", "–", figures["problem"])
             continue
         table.add_row(
             name,
             f"{figures['median_ms']:.3f}",
             f"{figures['min_ms']:.3f}",
             f"{100 * figures['spread']:.1f} %",
-            str(figures["runs"]),
             f"{figures['ratio']:.2f}x",
             figures["note"],
         )
     console = shell.out_console()
     console.print(table)
-    console.print("ratio: this runner's median divided by qcompiler's; above 1 it is slower.")
+    console.print(
+        "Times of one call in ms; ratio: the median divided by ours, above 1 is slower than us."
+    )

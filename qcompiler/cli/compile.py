@@ -91,7 +91,7 @@ def compile_(
             compiled = error.best
     compiled.save(output)
 
-    found = finish_report(compiled.report, model, output)
+    found = finish_report(compiled.report or {}, model, output)
     problems = budget_problems(found, max_drop, max_latency, max_size)
     if infeasible is not None and not problems:
         problems = [infeasible.message]
@@ -173,12 +173,16 @@ def print_summary(report: Mapping[str, Any], output: Path, page: Path | None) ->
     from qcompiler import report as pages
 
     console = shell.out_console()
-    table = Table(title=f"{Path(str(report['model'])).name} on {report.get('target', '?')}")
+    title = f"{Path(str(report['model'])).name} on {report.get('target', '?')}"
+    table = Table(title=title, caption=pages.latency_caption(report), caption_justify="left")
     table.add_column("")
     for heading in ("float", "compiled", "change"):
         table.add_column(heading, justify="right")
     for row in pages.comparison(report):
         table.add_row(row.label, row.before_text, row.after_text, row.change_text)
+        if row.label == "size":
+            for part, text in pages.size_parts(report):
+                table.add_row(f"  {part}", "", text, "")
     console.print(table)
     counts = pages.precision_counts(report)
     if counts:
