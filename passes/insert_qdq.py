@@ -66,7 +66,7 @@ class InsertQdq(Pass):
         regions = analyse(graph, plan, integer_scores=self.integer_scores)
         ctx.put(_explained(graph, plan, regions))
         if not regions.integer:
-            return False
+            return True  # the stage changes
         table = ctx.find(CalibrationTable)
         if table is None:
             raise CalibrationError(
