@@ -604,12 +604,12 @@ def softmax_table(scale: float) -> Array:
 
 EXP_LEAST = -87.0
 """`exp_f32` is defined from here to 0; e**-87 is the least normal float32, nearly."""
-_LOG2_E, _LN2_HIGH, _LN2_LOW = (
+LOG2_E, LN2_HIGH, LN2_LOW = (
     np.float32(1.44269504),
     np.float32(0.693359375),  # few digits: its products with small integers are exact
     np.float32(-2.12194440e-4),
 )
-_EXP_COEFFICIENTS = tuple(
+EXP_COEFFICIENTS = tuple(
     np.float32(c)
     for c in (
         1.9875691500e-4,
@@ -630,10 +630,10 @@ def exp_f32(x: Array) -> Array:
     Source: Cephes `expf` (coefficients).
     """
     x = np.asarray(x, np.float32)
-    n = np.rint(x * _LOG2_E)
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = np.full_like(r, _EXP_COEFFICIENTS[0])
-    for c in _EXP_COEFFICIENTS[1:]:
+    n = np.rint(x * LOG2_E)
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = np.full_like(r, EXP_COEFFICIENTS[0])
+    for c in EXP_COEFFICIENTS[1:]:
         p = p * r + c
     e = (p * (r * r) + r) + np.float32(1)
     return np.asarray(np.ldexp(e, n.astype(np.int32)))
@@ -646,7 +646,7 @@ def softmax(
 
     8-bit x: d = max(x) - x and T = softmax_table(s_x)[d]. float32 x (attention scores with a
     mask): T = int32(rint(exp_f32(max(x - max(x), EXP_LEAST)) * 2**20)).
-    S = sum T (exact); r = float32(1 / s_y) / float32(S); y = clamp(rint(float32(T) * r) + z_y).
+    S = max(sum T, 1) (exact); r = float32(1 / s_y) / float32(S); y = clamp(rint(float32(T) * r) + z_y).
     """
     if x_qparams is None:
         with np.errstate(invalid="ignore"):  # a row of -inf: all equal
@@ -657,7 +657,8 @@ def softmax(
         wide = x.astype(np.int32)
         d = wide.max(axis=axis, keepdims=True) - wide
         t = softmax_table(x_qparams.s)[d]
-    total = np.sum(t, axis=axis, keepdims=True, dtype=np.int64)
+    # At least 1: a row of -inf scores gives zeros.
+    total = np.maximum(np.sum(t, axis=axis, keepdims=True, dtype=np.int64), 1)
     r = multiplier(1.0, over=_scale_of(target)) / total.astype(np.float32)
     y = np.asarray(t.astype(np.float32) * r)
     return y if target is None else _clamp_to_storage(np.rint(y), target.zero_point, target)

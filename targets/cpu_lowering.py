@@ -9,6 +9,7 @@ A row answers None where no generator serves the node; float nodes then go throu
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -58,9 +59,6 @@ class CpuLowering:
         if self(node) is None:
             return Support(False, f"no {node.op.name} kernel takes these shapes or dtypes")
         return Support(True)
-
-    def _batched(self, node: Node) -> KernelCall | None:
-        return None
 
     def call(
         self,
@@ -276,42 +274,54 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
 
 @row("qmatmul", "matmul")
 def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
-    from qcompiler.targets.kernels.gemm import build_matmul, kernel_key
-    from qcompiler.targets.kernels.packing import pack_matmul
-    from qcompiler.targets.kernels.params import default_params
-    from qcompiler.targets.kernels.workload import MatmulWorkload
+    from qcompiler.targets.kernels.gemm import (
+        MatmulWorkload,
+        build_matmul,
+        default_params,
+        kernel_key,
+        pack_matmul,
+    )
 
     a, b, out = node.input(0), node.input(1), node.output
-    if a.type.rank < 2 or b.type.rank < 2:
+    if a.type.rank < 2 or b.type.rank < 2 or 0 in out.shape:
         return None
-    if not b.is_constant or b.type.rank != 2:
-        return self._batched(node)
+    constant = b.is_constant and b.type.rank == 2
     channels = out.shape[-1]
-    if node.op.name == "qmatmul":
+    data: Array | None = None
+    if node.op.name == "matmul":
+        found = _float_epilogue(node, channels)
+        if found is None or not is_float32(a, b, out):
+            return None
+        data = b.array() if constant else None
+    elif constant:
         weights = _weights(b)
         found = None if weights is None else _epilogue(node, a, weights[1], channels)
         if weights is None or found is None:
             return None
-        data, a_dtype = weights[0], storage(a)
+        data = weights[0]
     else:
-        found = _float_epilogue(node, channels)
-        if found is None or not is_float32(a, b, out):
+        if not is_per_tensor(b) or b.dtype is DType.INT16:
             return None
-        data, a_dtype = b.array(), "float32"
+        found = _epilogue(node, a, grid(b).scale, channels)
+        if found is None:
+            return None
+        found = found[0], dataclasses.replace(found[1], b_zero_point=grid(b).z)
     epilogue, values = found
     workload = MatmulWorkload(
-        a.shape, b.shape, epilogue, a_dtype=a_dtype,
-        b_dtype="float32" if a_dtype == "float32" else "int8",
-        transpose_a=node.attr("transpose_a"), transpose_b=node.attr("transpose_b"),
+        a.shape, b.shape, epilogue, a_dtype=storage(a),
+        b_dtype="int8" if data is not None and data.dtype == np.int8 else storage(b),
+        b_constant=constant, transpose_a=node.attr("transpose_a"),
+        transpose_b=node.attr("transpose_b"),
     )  # fmt: skip
     params = default_params(workload, self.isa)
     packed = pack_matmul(workload, self.isa, params, data, values)
     residual = node.optional(3)
+    inputs = (a,) if constant else (a, b)
     return KernelCall(
         node.op.name,
         kernel_key(workload, self.isa, params, packed),
         partial(build_matmul, workload, self.isa, params, packed),
-        (a,) if residual is None else (a, residual),
+        inputs if residual is None else (*inputs, residual),
         packed.arrays,
         workload.macs,
     )
@@ -390,7 +400,7 @@ def _table(self: CpuLowering, node: Node) -> KernelCall | None:
     if x.dtype not in (DType.UINT8, DType.INT8) or not entries.is_constant:
         return None
     w = TableWorkload(x.shape, storage(x), storage(out))
-    packed = pack_table(w, self.isa, entries.array())
+    packed = pack_table(entries.array(), w, self.isa)
     return self.call("table", w, table, (x,), (packed,))
 
 
@@ -486,3 +496,101 @@ def _reduce(self: CpuLowering, node: Node) -> KernelCall | None:
         math.prod(x.shape[last + 1 :]), storage(x), _averaging(x, out) if quantized else None,
     )  # fmt: skip
     return self.call(name, w, reduce, (x,))
+
+
+# ------------------------------------------------------------------- softmax, normalization
+
+
+@row("qsoftmax")
+def _qsoftmax(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.norm import QSoftmaxWorkload, pack_softmax, qsoftmax
+    from qcompiler.targets.kernels.scores import ScoresWorkload, softmax_scores
+
+    x, out = node.input(0), node.output
+    if 0 in x.shape:
+        return None
+    o = grid(out) if out.qparams is not None else None
+    if is_float32(x):
+        scores = ScoresWorkload(
+            x.shape, int(node.attr("axis")), 1.0 if o is None else o.s, storage(out),
+            *((0, 0, 0) if o is None else (o.z, o.qmin, o.qmax)),
+        )  # fmt: skip
+        return self.call("qsoftmax", scores, softmax_scores, (x,))
+    if not is_per_tensor(x) or x.dtype is DType.INT16:
+        return None
+    w = QSoftmaxWorkload(
+        x.shape, int(node.attr("axis")), storage(x), 1.0 if o is None else o.s, storage(out),
+        *((0, 0, 0) if o is None else (o.z, o.qmin, o.qmax)),
+    )  # fmt: skip
+    table = pack_softmax(numerics.softmax_table(grid(x).s), w, self.isa)
+    return self.call("qsoftmax", w, qsoftmax, (x,), (table,))
+
+
+@row("qlayer_norm")
+def _qlayer_norm(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.norm import QLayerNormWorkload, qlayer_norm
+
+    x, gamma, beta, out = node.input(0), node.input(1), node.input(2), node.output
+    if not is_per_tensor(x) or not gamma.is_constant or not beta.is_constant:
+        return None
+    o = grid(out) if out.qparams is not None else None
+    w = QLayerNormWorkload(
+        x.shape, storage(x), grid(x).s, float(node.attr("epsilon")), storage(out),
+        *((1.0, 0, 0, 0) if o is None else (o.s, o.z, o.qmin, o.qmax)),
+    )  # fmt: skip
+    constants = (gamma.array().astype(np.float32), beta.array().astype(np.float32))
+    return self.call("qlayer_norm", w, qlayer_norm, (x,), constants)
+
+
+@row("softmax")
+def _softmax(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.norm import FloatSoftmaxWorkload, float_softmax
+
+    x = node.input(0)
+    if not is_float32(x) or 0 in x.shape:
+        return None
+    w = FloatSoftmaxWorkload(x.shape, int(node.attr("axis")))
+    return self.call("softmax", w, float_softmax, (x,))
+
+
+@row("layer_norm")
+def _layer_norm(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.norm import FloatLayerNormWorkload, float_layer_norm
+
+    x, gamma, beta = node.input(0), node.optional(1), node.optional(2)
+    axis, depth = int(node.attr("axis")) % max(x.type.rank, 1), x.shape[-1]
+    if not is_float32(x) or 0 in x.shape or axis != x.type.rank - 1:
+        return None
+    constants = []
+    for v, default in ((gamma, 1.0), (beta, 0.0)):
+        if v is not None and (not v.is_constant or v.shape != (depth,) or not is_float32(v)):
+            return None
+        constants.append(np.full(depth, default, np.float32) if v is None else v.array())
+    w = FloatLayerNormWorkload(x.shape, float(node.attr("epsilon")))
+    return self.call("layer_norm", w, float_layer_norm, (x,), tuple(constants))
+
+
+_UNARY = (
+    "abs", "ceil", "elu", "erf", "exp", "floor", "gelu", "hard_sigmoid", "hard_swish",
+    "leaky_relu", "log", "neg", "reciprocal", "round", "sigmoid", "silu", "softplus", "sqrt",
+    "tanh",
+)  # fmt: skip
+
+
+@row(*_UNARY)
+def _float_unary(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import FloatUnaryWorkload, float_unary
+
+    x = node.input(0)
+    if not is_float32(x) or 0 in x.shape:
+        return None
+    function = node.op.name
+    if function == "gelu" and node.attr("approximate") == "tanh":
+        function = "gelu_tanh"
+    w = FloatUnaryWorkload(
+        function,
+        x.shape,
+        float(node.attrs.get("alpha") or 0.0),
+        float(node.attrs.get("beta") or 0.0),
+    )
+    return self.call(function, w, float_unary, (x,))
