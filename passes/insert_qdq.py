@@ -164,6 +164,7 @@ class _Insertion:
 
     def _choose(self) -> dict[Form, QuantParams]:
         """Choose the parameters of every form; those that movement ties together share one."""
+        self._check_ranges()
         ties = nx.Graph()
         for v, kind in self.regions.primary.items():
             ties.add_node((v, kind))
@@ -192,6 +193,25 @@ class _Insertion:
             chosen.update(dict.fromkeys(group, q))
         return chosen
 
+    def _check_ranges(self) -> None:
+        missing = [
+            v.name
+            for v in self.graph.values()
+            if v in self.regions.primary and not self._known(v) and self.table.find(v.name) is None
+        ]
+        if missing:
+            raise CalibrationError(
+                f"the calibration table has no range for {', '.join(missing)}",
+                value=missing[0],
+                hint="calibrate the graph that is quantized, after the same passes",
+            )
+
+    @staticmethod
+    def _known(v: Value) -> bool:
+        """Whether the range of a value follows from what it is."""
+        bounded = ("softmax", "sigmoid", "hard_sigmoid")
+        return v.is_constant or (v.producer is not None and v.producer.op.name in bounded)
+
     def _group_qparams(self, values: set[Value], kind: Kind, width: int) -> QuantParams:
         bounds = [self._range(v, kind) for v in values]
         lo, hi = min(b[0] for b in bounds), max(b[1] for b in bounds)
@@ -210,15 +230,9 @@ class _Insertion:
         if v.is_constant:
             data = v.array()
             return float(data.min()), float(data.max())
-        if v.producer is not None and v.producer.op.name in ("softmax", "sigmoid", "hard_sigmoid"):
-            return 0.0, 1.0
         found = self.table.find(v.name)
-        if found is None:
-            raise CalibrationError(
-                f"the calibration table has no range for {v.name!r}",
-                value=v.name,
-                hint="calibrate the graph that is quantized, after the same passes",
-            )
+        if self._known(v) or found is None:
+            return 0.0, 1.0
         return found.bounds if kind is Kind.S16 else found.range
 
     # ------------------------------------------------------------------ inserting
