@@ -277,12 +277,18 @@ def _region_table(rows: Sequence[tuple[Mapping[str, Any], float | None]], total:
     for node, ms in rows:
         ops = node.get("ops") or ()
         share = f"{100 * ms / total:.1f} %" if ms is not None and total else "–"
+        macs = _number(node.get("macs"))
+        speed = f"{macs / ms / 1e6:.1f}" if macs and ms else "–"
         cells.append(
             f"<tr><td>{_e(node.get('name', '?'))}</td><td>{_e(' + '.join(map(str, ops)))}</td>"
             f"<td>{_chip(str(node.get('precision', '?')))}</td>"
-            f"<td class='n'>{_milliseconds(ms)}</td><td class='n'>{share}</td></tr>"
+            f"<td class='n'>{_milliseconds(ms)}</td><td class='n'>{share}</td>"
+            f"<td class='n'>{speed}</td></tr>"
         )
-    head = "<tr><th>region<th>operators<th>precision<th class='n'>latency<th class='n'>share</tr>"
+    head = (
+        "<tr><th>region<th>operators<th>precision<th class='n'>latency<th class='n'>share"
+        "<th class='n'>GMAC/s</tr>"
+    )
     return (
         f"<details><summary>All {len(rows)} regions, in the order they run</summary>"
         f"<table><thead>{head}</thead><tbody>{''.join(cells)}</tbody></table></details>"

@@ -193,6 +193,11 @@ def test_page_shows_every_node_with_its_reason(figures: dict[str, Any]) -> None:
     assert "passes: calibrate" in text
 
 
+def test_page_shows_the_speed_of_each_region(figures: dict[str, Any]) -> None:
+    figures["nodes"][0].update(macs=5_000_000, latency_ms=0.1)
+    assert "50.0" in parse(report.to_html(figures)).text
+
+
 def test_page_says_that_a_budget_is_not_kept(figures: dict[str, Any]) -> None:
     figures["budget"] = {"max_drop": 0.1, "kept": False, "problems": ["drops by 0.4 & more"]}
     page = report.to_html(figures)
