@@ -173,9 +173,10 @@ def qsoftmax(workload: QSoftmaxWorkload, isa: Isa) -> Any:
             cost = 0.4 if _in_registers(w, isa) else 2.0
             threads = worth_threads(cost * prod(w.shape))
             run = ROWS_PER_TASK if outer >= 4 * ROWS_PER_TASK else 1
-            small = depth * 4 <= STACK_BYTES
+            room = -(-depth // 64) * 64 if _in_registers(w, isa) else depth
+            small = room * 4 <= STACK_BYTES
             with loop(-(-outer // run), threads=threads) as chunk:
-                area = stack(depth, "int32") if small else workspace(depth, "int32")
+                area = stack(room, "int32") if small else workspace(room, "int32")
                 with loop(run) as r:
                     row = tir.bind(T.min(chunk * run + r, outer - 1))
                     kernel.row(tir.bind(row * depth), area)
@@ -299,7 +300,8 @@ class _QSoftmax:
         zeros = tir.splat(0, "uint8", 64)
         for offset, count, _ in spans:
             # The overlapping last vector: its first lanes have been counted before.
-            counted = -(-offset // 64) * 64 - offset if offset else 0
+            slot = -(-offset // 64) * 64
+            counted = slot - offset
             with loop(count) as k:
                 at = tir.bind(k * 64 + offset)
                 distance = tir.bind(tir.splat(top, "uint8", 64) - self._codes(base + at, 64))
@@ -308,7 +310,7 @@ class _QSoftmax:
                 parts = interleave([*planes, zeros])
                 total: Expr = None
                 for part, value in enumerate(parts):
-                    tir.store(area, k * 64 + (offset + part * 16), value)
+                    tir.store(area, k * 64 + (slot + part * 16), value)
                     if counted:
                         keep = lane_channels(64)[part] >= counted
                         mask = _lane_mask(keep)
@@ -323,7 +325,8 @@ class _QSoftmax:
         for offset, count, _ in vector_spans(self.depth, 64, overlap=True):
             with loop(count) as k:
                 at = tir.bind(k * 64 + offset)
-                parts = [tir.load(area, at + part * 16, 16) for part in range(4)]
+                slot = k * 64 + -(-offset // 64) * 64
+                parts = [tir.load(area, slot + part * 16, 16) for part in range(4)]
                 reals = [exact_mul(tir.cast(part, "float32"), spread) for part in parts]
                 if w.dtype == "float32":
                     tir.store(self.y, base + at, in_order(reals))
