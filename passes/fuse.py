@@ -24,6 +24,7 @@ from qcompiler.numerics import table_entries
 from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.fuse_float import absorb_bias, fuse_float
 from qcompiler.passes.fuse_moves import (
+    absorb_clamps,
     dequantized,
     fold_constants,
     fold_float_constants,
@@ -38,10 +39,10 @@ from qcompiler.passes.fuse_moves import (
 )
 from qcompiler.passes.fuse_patterns import (
     RULES,
+    Island,
     Weights,
     cone,
     cone_function,
-    island,
     layer_norm_operands,
     product,
 )
@@ -62,7 +63,7 @@ class Fuse(Pass):
         del ctx
         graph.stage = Stage.INTEGER
         absorb_bias(graph)
-        until_stable(graph, fold_constants, merge_casts, sink, hoist)
+        until_stable(graph, fold_constants, merge_casts, absorb_clamps, sink, hoist)
         weights = Weights(graph)
         _islands(graph, weights)
         requantize(graph)
@@ -82,7 +83,7 @@ def _islands(graph: Graph, weights: Weights) -> None:
             continue
         if dequantized(end.input(0)) is not None:
             continue
-        found = island(graph, end)
+        found = Island.of(graph, end)
         for rule in RULES:
             if rule(found, weights) is not None:
                 break

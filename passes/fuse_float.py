@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.passes.fuse_patterns import clamp_bounds
+from qcompiler.passes.fuse_moves import clamp_bounds
 from qcompiler.passes.regions import is_epilogue, single_use
 from qcompiler.types import Array, DType
 

@@ -118,8 +118,10 @@ def sink(graph: Graph) -> bool:
         places = moved_operands(node)
         sources = [dequantized(node.inputs[i]) for i in places]
         found = [v for v in sources if v is not None]
-        if len(found) < len(sources) or all(v.is_constant for v in found):
+        if len(found) < len(sources):
             continue
+        if all(v.is_constant for v in (*found, *node.operands[len(places) :])):
+            continue  # folded elsewhere
         grid = params(found[0])
         if not grid.is_per_tensor or any(not params(v).same_grid(grid) for v in found):
             continue
@@ -146,6 +148,47 @@ def sink(graph: Graph) -> bool:
 def _zero_survives(node: Node, grid: QuantParams) -> bool:
     """Whether the zeros that a pad adds lie inside the clamp range of the grid."""
     return node.op.name != "pad" or grid.qmin <= grid.z <= grid.qmax
+
+
+def absorb_clamps(graph: Graph) -> bool:
+    """quantize(clip(x)) -> quantize(x) with the clip in the clamp range: rounding is monotonic."""
+    changed = False
+    for node in graph.nodes:
+        if node.op.name != "quantize":
+            continue
+        clamp = node.input(0).producer
+        if clamp is None or clamp.op.name not in ("relu", "clip"):
+            continue
+        if len(clamp.output.uses) != 1 or graph.is_output(clamp.output):
+            continue
+        q = params(node.output)
+        if not q.is_per_tensor:
+            continue
+        lo, hi = (
+            q_bound
+            if bound is None
+            else int(np.clip(quantize(np.float32(bound), q), q.qmin, q.qmax))
+            for bound, q_bound in zip(clamp_bounds(clamp), (q.qmin, q.qmax), strict=True)
+        )
+        graph.set_type(node.output, TensorType(node.output.shape, q.storage, q.clamped(lo, hi)))
+        for reader in node.output.users:
+            if reader.op.kind is OpKind.MOVEMENT:
+                retype_node(graph, reader)
+        graph.set_input(node, 0, clamp.input(0))
+        node.sources = tuple(dict.fromkeys((*clamp.sources, *node.sources)))
+        graph.erase(clamp)
+        changed = True
+    return changed
+
+
+def clamp_bounds(node: Node) -> tuple[float | None, float | None]:
+    """Return (least, greatest) result of a relu or clip node; None = unbounded."""
+    if node.op.name == "relu":
+        return 0.0, None
+    lo, hi = node.attr("min"), node.attr("max")
+    if lo is not None and hi is not None and lo > hi:
+        lo = hi  # ONNX: the upper bound wins
+    return lo, hi
 
 
 def hoist(graph: Graph) -> bool:
@@ -251,6 +294,10 @@ def requantize(graph: Graph) -> bool:
             graph.replace_node(node, graph.constant(data, node.output.name, want))
         elif have.same_grid(want) and want.qmin <= have.qmin and have.qmax <= want.qmax:
             graph.replace_node(node, source)
+        elif have.same_grid(want) and _clamps_itself(graph, source):
+            narrowed = have.clamped(want.qmin, want.qmax)
+            graph.set_type(source, TensorType(source.shape, source.dtype, narrowed))
+            graph.replace_node(node, source)
         elif have.is_per_tensor and want.is_per_tensor and have.storage is not DType.INT32:
             new = graph.add(
                 "requantize",
@@ -265,8 +312,20 @@ def requantize(graph: Graph) -> bool:
             new.output.name = old.name
         else:
             continue
+        graph.eliminate_dead()
         changed = True
     return changed
+
+
+def _clamps_itself(graph: Graph, value: Value) -> bool:
+    """Whether the kernel of a value clamps by its type, and only one dequantize reads it."""
+    kernel = value.producer
+    if kernel is None or not kernel.op.declared or kernel.op.name == "table":
+        return False  # the entries of a table are fixed already
+    if graph.is_output(value) or len(value.uses) != 1:
+        return False
+    real = value.uses[0][0].output
+    return len(real.uses) == 1 and not graph.is_output(real)
 
 
 def until_stable(graph: Graph, *steps: Callable[[Graph], bool]) -> bool:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pattern table: float islands between dequantize and quantize -> one integer operator.
 
-Each rule takes the quantize node that ends an island (its clamps already peeled off) and returns
-the integer node that replaces it, or None where the island is not its shape. Rules are tried in
-the order of `RULES`.
+Each rule takes the quantize node that ends an island (clamps before it are in its type already) and
+returns the integer node that replaces it, or None where the island is not its shape. Rules are
+tried in the order of `RULES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.numerics import dequantize, quantize, quantize_bias, table_entries
+from qcompiler.numerics import dequantize, quantize_bias, table_entries
 from qcompiler.ops import EvalContext, OpKind
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
 from qcompiler.plan import TABLE_BINARY
@@ -31,31 +31,47 @@ from qcompiler.types import (
 
 @dataclass(frozen=True, slots=True)
 class Island:
-    """A quantize node and the clamps before it.
+    """A quantize node and the float before it.
 
     Attributes:
         graph: The graph.
-        end: The quantize node.
-        value: The float before the clamps; only the clamps (or `end`) read it.
-        target: Type of the result, clamp range narrowed by the clamps.
-        clamps: The peeled relu and clip nodes, last first.
+        end: The quantize node; its type says the grid and the clamp.
+        value: The float that it quantizes.
         alone: Whether nothing else reads `value`.
     """
 
     graph: Graph
     end: Node
     value: Value
-    target: TensorType
-    clamps: tuple[Node, ...]
     alone: bool
 
-    def replace(self, op: str, inputs: Sequence[Value | None], core: Node, **attrs: object) -> Node:
-        """Put an integer node in the place of the island; its name is the core operator's."""
-        names = [*core.sources]
-        for clamp in reversed(self.clamps):
-            names += clamp.sources
+    @classmethod
+    def of(cls, graph: Graph, end: Node) -> Island:
+        """Return the island that a quantize node ends."""
+        return cls(graph, end, end.input(0), _alone(graph, end.input(0)))
+
+    @property
+    def target(self) -> TensorType:
+        """Type of the result."""
+        return self.end.output.type
+
+    def replace(
+        self,
+        op: str,
+        inputs: Sequence[Value | None],
+        core: Node,
+        attrs: dict[str, object] | None = None,
+        more: Sequence[Node] = (),
+    ) -> Node:
+        """Put an integer node in the place of the island; its name is the core operator's.
+
+        `more` are the further nodes that it stands for.
+        """
+        names = [name for n in (core, *more, self.end) for name in n.sources]
         sources = tuple(dict.fromkeys(names))
-        return replace_core(self.graph, op, inputs, core, self.end, self.target, sources, attrs)
+        return replace_core(
+            self.graph, op, inputs, core, self.end, self.target, sources, attrs or {}
+        )
 
 
 def replace_core(
@@ -87,49 +103,6 @@ def attrs_of(op: str) -> frozenset[str]:
     from qcompiler.ops import op_def
 
     return frozenset(op_def(op).attrs)
-
-
-def island(graph: Graph, end: Node) -> Island:
-    """Peel the clamps before a quantize node."""
-    value = end.input(0)
-    q = params(end.output)
-    clamps: list[Node] = []
-    bounds: list[tuple[float | None, float | None]] = []
-    while (
-        value.producer is not None
-        and value.producer.op.name in ("relu", "clip")
-        and _alone(graph, value)
-    ):
-        node = value.producer
-        clamps.append(node)
-        lo, hi = clamp_bounds(node)
-        bounds.append((lo, hi))
-        value = node.input(0)
-    qmin, qmax = q.qmin, q.qmax
-    for lo, hi in bounds:  # last clamp first: an outer clamp wins over an inner one
-        inner_lo, inner_hi = _codes(lo, q, qmin), _codes(hi, q, qmax)
-        qmin, qmax = _clamp(inner_lo, qmin, qmax), _clamp(inner_hi, qmin, qmax)
-    clamped = QuantParams(q.scale, q.zero_point, q.storage, qmin, qmax, q.granularity)
-    target = TensorType(end.output.shape, q.storage, clamped)
-    return Island(graph, end, value, target, tuple(clamps), _alone(graph, value))
-
-
-def clamp_bounds(node: Node) -> tuple[float | None, float | None]:
-    """Return (least, greatest) result of a relu or clip node; None = unbounded."""
-    if node.op.name == "relu":
-        return 0.0, None
-    lo, hi = node.attr("min"), node.attr("max")
-    if lo is not None and hi is not None and lo > hi:
-        lo = hi  # ONNX: the upper bound wins
-    return lo, hi
-
-
-def _codes(bound: float | None, q: QuantParams, default: int) -> int:
-    return default if bound is None else int(quantize(np.float32(bound), q))
-
-
-def _clamp(v: int, lo: int, hi: int) -> int:
-    return min(max(v, lo), hi)
 
 
 def _alone(graph: Graph, value: Value) -> bool:
@@ -265,17 +238,17 @@ def _rounded(bias: Array, x: QuantParams, w: QuantParams) -> Array:
 
 
 def fuse_product(i: Island, weights: Weights) -> Node | None:
-    """clamp(product(dq x, dq w, dq b)) -> qconv / qmatmul."""
+    """product(dq x, dq w, dq b), then quantize -> qconv / qmatmul."""
     if not i.alone or not params_ok(i.target, (8, 16)):
         return None
     p = product(i.value.producer, weights)
     if p is None:
         return None
-    return i.replace(p.op, p.operands, p.node, **p.attrs)
+    return i.replace(p.op, p.operands, p.node, p.attrs)
 
 
 def fuse_residual(i: Island, weights: Weights) -> Node | None:
-    """clamp(add(product(...), dq r)) -> qconv / qmatmul with a residual operand."""
+    """add(product(...), dq r), then quantize -> qconv / qmatmul with a residual operand."""
     add = i.value.producer
     if add is None or add.op.name != "add" or not i.alone or not params_ok(i.target, (8, 16)):
         return None
@@ -291,9 +264,7 @@ def fuse_residual(i: Island, weights: Weights) -> Node | None:
         p = product(v.producer, weights) if _alone(i.graph, v) else None
         if p is None:
             continue
-        clamps = (*i.clamps, add)  # sources of the addition belong to the kernel
-        whole = Island(i.graph, i.end, i.value, i.target, clamps, True)
-        return whole.replace(p.op, (*p.operands, other), p.node, **p.attrs)
+        return i.replace(p.op, (*p.operands, other), p.node, p.attrs, (add,))
     return None
 
 
@@ -310,7 +281,7 @@ def params_ok(t: TensorType, bits: tuple[int, ...]) -> bool:
 
 
 def fuse_binary(i: Island, weights: Weights) -> Node | None:
-    """clamp(add|sub|mul(dq a, dq b)) -> qadd / qsub / qmul."""
+    """add|sub|mul(dq a, dq b), then quantize -> qadd / qsub / qmul."""
     node = i.value.producer
     if node is None or node.op.name not in ("add", "sub", "mul") or not i.alone:
         return None
@@ -323,7 +294,7 @@ def fuse_binary(i: Island, weights: Weights) -> Node | None:
 
 
 def fuse_reduction(i: Island, weights: Weights) -> Node | None:
-    """clamp(average_pool|reduce_mean(dq x)) -> qaverage_pool / qreduce_mean."""
+    """average_pool|reduce_mean(dq x), then quantize -> qaverage_pool / qreduce_mean."""
     node = i.value.producer
     if node is None or node.op.name not in ("average_pool", "reduce_mean") or not i.alone:
         return None
@@ -470,63 +441,18 @@ def _evaluate(v: Value, arrays: list[Array], like: Array) -> Array:
 
 
 def fuse_table(i: Island, weights: Weights) -> Node | None:
-    """quantize(f(dq x)) for an elementwise f -> a table, or a tighter clamp of x's kernel."""
-    end = i.end.input(0)
-    found = cone(end)
+    """quantize(f(dq x)) for an elementwise f -> a table."""
+    found = cone(i.value)
     if found is None or not params_ok(i.target, (8, 16)):
         return None
     root, nodes = found
-    if set(nodes) == set(i.clamps) and _clamps_in_place(i, root):
-        kernel = root.producer
-        narrowed = params(root).clamped(*params_range(i.target))
-        i.graph.set_type(root, TensorType(root.shape, root.dtype, narrowed))
-        i.graph.replace_node(i.end, root)
-        i.graph.eliminate_dead()
-        return kernel
     target = params(i.end.output)
-    entries = table_entries(cone_function(end, root), params(root), target)
+    entries = table_entries(cone_function(i.value, root), params(root), target)
     held = i.graph.constant(entries, f"{i.end.output.name}_entries", dtype=target.storage)
-    narrowed = QuantParams(
-        target.scale,
-        target.zero_point,
-        target.storage,
-        int(entries.min()),
-        int(entries.max()),
-        target.granularity,
-    )
-    sources = tuple(dict.fromkeys(s for n in reversed(nodes) for s in n.sources))
-    return replace_core(
-        i.graph,
-        "table",
-        (root, held),
-        nodes[0],
-        i.end,
-        TensorType(root.shape, target.storage, narrowed),
-        sources,
-        {},
-    )
-
-
-def params_range(t: TensorType) -> tuple[int, int]:
-    """Return (qmin, qmax) of a quantized type."""
-    if t.qparams is None:
-        raise TypeError(f"{t} is not quantized")
-    return t.qparams.qmin, t.qparams.qmax
-
-
-def _clamps_in_place(i: Island, root: Value) -> bool:
-    """Whether the clamps only narrow the grid of a kernel whose result nothing else reads."""
-    kernel = root.producer
-    if kernel is None or not kernel.op.declared or i.graph.is_output(root):
-        return False
-    if kernel.op.name == "table":  # the entries are fixed already
-        return False
-    readers = root.users
-    return (
-        params(root).same_grid(params(i.end.output))
-        and len(readers) == 1
-        and _alone(i.graph, readers[0].output)
-    )
+    reached = target.clamped(int(entries.min()), int(entries.max()))
+    sources = tuple(dict.fromkeys(s for n in (*reversed(nodes), i.end) for s in n.sources))
+    result = TensorType(root.shape, target.storage, reached)
+    return replace_core(i.graph, "table", (root, held), nodes[0], i.end, result, sources, {})
 
 
 Rule = Callable[[Island, Weights], "Node | None"]
