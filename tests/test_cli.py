@@ -307,6 +307,22 @@ def test_a_defect_is_status_3_with_a_reproducer(
     assert about["pass"] == getattr(error, "pass_spec", None)
 
 
+def test_the_reproducer_of_a_pass_is_part_of_it(
+    capsys: pytest.CaptureFixture[str],
+    ending: Callable[[BaseException], None],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    graph = tmp_path_factory.mktemp("pass")
+    (graph / "graph.txt").write_text("the graph")
+    ending(PassError("pass fuse failed", reproducer=str(graph), hint=f"look into {graph}"))
+    status, _, err = run(capsys, "targets")
+    assert status == 3
+    assert "hint" not in err
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "pass" / "graph.txt").read_text() == "the graph"
+
+
 def test_a_reproducer_has_the_digests_of_the_files(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

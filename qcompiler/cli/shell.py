@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -182,7 +183,7 @@ def _failed(error: BaseException, status: int, message: str, hint: str | None) -
         console.print("[bold red]interrupted[/]")
     else:
         console.print(f"[bold red]{label}:[/] {escape(message)}")
-    if hint:
+    if hint and not getattr(error, "reproducer", None):  # else its folder is part of ours
         console.print(f"[bold]hint:[/] {escape(hint)}")
     if status == DEFECT:
         kept = f"a reproducer is in {folder}" if folder else "no reproducer could be written"
@@ -206,7 +207,7 @@ def write_reproducer(error: BaseException) -> Path | None:
 
     The folder is made in QCOMPILER_CRASH_DIR, else in the working directory, else among the
     temporary files. It holds the command line, versions, the traceback and the digests of the
-    files named on the command line; no model data is copied.
+    files named on the command line, and for a pass that failed the printed graph before it.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for parent in (os.environ.get("QCOMPILER_CRASH_DIR"), os.getcwd(), tempfile.gettempdir()):
@@ -225,10 +226,12 @@ def write_reproducer(error: BaseException) -> Path | None:
                 "machine": platform.machine(),
                 "system": platform.platform(),
                 "files": _file_digests(),
-                "graph": getattr(error, "reproducer", None),
                 "pass": getattr(error, "pass_spec", None),
             }
             (folder / "about.json").write_text(json.dumps(json_safe(about), indent=2) + "\n")
+            graph = getattr(error, "reproducer", None)  # of a pass: the printed graph and the rest
+            if graph and Path(graph).is_dir():
+                shutil.copytree(graph, folder / "pass", dirs_exist_ok=True)
         except OSError:
             continue
         return folder
