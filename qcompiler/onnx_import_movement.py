@@ -345,19 +345,31 @@ def _upsample(ctx: OpContext) -> Results:
 
 
 def _legacy_resize(ctx: OpContext, x: Value, scales: Sequence[float]) -> Value:
-    """Upsample and Resize-10: the result's cell i reads the input at i / scale, rounded down."""
+    """Upsample and Resize-10: cell i of the result reads the input at i / scale.
+
+    ONNX leaves the rounding of `nearest` open; ONNX Runtime rounds down where the axis grows and
+    up where it shrinks, so that axes of both kinds take two steps.
+    """
     mode = str(ctx.attr("mode", "nearest"))
+    mode = {"bilinear": "linear", "trilinear": "linear"}.get(mode, mode)
     if len(scales) != x.type.rank:
         raise ShapeError(f"scales {list(scales)} should have {x.type.rank} entries")
-    return ctx.emit(
-        "resize",
-        x,
-        mode={"bilinear": "linear", "trilinear": "linear"}.get(mode, mode),
-        coordinate_mode="asymmetric",
-        nearest_mode="floor",
-        scales=tuple(scales),
-        shape=tuple(math.floor(d * s) for d, s in zip(x.shape, scales, strict=True)),
-    )
+    steps = [("floor", list(scales))]
+    if mode == "nearest" and min(scales) < 1:
+        grow, shrink = [max(s, 1.0) for s in scales], [min(s, 1.0) for s in scales]
+        steps = [("ceil", shrink), ("floor", grow)]
+    for nearest_mode, factors in steps:
+        if any(f != 1.0 for f in factors):
+            x = ctx.emit(
+                "resize",
+                x,
+                mode=mode,
+                coordinate_mode="asymmetric",
+                nearest_mode=nearest_mode,
+                scales=tuple(factors),
+                shape=tuple(math.floor(d * f) for d, f in zip(x.shape, factors, strict=True)),
+            )
+    return x
 
 
 @converter("Resize")
