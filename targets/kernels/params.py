@@ -8,7 +8,7 @@ number of dot instructions, of loads and the latency of one accumulator's chain,
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qcompiler.targets.isa import Isa
@@ -57,37 +57,60 @@ def _lanes(geometry: Geometry, isa: Isa) -> int:
     return lanes
 
 
+@dataclass(frozen=True, slots=True)
+class _StepCost:
+    """What one K-group costs on a row: registers beside the accumulators, and instructions."""
+
+    registers_per_vector: int
+    """Registers for each weight vector."""
+    registers: int
+    """Other registers: activations, products, constants."""
+    per_product: int
+    """Instructions for each accumulator."""
+    per_pixel: int
+    """Instructions for each pixel's activations."""
+    cycles: float
+    """Cycles of the multiplication ports for each accumulator (two ports)."""
+    latency: float
+    """Cycles from one addition to an accumulator to the next."""
+
+
+def _step_cost(geometry: Geometry, isa: Isa) -> _StepCost:
+    if geometry.a_dtype == "float32":
+        return _StepCost(1, 1, 1, 1, 0.5, 4.0) if isa.fma else _StepCost(1, 2, 3, 1, 0.5, 4.0)
+    if isa.dot == "vpdpbusd":
+        return _StepCost(1, 1, 1, 1, 0.5, 5.0)
+    if isa.dot == "maddubs":
+        return _StepCost(1, 3, 3, 1, 1.0, 2.0)
+    return _StepCost(2, 4, 6, 4, 1.0, 2.0)
+
+
 def _register_tiles(geometry: Geometry, isa: Isa) -> list[tuple[int, int, int]]:
     """(lanes, mt, nv) whose accumulators, operands and temporaries fit the register file."""
     lanes = _lanes(geometry, isa)
     vectors = -(-geometry.n // lanes)
-    is_float = geometry.a_dtype == "float32"
-    fused = isa.fma if is_float else isa.dot == "vpdpbusd"
+    cost = _step_cost(geometry, isa)
     pixels = geometry.oh * geometry.ow
     found: list[tuple[int, int, int]] = []
     for nv in range(1, min(8, vectors) + 1):
-        # Weights stay in registers, one holds the activation and, without a fused instruction, one
-        # the product.  Kernels of two 8-bit instructions read weights as memory operands; three
-        # registers hold activations, products and constants.
-        others = nv + 1 if fused else nv + 2 if is_float else 3
+        others = nv * cost.registers_per_vector + cost.registers
         most = (isa.vector_registers - others) // nv
         found.extend((lanes, mt, nv) for mt in range(1, min(most, 14, pixels) + 1))
     return found
 
 
 def _cost(geometry: Geometry, isa: Isa, lanes: int, mt: int, nv: int) -> float:
-    """Estimated cycles of the whole kernel on one core."""
+    """Estimated cycles of the whole kernel on one core that issues four instructions a cycle."""
     plan = tile_plan(geometry, GemmParams(lanes, mt, nv, 1 << 30, 1 << 30))
-    per_dot = 1.0 if geometry.a_dtype != "float32" and isa.dot != "vpdpbusd" else 0.5
-    latency = 2.0 if per_dot == 1.0 else 4.0
+    cost = _step_cost(geometry, isa)
     total = 0.0
     for _, row_count, rows in plan.rows.kinds:
         for _, col_count, cols in plan.cols.kinds:
             pixels = rows * cols
-            dots = pixels * nv * per_dot
-            loads = (pixels + nv) * 0.5
-            step = max(dots, loads, latency) + 0.25
-            epilogue = 20.0 + pixels * nv * 3.0
+            products = pixels * nv
+            issued = products * cost.per_product + pixels * cost.per_pixel + nv + 3
+            step = max(products * cost.cycles, issued / 4, cost.latency)
+            epilogue = 25.0 + products * 3.0
             total += row_count * col_count * (step * geometry.k_groups + epilogue)
     return total * plan.tiles * geometry.batch
 

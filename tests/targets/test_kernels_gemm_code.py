@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The machine code of the matrix kernels: the right instructions, and no spills where it counts."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import tvm
+
+from qcompiler.targets.isa import ISA_TABLE, Isa, tvm_target
+from qcompiler.targets.kernels.gemm import (
+    ConvWorkload,
+    Epilogue,
+    GemmValues,
+    build_conv,
+    default_params,
+    pack_conv,
+)
+
+ROWS = list(ISA_TABLE.values())
+
+DOT = {"none": "pmaddwd", "maddubs": "vpmaddubsw", "vpdpbusd": "vpdpbusd"}
+
+
+def assembly(workload: ConvWorkload, isa: Isa, weights: str = "small") -> str:
+    """Machine code of a kernel; building needs no machine that runs it."""
+    rng = np.random.default_rng(0)
+    if workload.a_dtype == "float32":
+        weight = rng.standard_normal(workload.weight_shape).astype(np.float32)
+    else:
+        largest = 40 if weights == "small" else 127
+        weight = rng.integers(-largest, largest + 1, workload.weight_shape).astype(np.int8)
+    params = default_params(workload, isa)
+    packed = pack_conv(workload, isa, params, weight, GemmValues(multiplier=1e-3))
+    function = build_conv(workload, isa, params, packed, "kernel")
+    module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
+    text: str = module.mod.inspect_source("asm")
+    return text
+
+
+def innermost_loops(text: str, mnemonic: str) -> list[list[str]]:
+    """Instructions of each loop without inner jumps that holds `mnemonic`."""
+    lines = [
+        line.strip() for line in text.splitlines() if not re.search(r"\.loc\b|Ltmp|\.cfi", line)
+    ]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:$", line)}
+    loops = []
+    for end, line in enumerate(lines):
+        jump = re.match(r"j\w+\s+(\.LBB\w+)", line)
+        if jump is None or labels.get(jump.group(1), end) >= end:
+            continue
+        body = lines[labels[jump.group(1)] + 1 : end]
+        if any(re.match(r"j\w+\s", inner) for inner in body):
+            continue
+        if any(mnemonic in inner for inner in body):
+            loops.append(body)
+    return loops
+
+
+SHAPES = {
+    "pointwise": {"h": 14, "w": 14, "c": 192, "co": 64, "kh": 1, "kw": 1},
+    "3x3": {"h": 28, "w": 28, "c": 32, "co": 64, "kh": 3, "kw": 3, "pads": (1, 1, 1, 1)},
+    "strided": {"h": 15, "w": 15, "c": 192, "co": 96, "kh": 1, "kw": 1, "strides": (2, 2)},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("isa", ROWS, ids=lambda isa: isa.name)
+def test_integer_hot_loops(isa: Isa, shape: str) -> None:
+    workload = ConvWorkload(n=1, epilogue=Epilogue("uint8"), **SHAPES[shape])  # type: ignore[arg-type]
+    text = assembly(workload, isa)
+    loops = innermost_loops(text, DOT[isa.dot])
+    assert loops, "the loop over K was unrolled"
+    register = {128: "xmm", 256: "ymm", 512: "zmm"}[isa.vector_bits]
+    for body in loops:
+        dots = [line for line in body if DOT[isa.dot] in line]
+        assert all(register in line for line in dots)
+        if isa.name == "x86-avxvnni":
+            assert all(line.startswith("{vex}") for line in dots)
+        spills = [line for line in body if "mm" in line and "%rsp" in line]
+        assert len(spills) <= (2 if isa.dot == "none" else 0), "\n".join(body)
+    if isa.vector_bits < 512:
+        assert "zmm" not in text
+    if isa.vector_bits < 256:
+        assert "ymm" not in text
+
+
+@pytest.mark.parametrize("isa", ROWS, ids=lambda isa: isa.name)
+def test_float_hot_loops(isa: Isa) -> None:
+    shape = SHAPES["3x3"]
+    workload = ConvWorkload(n=1, epilogue=Epilogue("float32"), a_dtype="float32", **shape)  # type: ignore[arg-type]
+    text = assembly(workload, isa)
+    loops = innermost_loops(text, "vfmadd" if isa.fma else "mulps")
+    assert loops
+    for body in loops:
+        assert not [line for line in body if "mm" in line and "%rsp" in line], "\n".join(body)
+    assert ("vfmadd" in text) == isa.fma
+
+
+def test_unprovable_weights_are_multiplied_by_int16_pairs() -> None:
+    workload = ConvWorkload(1, 8, 8, 64, 16, 1, 1, Epilogue("uint8"))
+    text = assembly(workload, ISA_TABLE["x86-avx2"], weights="largest")
+    pairs = [b for b in innermost_loops(text, "vpmaddwd") if not any("maddubs" in x for x in b)]
+    assert pairs
+    assert all(any("vpsrlw" in line for line in body) for body in pairs)
+
+
+def test_the_residual_addition_is_not_contracted() -> None:
+    workload = ConvWorkload(1, 8, 8, 64, 64, 1, 1, Epilogue("uint8", "uint8"))
+    for isa in ROWS:
+        assert "fmadd" not in assembly(workload, isa), isa.name
