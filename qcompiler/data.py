@@ -99,6 +99,11 @@ class SampleSet:
         """
         return self._chunks()
 
+    def shapes(self) -> dict[str, Shape]:
+        """Return the shapes of the first chunk's arrays, by name; empty where there is none."""
+        first = next(self.chunks(), None)
+        return {} if first is None else {name: tuple(a.shape) for name, a in first.items()}
+
     def batches(
         self, inputs: Sequence[InputSpec], error: type[DataError] = DataError
     ) -> Iterator[Batch]:

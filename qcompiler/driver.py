@@ -164,7 +164,9 @@ def quantize_model(
     from qcompiler.passes.insert_qdq import quantize_passes
 
     progress("import", 0, 1)
-    graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze)
+    samples = None if calibration is None else load_samples(calibration)
+    shapes = {} if samples is None else samples.shapes()
+    graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze, sample_shapes=shapes)
     sources = {"model": model_digest(model)}
     progress("import", 1, 1)
     ctx = PassContext(seed=seed, progress=progress)
@@ -178,23 +180,23 @@ def quantize_model(
     plan = _plan(precision, graph, spec)
     sources["graph"] = digest(graph)
     ctx.put(plan)
-    samples = 0
+    count = 0
     passes = [p for p in quantize_passes(plan) if stage is Stage.INTEGER or not isinstance(p, Fuse)]
     if plan.has_integers:
-        if calibration is None:
+        if samples is None:
             raise DataError(
                 "integer precision needs calibration samples, got none",
                 hint="give calibration=... (--calibration), or precision='fp32'",
             )
-        loaded = CalibrationSet.of(load_samples(calibration), graph)
+        loaded = CalibrationSet.of(samples, graph)
         ctx.put(loaded)
         sources["calibration"] = loaded.digest
-        samples = len(loaded)
+        count = len(loaded)
     manager = PassManager(passes, instruments, given=tuple(ctx.artifacts))
     integer = manager.run(graph, ctx)
     plan = ctx.get(PrecisionPlan)
     sources["plan"] = plan.digest()
-    return Quantized(graph, integer, plan, sources, samples, ctx.log)
+    return Quantized(graph, integer, plan, sources, count, ctx.log)
 
 
 def _plan(

@@ -53,7 +53,7 @@ from qcompiler.onnx_import_tensors import (
     to_onnx_array,
 )
 from qcompiler.ops import Stage
-from qcompiler.types import Array, TensorType
+from qcompiler.types import Array, Shape, TensorType
 
 __all__ = ["ModelSource", "OnnxModel", "load_onnx", "model_digest", "read_model"]
 
@@ -96,6 +96,7 @@ def load_onnx(
     *,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
+    sample_shapes: Mapping[str, Shape] | None = None,
 ) -> Graph:
     """Import an ONNX model.
 
@@ -104,6 +105,8 @@ def load_onnx(
         input_shapes: Shapes of inputs with symbolic extents, by name. A symbolic first extent is
             the batch, 1 unless given here; an extent named like one that is bound has its value.
         freeze: Inputs that become constants, by name.
+        sample_shapes: Shapes of the arrays of samples, by name: where an extent is still open, the
+            samples say what the model is used with.
 
     Returns:
         A verified graph at stage FLOAT, or QDQ if the model has quantized tensors. Its inputs and
@@ -116,7 +119,9 @@ def load_onnx(
         UsageError: An unknown input name in `input_shapes` or `freeze`.
     """
     source = model if isinstance(model, OnnxModel) else read_model(model)
-    return _Importer(source).run(dict(input_shapes or {}), dict(freeze or {}))
+    return _Importer(source).run(
+        dict(input_shapes or {}), dict(freeze or {}), dict(sample_shapes or {})
+    )
 
 
 @dataclass
@@ -146,13 +151,18 @@ class _Importer:
 
     # ---------------------------------------------------------------------------- whole model
 
-    def run(self, shapes: dict[str, Sequence[int]], freeze: dict[str, object]) -> Graph:
+    def run(
+        self,
+        shapes: dict[str, Sequence[int]],
+        freeze: dict[str, object],
+        sample_shapes: dict[str, Shape],
+    ) -> Graph:
         proto = self.model.proto.graph
         scope = _Scope({}, {t.name: t for t in proto.initializer})
         inputs = [self._declared(v) for v in proto.input if v.name not in scope.initializers]
         optional = [v.name for v in proto.input if v.name in scope.initializers]
         self._refuse_if_collected()
-        bound = bind_inputs(inputs, shapes, freeze, optional)
+        bound = bind_inputs(inputs, shapes, freeze, optional, sample_shapes)
         for d in inputs:
             if d.name in bound.frozen:
                 scope.values[d.name] = self.builder.constant(

@@ -58,17 +58,19 @@ def bind_inputs(
     shapes: Mapping[str, Sequence[int]],
     freeze: Mapping[str, object],
     optional: Sequence[str],
+    sample_shapes: Mapping[str, Shape] | None = None,
 ) -> Bound:
     """Give every input a static shape.
 
-    Symbols take their values from `shapes` and from frozen inputs; a symbolic first extent that
-    is still open is the batch and becomes 1.
+    Symbols take their values from `shapes`, from frozen inputs, then from `sample_shapes`; a
+    symbolic first extent that is still open is the batch and becomes 1.
 
     Args:
         inputs: Inputs without a default value.
         shapes: Shapes by input name.
         freeze: Constants by input name.
         optional: Inputs with a default value, which may be frozen to another.
+        sample_shapes: Shape of the array of samples per input; consulted for open extents only.
 
     Raises:
         UsageError: Names that are not inputs; shapes or values that contradict the model.
@@ -102,10 +104,38 @@ def bind_inputs(
         if d.name in given_shapes:
             _bind(d, given_shapes[d.name], symbols)
     for d in inputs:
+        found = _from_samples(d, (sample_shapes or {}).get(d.name))
+        if d.name not in given_shapes and found is not None:
+            given_shapes[d.name] = found = tuple(
+                symbols.get(want, n) if isinstance(want, str) else n
+                for want, n in zip(d.shape or found, found, strict=True)
+            )
+            _bind(d, found, symbols)
+    for d in inputs:
         first = d.shape[0] if d.shape and d.name not in given_shapes else None
         if isinstance(first, str):
             symbols.setdefault(first, 1)
     return Bound(_close(inputs, given_shapes, symbols), frozen)
+
+
+def _from_samples(d: Declared, samples: Shape | None) -> Shape | None:
+    """Return the shape of one run that an array of samples suggests, or None where it says nothing.
+
+    An array of the input's own rank holds samples along axis 0, which becomes 1 where it is open;
+    with one axis more, each entry is a whole input.
+    """
+    if d.shape is None or samples is None or all(isinstance(n, int) for n in d.shape):
+        return None
+    if len(samples) == len(d.shape) + 1:
+        one = samples[1:]
+    elif len(samples) == len(d.shape) > 1:
+        one = (1, *samples[1:])
+    else:
+        return None
+    shape = tuple(
+        want if isinstance(want, int) else n for want, n in zip(d.shape, one, strict=True)
+    )
+    return shape if all(n > 0 for n in shape) else None
 
 
 def _bind(d: Declared, shape: Shape, symbols: dict[str, int]) -> None:

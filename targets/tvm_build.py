@@ -86,7 +86,7 @@ def build_library(
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CodegenError(
-            f"TVM could not build the model for {target}: {lines[-1]}",
+            f"TVM could not build the model for {triple}: {lines[0]}",
             hint="this is a defect of qcompiler; please report it with the model",
         ) from error
     progress("build", 2, 2)

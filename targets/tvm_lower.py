@@ -193,7 +193,7 @@ class _Emitter:
                     if v.is_constant and v not in self.env:
                         self.env[v] = self._parameter(v.name, v.array())
         self.region_params: dict[Any, Any] = {
-            constant: self._parameter(f"float{i}.{k}", constant.data.numpy())
+            constant: self._parameter(f"float{i}.{k}", constant.value.numpy())
             for i, region in enumerate(self.float_regions.values())
             for k, constant in enumerate(region.large_constants())
         }
@@ -202,7 +202,7 @@ class _Emitter:
                 self.env[v] = self._parameter(v.name, v.array())
 
     def _parameter(self, name: str, array: Array) -> Any:
-        array = np.ascontiguousarray(array)
+        array = np.ascontiguousarray(array).reshape(array.shape)  # a scalar stays one
         key = (f"{array.dtype.str}{array.shape}", array.tobytes())
         found = self.shared.get(key)
         if found is None:

@@ -58,7 +58,7 @@ class FloatRegion:
         for block in self.module["main"].body.blocks:
             for binding in block.bindings:
                 for e in _operands(binding.value):
-                    if isinstance(e, GenericConst) and e.data.numpy().nbytes > _INLINE_BYTES:
+                    if isinstance(e, GenericConst) and e.value.numpy().nbytes > _INLINE_BYTES:
                         found[e] = None
         return list(found)
 
