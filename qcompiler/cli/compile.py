@@ -15,6 +15,8 @@ from rich.table import Table
 from qcompiler.cli import options, shell
 from qcompiler.errors import InfeasibleBudgetError, UsageError
 
+_SHOWN_FALLBACKS = 10
+
 
 def compile_(
     model: options.ModelArgument,
@@ -188,8 +190,11 @@ def print_summary(report: Mapping[str, Any], output: Path, page: Path | None) ->
     if counts:
         shares = ", ".join(f"{n} {name}" for name, n in counts.items())
         console.print(f"Nodes by precision: {shares}")
-    for node, reason in pages.fallbacks(report)[:10]:
+    fallbacks = pages.fallbacks(report)
+    for node, reason in fallbacks[:_SHOWN_FALLBACKS]:
         console.print(f"  {node}: {reason}", markup=False)
+    if len(fallbacks) > _SHOWN_FALLBACKS:
+        console.print(f"  and {len(fallbacks) - _SHOWN_FALLBACKS} more; the report has all")
     console.print(f"Artifact: {output}", markup=False)
     if page is not None:
         console.print(f"Report:   {page}", markup=False)
