@@ -260,9 +260,8 @@ def _entry(stats: TensorStats, observer: Observer) -> TensorRange:
     summary: tuple[int, ...] = ()
     if stats.histogram is not None:
         centres, counts = stats.histogram.bins()
-        folded, _ = np.histogram(
-            centres, _SUMMARY_BINS, (stats.least, stats.greatest), weights=counts
-        )
+        bounds = (stats.least, stats.greatest)
+        folded, _ = np.histogram(np.clip(centres, *bounds), _SUMMARY_BINS, bounds, weights=counts)
         summary = tuple(int(c) for c in folded)
     return TensorRange(
         observer.range(stats),

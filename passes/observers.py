@@ -251,8 +251,9 @@ def entropy_range(
     """Minimise KL(P || Q) over shrunken ranges.
 
     P is the histogram clipped to the range with the tails added to its end bins; Q is P gathered
-    into 256 levels and spread evenly over the non-empty bins. Both ends shrink in proportion. Exact
-    zeros are left out: zero is always represented, and after a relu its bin would decide alone.
+    into 256 levels and spread evenly over the non-empty bins. The ranges are what lies within a
+    shrinking threshold on |x|. Exact zeros are left out: zero is always represented, and after a
+    relu its bin would decide alone.
     Source: TensorRT's calibrator (Migacz, GTC 2017), with 256 levels over an asymmetric range.
     """
     del observer
@@ -262,7 +263,8 @@ def entropy_range(
     lo, hi = min(float(centres[0]) - half, 0.0), max(float(centres[-1]) + half, 0.0)
     best, chosen = math.inf, (lo, hi)
     for shrink in _SHRINKS:
-        a, b = lo * shrink, hi * shrink
+        threshold = max(-lo, hi) * float(shrink)
+        a, b = max(lo, -threshold), min(hi, threshold)
         first = int(np.searchsorted(centres, a))
         last = int(np.searchsorted(centres, b, side="right"))
         if last - first < _LEVELS:
