@@ -193,12 +193,13 @@ def _from_path(path: pathlib.Path) -> SampleSet:
 
 def _npz(path: pathlib.Path) -> Chunk:
     try:
-        with np.load(path, allow_pickle=False) as z:
-            if not isinstance(z, np.lib.npyio.NpzFile):
-                raise DataError(
-                    f"{str(path)!r} is a single array",
-                    hint="save a .npz file with one array per input, by name",
-                )
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise DataError(
+                f"{str(path)!r} is a single array",
+                hint="save a .npz file with one array per input, by name",
+            )
+        with loaded as z:
             return {name: z[name] for name in z.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
