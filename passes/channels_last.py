@@ -63,7 +63,11 @@ class _Rewriter:
             if node.output.type.rank != 4:
                 return False
             operands = [0, 3] if name in ("conv", "qconv") else [0]
-            return self._rewrite(node, operands, {"layout": "NHWC"})
+            attrs: dict[str, Any] = {"layout": "NHWC"}
+            if name == "resize":  # its extents are those of the physical shape
+                for key in ("scales", "shape"):
+                    attrs[key] = tuple(node.attr(key)[a] for a in TO_LAST)
+            return self._rewrite(node, operands, attrs)
         operands = [
             i
             for i, v in enumerate(node.inputs)
@@ -73,8 +77,8 @@ class _Rewriter:
             any(v.type.rank != 4 for v in node.outputs) and "axes" not in node.attrs
         ):
             return False
-        attrs = self._remapped(node)
-        if attrs is None:
+        moved_attrs = self._remapped(node)
+        if moved_attrs is None:
             return False
         if node.op.kind in (OpKind.UNARY, OpKind.BINARY) or name in (
             _CASTS | _INTEGER_BINARY | {"concat"}
@@ -82,8 +86,8 @@ class _Rewriter:
             moved = self._broadcastable(node)
             if moved is None:
                 return False
-            return self._rewrite(node, moved, attrs)
-        return self._rewrite(node, [0], attrs)
+            return self._rewrite(node, moved, moved_attrs)
+        return self._rewrite(node, [0], moved_attrs)
 
     def _remapped(self, node: Node) -> dict[str, Any] | None:
         """Attributes of the node in NHWC, or None where it cannot move."""

@@ -109,7 +109,7 @@ def measured_report(
                 "ops": list(r.ops),
                 "nodes": list(r.nodes),
                 "precision": r.precision.value,
-                "kernel": r.kernel,
+                "kernel": " ".join(r.symbols) or "interpreter",
                 "macs": r.macs,
                 "latency_ms": None,
             }
@@ -196,17 +196,9 @@ def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[s
 
 def _region_times(compiled: CompiledModel, nodes: list[dict[str, Any]]) -> None:
     """Fill in each region's own latency from an instrumented run."""
-    calls = compiled.profile()
-    at = 0
+    calls = iter(compiled.profile())
     for node in nodes:
-        # A float region is several calls, all with the region's prefix.
-        symbol, several = node["kernel"], node["kernel"].startswith("float")
-        seconds = 0.0
-        while at < len(calls) and (
-            calls[at][0].startswith(symbol + "_") if several else calls[at][0] == symbol
-        ):
-            seconds += calls[at][1]
-            at += 1
-            if not several:
-                break
-        node["latency_ms"] = seconds * 1e3 if calls else None
+        symbols = node["kernel"].split()
+        # `symbols` first: zip must not take a call that belongs to the next region.
+        seconds = [s for name, (called, s) in zip(symbols, calls, strict=False) if called == name]
+        node["latency_ms"] = sum(seconds) * 1e3 if len(seconds) == len(symbols) else None

@@ -67,7 +67,8 @@ class Region:
     ops: tuple[str, ...]
     nodes: tuple[str, ...]
     precision: Precision
-    kernel: str
+    symbols: tuple[str, ...]
+    """Kernels that it calls, in order."""
     macs: int = 0
 
 

@@ -57,8 +57,7 @@ class ReferenceBackend(Backend):
             parameter_names=tuple(v.name for v in lowered.constants()),
             graph=lowered,
             regions=tuple(
-                Region(n.name, (n.op.name,), n.sources, _precision(n), "interpreter")
-                for n in lowered.nodes
+                Region(n.name, (n.op.name,), n.sources, _precision(n), ()) for n in lowered.nodes
             ),
             members={"graph.json": json.dumps(doc, separators=(",", ":")).encode()},
             executor="interpreter",

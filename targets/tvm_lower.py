@@ -243,7 +243,7 @@ class _Emitter:
                 tuple(n.op.name for n in (*call.covers, node)),
                 covered,
                 precision_of(node),
-                str(function.name_hint),
+                (str(function.name_hint),),
                 call.macs,
             )
         )
@@ -261,14 +261,15 @@ class _Emitter:
         if not imported.outputs:
             return
         prefix = f"float{len(self.regions)}"
-        self.env.update(imported.emit(self.bb, self.env, self.region_params, prefix))
+        results, symbols = imported.emit(self.bb, self.env, self.region_params, prefix)
+        self.env.update(results)
         self.regions.append(
             Region(
                 nodes[0].name if len(nodes) == 1 else f"{nodes[0].name}..{nodes[-1].name}",
                 tuple(n.op.name for n in nodes),
                 tuple(dict.fromkeys(s for n in nodes for s in n.sources)),
                 Precision.FP32,
-                prefix,
+                symbols,
             )
         )
 

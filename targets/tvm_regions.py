@@ -64,8 +64,8 @@ class FloatRegion:
 
     def emit(
         self, bb: Any, env: Mapping[Value, Any], parameters: Mapping[Any, Any], prefix: str
-    ) -> dict[Value, Any]:
-        """Emit the region's calls into a dataflow block and return its results.
+    ) -> tuple[dict[Value, Any], tuple[str, ...]]:
+        """Emit the region's calls into a dataflow block; return its results and the symbols called.
 
         Args:
             bb: Relax BlockBuilder inside a dataflow block.
@@ -75,7 +75,7 @@ class FloatRegion:
         """
         inliner = _Inliner(bb, self.module, parameters, prefix)
         results = inliner.inline([env[v] for v in self.inputs])
-        return dict(zip(self.outputs, results, strict=True))
+        return dict(zip(self.outputs, results, strict=True)), tuple(inliner.calls)
 
 
 def _operands(value: Any) -> list[Any]:
@@ -148,6 +148,7 @@ class _Inliner:
         self.parameters = parameters
         self.prefix = prefix
         self.functions: dict[str, Any] = {}
+        self.calls: list[str] = []
 
     def inline(self, args: list[Any]) -> list[Any]:
         from tvm import relax
@@ -187,6 +188,7 @@ class _Inliner:
                 symbol = f"{self.prefix}_{name}"
                 function = self.module[e].without_attr("global_symbol")
                 self.functions[name] = self.bb.add_func(function, symbol)
+            self.calls.append(str(self.functions[name].name_hint))
             return self.functions[name]
         if isinstance(e, relax.Tuple):
             return relax.Tuple([self._expr(f, env) for f in e.fields])
