@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
-from qcompiler.errors import UnsupportedOpError, UsageError
+from qcompiler.errors import ModelError, UnsupportedOpError, UsageError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.onnx_export_ops import Emitter, opaque_proto
-from qcompiler.onnx_import_model import MAX_OPSET
+from qcompiler.onnx_import_model import MAX_OPSET, NodeChecker
 from qcompiler.onnx_import_tensors import make_type
 from qcompiler.ops import Stage
 from qcompiler.types import DType, PerGroup, TensorType
@@ -70,6 +70,11 @@ def to_onnx(
 
 def node_to_onnx(node: Node, *, opset: int | None = None) -> onnx.ModelProto:
     """Write one node as a model: operands that are not constant are inputs, by value name."""
+    if opset is None and node.op.name == "opaque" and not node.attr("domain"):
+        opset = max(LEAST_OPSET, int(node.attr("opset")))
+        opset = opset if _keeps_meaning(node, opset) else int(node.attr("opset"))
+        given = list(dict.fromkeys(v for v in node.operands if not v.is_constant))
+        return _region([node], given, node.outputs, opset)
     return subgraph_to_onnx([node], outputs=node.outputs, opset=opset)
 
 
@@ -99,7 +104,13 @@ def subgraph_to_onnx(
         inputs = list(dict.fromkeys(found))
     if outputs is None:
         outputs = [v for n in nodes for v in n.outputs if _leaves(v, region)]
-    e = Emitter(_opset(nodes, opset))
+    return _region(nodes, inputs, outputs, _opset(nodes, opset))
+
+
+def _region(
+    nodes: Sequence[Node], inputs: Sequence[Value], outputs: Sequence[Value], opset: int
+) -> onnx.ModelProto:
+    e = Emitter(opset)
     e.reserve([v.name for n in nodes for v in (*n.operands, *n.outputs)])
     for node in nodes:
         e.write(node)
@@ -169,21 +180,18 @@ def _required(node: Node) -> int:
     return max(need)
 
 
-def _opset(nodes: Sequence[Node], asked: int | None) -> int:
-    """Return the opset to write.
+_REDEFINED = {"Hardmax": 13, "RoiAlign": 16, "GridSample": 20}
+"""Operators -> opset at which the same node came to mean something else."""
 
-    An opaque node keeps its meaning at every opset where its operator has the same version as in
-    the model that it comes from.
-    """
+
+def _opset(nodes: Sequence[Node], asked: int | None) -> int:
+    """Return the opset to write: the least that fits all nodes and keeps what opaque ones mean."""
     need = max((_required(n) for n in nodes), default=LEAST_OPSET)
     if asked is not None and not need <= asked <= MAX_OPSET:
         raise UsageError(f"opset {asked} does not fit; {need} to {MAX_OPSET} do")
     opaque = [n for n in nodes if n.op.name == "opaque" and not n.attr("domain")]
-    candidates = [asked] if asked is not None else range(need, MAX_OPSET + 1)
-    if asked is None and len(nodes) == len(opaque) == 1:
-        return int(opaque[0].attr("opset"))
-    for opset in candidates:
-        if all(_since(n, opset) == _since(n, int(n.attr("opset"))) for n in opaque):
+    for opset in [asked] if asked is not None else range(need, MAX_OPSET + 1):
+        if all(_keeps_meaning(n, opset) for n in opaque):
             return opset
     operators = tuple(sorted({opaque_proto(n).op_type for n in opaque}))
     raise UnsupportedOpError(
@@ -192,9 +200,27 @@ def _opset(nodes: Sequence[Node], asked: int | None) -> int:
     )
 
 
-def _since(node: Node, opset: int) -> int:
+def _keeps_meaning(node: Node, opset: int) -> bool:
+    """Whether an opaque node means the same at another opset.
+
+    So it is where its operator has the same version, and where a later version still accepts the
+    node and only added dtypes or attributes.
+    """
+    proto, own = opaque_proto(node), int(node.attr("opset"))
+    if _since(proto.op_type, opset) == _since(proto.op_type, own):
+        return True
+    if opset < own or own < _REDEFINED.get(proto.op_type, 0) <= opset:
+        return False
     try:
-        schema = onnx.defs.get_schema(opaque_proto(node).op_type, opset, "")
+        NodeChecker({"": opset}, onnx.IR_VERSION).check(proto)
+    except ModelError:
+        return False
+    return True
+
+
+def _since(op: str, opset: int) -> int:
+    try:
+        schema = onnx.defs.get_schema(op, opset, "")
     except onnx.defs.SchemaError:
         return -1
     return int(schema.since_version)

@@ -506,11 +506,13 @@ def _resize(e: Emitter, node: Node) -> None:
     if node.attr("antialias"):
         attrs["antialias"] = 1
     scales = np.asarray(node.attr("scales"), np.float32)
-    # Scales say where cells lie; sizes are needed where scales do not give the extents.
-    if tuple(int(d) for d in np.floor(np.asarray(x.shape, np.float32) * scales)) == y.shape:
-        steering = ["", e.const(scales, f"{node.name}/scales")]
-    else:
+    # Sizes say the extents exactly. Scales are needed where they are not the quotient of extents
+    # (7 * 1.5 gives 10 cells that lie 1 / 1.5 apart).
+    ratios = np.asarray(y.shape, np.float64) / np.asarray(x.shape, np.float64)
+    if np.array_equal(scales, ratios.astype(np.float32)):
         steering = ["", "", e.ints(y.shape, f"{node.name}/sizes")]
+    else:
+        steering = ["", e.const(scales, f"{node.name}/scales")]
     e.put("Resize", [e.ref(x), *steering], _outs(e, node), node.name, **attrs)
 
 
