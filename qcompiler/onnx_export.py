@@ -85,7 +85,9 @@ def subgraph_to_onnx(
     *,
     opset: int | None = None,
 ) -> onnx.ModelProto:
-    """Write a region of a graph (of any stage, float operators only) as a model.
+    """Write a region of a graph (of any stage, float operators only) as a model for TVM.
+
+    What TVM's importer refuses or reads differently is written out in plainer operators.
 
     Args:
         nodes: The region in topological order.
@@ -110,7 +112,7 @@ def subgraph_to_onnx(
 def _region(
     nodes: Sequence[Node], inputs: Sequence[Value], outputs: Sequence[Value], opset: int
 ) -> onnx.ModelProto:
-    e = Emitter(opset)
+    e = Emitter(opset, plain=True)
     e.reserve([v.name for n in nodes for v in (*n.operands, *n.outputs)])
     for node in nodes:
         e.write(node)

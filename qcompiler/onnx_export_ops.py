@@ -17,6 +17,7 @@ import onnx
 from qcompiler.errors import QCompilerError, UnsupportedOpError
 from qcompiler.ir import Node, Value
 from qcompiler.onnx_import_tensors import elem_type_of, make_tensor
+from qcompiler.ops import _resize as resize_rules
 from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams
 
 
@@ -26,10 +27,14 @@ class Emitter:
     Args:
         opset: Opset of the default domain that is written.
         rename: Names that some values take in the file instead of their own.
+        plain: Write out what TVM's importer refuses or reads differently.
     """
 
-    def __init__(self, opset: int, rename: dict[Value, str] | None = None) -> None:
+    def __init__(
+        self, opset: int, rename: dict[Value, str] | None = None, *, plain: bool = False
+    ) -> None:
         self.opset = opset
+        self.plain = plain
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.domains: dict[str, int] = {"": opset}
@@ -150,7 +155,6 @@ _PLAIN = {
     "hard_sigmoid": "HardSigmoid",
     "elu": "Elu",
     "selu": "Selu",
-    "celu": "Celu",
     "thresholded_relu": "ThresholdedRelu",
     "mod": "Mod",
     "softmax": "Softmax",
@@ -196,6 +200,17 @@ def _put_clip(e: Emitter, x: str, y: str, node: Node, lo: str, hi: str) -> None:
 def _silu(e: Emitter, node: Node) -> None:
     x = e.ref(node.input(0))
     e.put("Mul", [x, e.step("Sigmoid", [x], node.name)], _outs(e, node), node.name)
+
+
+@_writer("celu")
+def _celu(e: Emitter, node: Node) -> None:
+    v, alpha = node.input(0), float(node.attr("alpha"))
+    if not e.plain:
+        e.put("Celu", _ins(e, node), _outs(e, node), node.name, alpha=alpha)
+        return
+    number = e.const(_like(v, alpha), f"{node.name}/alpha")
+    unit = e.step("Elu", [e.step("Div", [e.ref(v), number], node.name)], node.name, alpha=1.0)
+    e.put("Mul", [unit, number], _outs(e, node), node.name)
 
 
 @_writer("mish")
@@ -494,6 +509,19 @@ def _depth(e: Emitter, node: Node) -> None:
 @_writer("resize")
 def _resize(e: Emitter, node: Node) -> None:
     x, y = node.input(0), node.output
+    scales = np.asarray(node.attr("scales"), np.float32)
+    ratios = np.asarray(y.shape, np.float64) / np.asarray(x.shape, np.float64)
+    exact = np.array_equal(scales, ratios.astype(np.float32))
+    if e.plain:
+        # TVM takes the scale from the extents, resizes the last two axes, and knows no
+        # antialiasing; nearest must pick the very same elements.
+        usual = node.attr("coordinate_mode") != "half_pixel_symmetric" and not node.attr(
+            "antialias"
+        )
+        inner = x.type.rank == 4 and x.shape[:2] == y.shape[:2]
+        if node.attr("mode") == "nearest" or not (exact and usual and inner):
+            _resize_by_axis(e, node)
+            return
     attrs = {
         "mode": node.attr("mode"),
         "coordinate_transformation_mode": node.attr("coordinate_mode"),
@@ -505,15 +533,44 @@ def _resize(e: Emitter, node: Node) -> None:
         attrs["exclude_outside"] = int(bool(node.attr("exclude_outside")))
     if node.attr("antialias"):
         attrs["antialias"] = 1
-    scales = np.asarray(node.attr("scales"), np.float32)
     # Sizes say the extents exactly. Scales are needed where they are not the quotient of extents
     # (7 * 1.5 gives 10 cells that lie 1 / 1.5 apart).
-    ratios = np.asarray(y.shape, np.float64) / np.asarray(x.shape, np.float64)
-    if np.array_equal(scales, ratios.astype(np.float32)):
+    if exact:
         steering = ["", "", e.ints(y.shape, f"{node.name}/sizes")]
     else:
         steering = ["", e.const(scales, f"{node.name}/scales")]
     e.put("Resize", [e.ref(x), *steering], _outs(e, node), node.name, **attrs)
+
+
+def _resize_by_axis(e: Emitter, node: Node) -> None:
+    """Write a resize as one Gather (nearest) or one matrix product per axis that changes."""
+    x, rank = node.input(0), node.output.type.rank
+    y = e.ref(x)
+    for axis, (n, out, scale) in enumerate(
+        zip(x.shape, node.output.shape, node.attr("scales"), strict=True)
+    ):
+        if n == out and scale == 1:
+            continue
+        if node.attr("mode") == "nearest":
+            index = resize_rules.nearest_indices(
+                resize_rules.source_positions(n, out, scale, node.attr("coordinate_mode")),
+                n,
+                node.attr("nearest_mode"),
+            )
+            table = e.const(index, f"{node.name}/index")
+            y = e.step("Gather", [y, table], node.name, axis=axis)
+            continue
+        rows = resize_rules.weights(n, out, scale, node.attrs).astype(x.dtype.numpy)
+        if axis == rank - 2:
+            y = e.step("MatMul", [e.const(rows, f"{node.name}/weights"), y], node.name)
+            continue
+        perm = list(range(rank))
+        perm[axis], perm[-1] = perm[-1], perm[axis]
+        weights = e.const(np.ascontiguousarray(rows.T), f"{node.name}/weights")
+        y = e.step("Transpose", [y], node.name, perm=perm) if axis != rank - 1 else y
+        y = e.step("MatMul", [y, weights], node.name)
+        y = e.step("Transpose", [y], node.name, perm=perm) if axis != rank - 1 else y
+    e.put("Identity", [y], _outs(e, node), node.name)
 
 
 # ------------------------------------------------------------------------------- quantization

@@ -163,6 +163,12 @@ def test_operator(case: Case, opset: int | None) -> None:
         np.testing.assert_allclose(run(back, feeds)[name], array, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.id}")
+def test_operator_alone_in_plain_form(case: Case) -> None:
+    graph, feeds = graph_of(case)
+    check(graph, node_to_onnx(graph.nodes[0]), feeds)
+
+
 def test_every_operator_before_integers_can_be_written() -> None:
     rows = {row.name for row in all_ops() if row.stages != frozenset({Stage.INTEGER})}
     assert rows <= set(WRITERS)
