@@ -35,6 +35,7 @@ from qcompiler.targets.kernels.tir import (
     load,
     local,
     minimum,
+    own_function,
     parallel,
     reinterpret,
     scratch,
@@ -161,7 +162,7 @@ class _Operands:
 
     def pack(self) -> MacroKernel:
         """Fill the work areas; the kernel that reads them."""
-        with serial(self.begin, self.end) as tile, self.kernel.own_function("pack"):
+        with serial(self.begin, self.end) as tile, own_function(f"{self.kernel.name}_pack"):
             self._tile(tile)
         constants = {**self.kernel.constants, "weight": self.weight, "bias": self.bias}
         return replace(self.kernel, constants=constants)

@@ -15,7 +15,6 @@ per-layer constants over the K loop and then spills the accumulators (measured o
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from qcompiler.errors import CodegenError
@@ -30,11 +29,11 @@ from qcompiler.targets.kernels.tir import (
     cast,
     intrinsic,
     load,
-    local,
     maximum,
     minimum,
     own_function,
     parallel,
+    registers,
     reinterpret,
     scratch,
     serial,
@@ -80,14 +79,6 @@ class MacroKernel:
     name: str
     tasks: int
     """Iterations of the loop over tasks."""
-
-    def own_function(self, suffix: str) -> AbstractContextManager[None]:
-        """A function for the body, where TVM can make one.
-
-        TVM drops a parallel loop of one iteration; the caller then carries debug information, which
-        it mixes with that of the new function, and LLVM refuses the module.
-        """
-        return own_function(f"{self.name}_{suffix}") if self.tasks > 1 else nullcontext()
 
     def emit(self) -> None:
         """The loop over tasks."""
@@ -194,7 +185,7 @@ class MacroKernel:
         if g.groups > 1:
             a_index = a_index + tile // plan.group_tiles * g.cg
         a_index = bind(a_index)
-        with self.own_function("tile"):
+        with own_function(f"{self.name}_tile"):
             self._tile_body(source, a_index, at, extent, tile)
 
     def _tile_body(
@@ -291,7 +282,7 @@ class Accumulators:
     def __init__(self, rows: int, nv: int, lanes: int, dtype: str) -> None:
         """Reserve the registers."""
         self.nv, self.lanes = nv, lanes
-        self._buffer = local(rows * nv * lanes, dtype)
+        self._buffer = registers(rows * nv * lanes, dtype)
 
     def get(self, m: int, v: int) -> Expr:
         """The vector of row m, column vector v."""

@@ -21,11 +21,13 @@ This module imports TVM, so only modules that build kernels may import it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, final
 
+import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
@@ -52,6 +54,7 @@ __all__ = [
     "minimum",
     "own_function",
     "parallel",
+    "registers",
     "reinterpret",
     "requantized",
     "round_to_int32",
@@ -133,6 +136,18 @@ def local(size: int, dtype: str) -> Buffer:
     return T.alloc_buffer((size,), dtype, scope="local")
 
 
+def registers(size: int, dtype: str) -> Buffer:
+    """Like `local`, for use in `own_function`: it is allocated in that function.
+
+    TVM moves a `local` buffer out to the enclosing parallel loop; what the body leaves in it is
+    then stored to memory.
+    """
+    words = -(-size * int(re.findall(r"\d+", dtype)[0]) // 64)
+    pointer = tvm.ir.PointerType(tvm.ir.PrimType(dtype), "local")
+    data = T.bind(tirx.call_intrin(pointer, "tirx.tvm_stack_alloca", "shape", words), pointer)
+    return T.decl_buffer((size,), dtype, data=data, scope="local", align=8)
+
+
 def scratch(size: int, dtype: str) -> Buffer:
     """A one-dimensional work area in memory, private to the enclosing (parallel) iteration."""
     return T.alloc_buffer((size,), dtype, scope="global")
@@ -162,10 +177,14 @@ def when(condition: Expr) -> Iterator[None]:
 def own_function(name: str) -> Iterator[None]:
     """Put the body into an LLVM function of its own.
 
-    Its registers are then allocated apart from the loops around it.
+    Its registers are then allocated apart from the loops around it.  The empty statement after it
+    gives LLVM a debug location in the caller again; TVM leaves it in the new function, and LLVM
+    refuses such modules.
     """
     with T.attr(0, "compute_scope", name):
         yield
+    nothing = T.llvm_lookup_intrinsic_id("llvm.donothing")
+    T.evaluate(T.call_llvm_intrin("void", nothing))
 
 
 # Vectors.
