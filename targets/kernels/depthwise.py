@@ -18,8 +18,8 @@ share is a constant in the bias.
 Unpacking permutes the channels within 128-bit lanes; weights, bias and multipliers are packed in
 that order, and the pack instructions that narrow the results undo it.
 
-Channels are covered by full vectors and one 64-, 32- or 16-channel vector per remainder, the last
-of which may overlap.  Fewer than 16 channels, multipliers other than powers of two up to 16 and
+Channels are covered by vectors of one width, of which the last may overlap the one before: that
+takes no more instructions than a narrower vector.  Fewer than 16 channels, multipliers other than powers of two up to 16 and
 very large kernels take the plain form of `depthwise_plain`.
 """
 
@@ -62,7 +62,9 @@ Array = npt.NDArray[Any]
 STRIP_BYTES = 24 * 1024
 """Largest work area: it should stay in the first-level cache beside the weights."""
 MAX_PRODUCTS = 400
-"""Most dot instructions in one unrolled tile; above, compile time and code size suffer."""
+"""Most dot instructions in an unrolled tile of one column; above, the plain form is used."""
+TILE_PRODUCTS = 256
+"""Most in a tile of several columns: more only takes time to compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +169,8 @@ class _Plan:
 
     @cached_property
     def column_bytes(self) -> int:
-        """Bytes of the work area for one input column, at the full vector width."""
-        return self.groups * 4 * (self.isa.vector_bits // 8)
+        """Bytes of the work area for one input column."""
+        return self.groups * 4 * self.lanes
 
     @cached_property
     def strip(self) -> int:
@@ -180,9 +182,15 @@ class _Plan:
         return -(-out // parts)
 
     @cached_property
-    def blocks(self) -> list[tuple[int, int, int]]:
-        """Channel blocks: [(first channel, repetitions, channels in a vector)]."""
-        return channel_blocks(self.workload.co, self.isa.vector_bits // 8)
+    def lanes(self) -> int:
+        """Channels in a vector."""
+        return min(self.isa.vector_bits // 8, 1 << (self.workload.co.bit_length() - 1))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First channel of each vector; the last vector may overlap the one before."""
+        count = self.workload.co
+        return [min(first, count - self.lanes) for first in range(0, count, self.lanes)]
 
     @cached_property
     def cost(self) -> float:
@@ -195,23 +203,6 @@ class _Plan:
         return (products + fill * columns + loads) / self.rows + 24
 
 
-def channel_blocks(channels: int, lanes: int) -> list[tuple[int, int, int]]:
-    """Cover `channels` (at least 16) with vectors of 16 to `lanes` channels."""
-    blocks = []
-    full, left = divmod(channels, lanes)
-    if full:
-        blocks.append((0, full, lanes))
-    start = full * lanes
-    while left:
-        width = min(lanes, 1 << (left.bit_length() - 1))
-        if width < 16:
-            blocks.append((channels - 16, 1, 16))
-            break
-        blocks.append((start, 1, width))
-        start, left = start + width, left - width
-    return blocks
-
-
 def is_depthwise(workload: ConvWorkload) -> bool:
     """Whether the convolution is depthwise and of 8-bit activations."""
     return workload.groups == workload.c and workload.a_dtype in ("uint8", "int8")
@@ -222,8 +213,7 @@ def is_plain(workload: ConvWorkload, isa: Isa, params: DepthwiseParams) -> bool:
     multiplier = workload.co // workload.c
     if workload.co < 16 or multiplier not in (1, 2, 4, 8, 16):
         return True
-    plan = _Plan(workload, isa, params)
-    return len(plan.steps) * 4 * plan.cols > MAX_PRODUCTS
+    return len(_Plan(workload, isa, params).steps) * 4 * params.cols > MAX_PRODUCTS
 
 
 def space(workload: ConvWorkload, isa: Isa) -> tuple[DepthwiseParams, ...]:
@@ -239,7 +229,8 @@ def space(workload: ConvWorkload, isa: Isa) -> tuple[DepthwiseParams, ...]:
                     continue
                 params = DepthwiseParams(gather, rows, cols)
                 plan = _Plan(workload, isa, params)
-                if cols <= plan.axes[1].out and len(plan.steps) * 4 * cols <= MAX_PRODUCTS:
+                limit = MAX_PRODUCTS if cols == 1 else TILE_PRODUCTS
+                if cols <= plan.axes[1].out and len(plan.steps) * 4 * cols <= limit:
                     candidates.append((plan.cost, gather != "h", -cols, rows, params))
     candidates.sort(key=lambda c: c[:4])
     return tuple(c[-1] for c in candidates) or (DepthwiseParams("h", 1, 1),)
@@ -299,11 +290,7 @@ def pack_depthwise(
         arrays = {"weight": _pack_weights(plan, weight[:, 0])}
         corrected = bias - zero * flat.sum(1)
         order = np.concatenate(
-            [
-                first + n * lanes + lane_channels(lanes).reshape(-1)
-                for first, repetitions, lanes in plan.blocks
-                for n in range(repetitions)
-            ]
+            [first + lane_channels(plan.lanes).reshape(-1) for first in plan.starts]
         )
     arrays["bias"] = corrected[order].astype(np.uint64).astype(np.uint32).view(np.int32)
     arrays["multiplier"] = np.ascontiguousarray(multiplier[order])
@@ -342,16 +329,15 @@ def _pack_weights(plan: _Plan, weight: Array) -> Array:
     if plan.params.gather == "w":
         weight = weight.transpose(0, 2, 1)
     parts = []
-    for first, repetitions, lanes in plan.blocks:
-        channels = lane_channels(lanes)  # [4, L]
-        for n in range(repetitions):
-            block = np.zeros((len(plan.steps), *channels.shape, plan.group), np.int16)
-            for s, (k, row, g) in enumerate(plan.steps):
-                for member in range(plan.group):
-                    tap = plan.tap(row, g * plan.group + member)
-                    if tap is not None:
-                        block[s, :, :, member] = weight[first + n * lanes + channels, tap, k]
-            parts.append(block.reshape(-1))
+    channels = lane_channels(plan.lanes)  # [4, L]
+    for first in plan.starts:
+        block = np.zeros((len(plan.steps), *channels.shape, plan.group), np.int16)
+        for s, (k, row, g) in enumerate(plan.steps):
+            for member in range(plan.group):
+                tap = plan.tap(row, g * plan.group + member)
+                if tap is not None:
+                    block[s, :, :, member] = weight[first + channels, tap, k]
+        parts.append(block.reshape(-1))
     packed = np.concatenate(parts)
     return packed.astype(np.int8) if plan.group == 4 else packed
 
@@ -414,42 +400,33 @@ class _Kernel:
         w = plan.workload
         a, b = plan.axes
         tiles = -(-a.out // plan.rows)
-        vectors = sum(repetitions for _, repetitions, _ in plan.blocks)
-        cycles = plan.cost * w.n * a.out * b.out * vectors / 2.5
-        threads = worth_threads(cycles)
-        # Threads share images and tiles; channel blocks too where all are alike and tiles are few.
-        alike = len(plan.blocks) == 1
-        share_blocks = alike and threads and w.n * tiles < 32
+        blocks = len(plan.starts)
+        threads = worth_threads(plan.cost * w.n * a.out * b.out * blocks / 2.5)
+        # Threads share images and tiles, and channel blocks too where tiles are few.
+        shared = threads and w.n * tiles < 32
         strips = -(-b.out // plan.strip)
-        run = tiles if not threads else max(1, w.n * tiles * (vectors if share_blocks else 1) // 64)
-        run = min(run, tiles)
-        runs = -(-tiles // run)
-        outer = [w.n, runs, plan.blocks[0][1] if share_blocks else 1]
+        run = tiles
+        if threads:
+            run = min(tiles, max(1, w.n * tiles * (blocks if shared else 1) // 64))
+        outer = [w.n, -(-tiles // run), blocks if shared else 1]
+        step = len(plan.steps) * 4 * (plan.lanes if plan.group == 4 else plan.lanes // 2)
         with loop(int(np.prod(outer)), threads=threads) as task:
             image, chunk, block = unravel(task, outer)
             area = workspace(plan.columns(plan.strip) * plan.column_bytes // 4, "int32")
-            weights_at = channels_at = 0
-            for first, repetitions, lanes in plan.blocks:
-                with loop(1 if share_blocks else repetitions) as n:
-                    index = block if share_blocks else n
-                    emit = _Block(
-                        self,
-                        area,
-                        lanes,
-                        tir.bind(index * lanes + first),
-                        tir.bind(index * lanes + channels_at),
-                        tir.bind(index * (len(plan.steps) * 4 * self._step(lanes)) + weights_at),
-                    )
-                    with loop(min(run, tiles)) as t, loop(strips) as strip:
-                        start = T.min((chunk * run + t) * plan.rows, a.out - plan.rows)
-                        column = T.min(strip * plan.strip, b.out - plan.strip)
-                        emit.tile(image, tir.bind(start), tir.bind(column))
-                weights_at += repetitions * len(plan.steps) * 4 * self._step(lanes)
-                channels_at += repetitions * lanes
-
-    def _step(self, lanes: int) -> int:
-        """Elements of one weight vector."""
-        return lanes if self.plan.group == 4 else lanes // 2
+            with loop(1 if shared else blocks) as n:
+                index = block if shared else n
+                emit = _Block(
+                    self,
+                    area,
+                    plan.lanes,
+                    tir.bind(T.min(index * plan.lanes, w.co - plan.lanes)),
+                    tir.bind(index * plan.lanes),
+                    tir.bind(index * step),
+                )
+                with loop(run) as t, loop(strips) as strip:
+                    start = T.min((chunk * run + t) * plan.rows, a.out - plan.rows)
+                    column = T.min(strip * plan.strip, b.out - plan.strip)
+                    emit.tile(image, tir.bind(start), tir.bind(column))
 
 
 @dataclass(frozen=True)

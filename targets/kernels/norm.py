@@ -37,6 +37,7 @@ from qcompiler.targets.kernels.simd import (
     loop,
     quantized,
     reduce_lanes,
+    settle,
     stack,
     vector_spans,
     workspace,
@@ -306,7 +307,7 @@ class _QSoftmax:
                 at = tir.bind(k * 64 + offset)
                 distance = tir.bind(tir.splat(top, "uint8", 64) - self._codes(base + at, 64))
                 planes = [permute_look_up(self.table, [distance], p * 128)[0] for p in range(3)]
-                planes = [tir.bind(plane) for plane in planes]
+                planes = [settle(plane) for plane in planes]
                 parts = interleave([*planes, zeros])
                 total: Expr = None
                 for part, value in enumerate(parts):

@@ -41,6 +41,7 @@ from qcompiler.targets.kernels.simd import (
     exact_mul,
     loop,
     quantized,
+    settle,
     unravel,
     vector_spans,
     worth_threads,
@@ -632,12 +633,12 @@ def permute_look_up(pieces: Buffer, codes: list[Expr], start: int = 0) -> list[E
     def found(word: Expr) -> Expr:
         low = permute(quarters[0], quarters[1], word)
         high = permute(quarters[2], quarters[3], word)
-        return tir.bind(T.Select(bit(word, 0x40), high, low))
+        return settle(T.Select(bit(word, 0x40), high, low))
 
     results = []
     for code in codes:
-        even = tir.bind(tir.reinterpret(code, "int16", 32))
-        odd = tir.bind(
+        even = settle(tir.reinterpret(code, "int16", 32))
+        odd = settle(
             tir.reinterpret(
                 T.shift_right(tir.reinterpret(code, "uint16", 32), tir.splat(8, "uint16", 32)),
                 "int16",

@@ -12,7 +12,6 @@ from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.targets.kernels.depthwise import (
     DepthwiseParams,
     build_depthwise,
-    channel_blocks,
     default_params,
     is_plain,
     pack_depthwise,
@@ -192,18 +191,6 @@ def test_the_inner_loop_uses_the_dot_instruction_and_never_fuses(isa):
     assert "fmadd" not in text
     if isa.vector_bits == 512:
         assert "zmm" in text
-
-
-def test_channel_blocks_cover_all_channels():
-    assert channel_blocks(144, 64) == [(0, 2, 64), (128, 1, 16)]
-    assert channel_blocks(40, 32) == [(0, 1, 32), (24, 1, 16)]
-    for count in range(16, 300):
-        covered = {
-            channel
-            for first, repetitions, lanes in channel_blocks(count, 64)
-            for channel in range(first, first + repetitions * lanes)
-        }
-        assert covered == set(range(count))
 
 
 def test_rejections():
