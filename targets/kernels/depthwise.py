@@ -19,8 +19,8 @@ Unpacking permutes the channels within 128-bit lanes; weights, bias and multipli
 that order, and the pack instructions that narrow the results undo it.
 
 Channels are covered by vectors of one width, of which the last may overlap the one before: that
-takes no more instructions than a narrower vector.  Fewer than 16 channels, multipliers other than powers of two up to 16 and
-very large kernels take the plain form of `depthwise_plain`.
+takes no more instructions than a narrower vector.  Fewer than 16 channels, multipliers other than
+powers of two up to 16 and very large kernels take the plain form of `depthwise_plain`.
 """
 
 from __future__ import annotations
