@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qcompiler.ir import Graph
+from qcompiler.ir import Graph, Value
 from qcompiler.passmanager import Pass, PassContext
 
 
@@ -25,7 +25,8 @@ class SplitToSlices(Pass):
             if node.op.name != "split":
                 continue
             axis = node.attr("axis") % node.input(0).type.rank
-            start, results = 0, []
+            start = 0
+            results: list[Value] = []
             for v in node.outputs:
                 end = start + v.shape[axis]
                 piece = graph.add(

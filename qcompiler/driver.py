@@ -34,11 +34,9 @@ from qcompiler.printer import digest
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.base import Backend, Built, TargetSpec, TuningBudget
-from qcompiler.types import Precision
+from qcompiler.types import Array, Precision
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from qcompiler.onnx_import import ModelSource
 
 
@@ -71,7 +69,7 @@ def compile(
     evaluate: Evaluation | Callable[[CompiledModel], float] | None = None,
     budget: Budget | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    freeze: Mapping[str, npt.ArrayLike] | None = None,
+    freeze: Mapping[str, Array | float | bool] | None = None,
     tuning: object | None = None,
     seed: int = 0,
     progress: ProgressFn | None = None,
@@ -147,7 +145,7 @@ def quantize_model(
     calibration: SampleSource | None = None,
     precision: str | PrecisionPlan | os.PathLike[str] = "w8a8",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    freeze: Mapping[str, npt.ArrayLike] | None = None,
+    freeze: Mapping[str, Array | float | bool] | None = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
     instruments: Sequence[Instrument] = (),

@@ -66,16 +66,22 @@ def float_model(
     Raises:
         ModelError: ONNX Runtime cannot load the model.
     """
-    source: Any = model
-    if not isinstance(model, (str, os.PathLike)):
-        source = model.SerializeToString()
     session = Session(
-        source,
+        _bytes_or_path(model),
         optimization="basic" if quantized else "all",
         threads=threads or default_threads(),
     )
     executor = OrtExecutor(session, tuple(compiled.inputs), tuple(compiled.outputs))
     return CompiledModel(compiled.artifact, executor=executor, threads=threads)
+
+
+def _bytes_or_path(model: ModelSource) -> bytes | str:
+    """Return what ONNX Runtime loads: a path (external data lies beside it) or the bytes."""
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
+    proto: Any = getattr(model, "proto", model)
+    data: bytes = proto.SerializeToString()
+    return data
 
 
 def measured_report(
@@ -146,11 +152,8 @@ def measured_report(
 def _sizes(compiled: CompiledModel, model: ModelSource) -> dict[str, int]:
     artifact = compiled.artifact
     members = artifact.members()
-    if isinstance(model, (str, os.PathLike)):
-        path = pathlib.Path(model)
-        size = path.stat().st_size
-    else:
-        size = model.ByteSize()
+    source = _bytes_or_path(model)
+    size = len(source) if isinstance(source, bytes) else pathlib.Path(source).stat().st_size
     return {
         "artifact": sum(len(m) for m in members.values()),
         "parameters": len(artifact.params.data),

@@ -646,7 +646,8 @@ def softmax(
 
     8-bit x: d = max(x) - x and T = softmax_table(s_x)[d]. float32 x (attention scores with a
     mask): T = int32(rint(exp_f32(max(x - max(x), EXP_LEAST)) * 2**20)).
-    S = max(sum T, 1) (exact); r = float32(1 / s_y) / float32(S); y = clamp(rint(float32(T) * r) + z_y).
+    S = max(sum T, 1) (exact); r = float32(1 / s_y) / float32(S);
+    y = clamp(rint(float32(T) * r) + z_y).
     """
     if x_qparams is None:
         with np.errstate(invalid="ignore"):  # a row of -inf: all equal

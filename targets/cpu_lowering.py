@@ -461,7 +461,7 @@ def _pool(self: CpuLowering, node: Node) -> KernelCall | None:
     if not quantized and not is_float32(x) and not (name == "max_pool" and is_per_tensor(x)):
         return None
     window = Window(
-        x.shape[0], x.shape[1:3], out.shape[1:3],
+        x.shape[0], (x.shape[1], x.shape[2]), (out.shape[1], out.shape[2]),
         *(tuple(node.attr(k)) for k in ("kernel", "strides", "pads", "dilations")),
     )  # fmt: skip
     w = pool.PoolWorkload(
@@ -590,10 +590,6 @@ def _float_unary(self: CpuLowering, node: Node) -> KernelCall | None:
     function = node.op.name
     if function == "gelu" and node.attr("approximate") == "tanh":
         function = "gelu_tanh"
-    w = FloatUnaryWorkload(
-        function,
-        x.shape,
-        float(node.attrs.get("alpha") or 0.0),
-        float(node.attrs.get("beta") or 0.0),
-    )
+    alpha, beta = (float(node.attr(k)) if k in node.attrs else 0.0 for k in ("alpha", "beta"))
+    w = FloatUnaryWorkload(function, x.shape, alpha, beta)
     return self.call(function, w, float_unary, (x,))

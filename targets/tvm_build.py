@@ -20,7 +20,6 @@ def relax_pipeline() -> Any:
     import tvm
     from tvm import relax
 
-    @tvm.transform.module_pass(opt_level=0, name="DropArgumentChecks")
     def drop_checks(module: Any, _ctx: Any) -> Any:
         main = module["main"]
         body = main.body
@@ -50,7 +49,7 @@ def relax_pipeline() -> Any:
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
-            drop_checks,
+            tvm.transform.module_pass(drop_checks, opt_level=0, name="DropArgumentChecks"),
             relax.transform.AttachGlobalSymbol(),
         ]
     )

@@ -242,7 +242,8 @@ def _has_blocks(function: Any) -> bool:
 def _parallelize(schedule: Any, block: Any) -> None:
     loops = schedule.get_loops(block)
     kinds = [str(v.iter_type) for v in schedule.get(block).iter_vars]
-    total, spatial = 1, []
+    total = 1
+    spatial: list[Any] = []
     for loop, kind in zip(loops, kinds, strict=False):
         extent = schedule.get(loop).extent
         total *= int(extent)
