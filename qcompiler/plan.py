@@ -172,6 +172,8 @@ _NOT_FLOAT = frozenset({"not", "isnan", "isinf"})
 # operand is a scalar constant (or both come from one tensor).
 INTEGER_BINARY = frozenset({"add", "sub", "mul"})
 TABLE_BINARY = frozenset({"add", "sub", "mul", "div", "pow", "min", "max", "prelu"})
+# Functions whose small results matter as much as the large ones: a uniform 8-bit grid loses them.
+_WIDE = frozenset({"exp", "log", "pow", "reciprocal", "sqrt"})
 _REDUCTIONS = frozenset({"average_pool", "reduce_mean"})
 
 
@@ -188,6 +190,8 @@ def integer_obstacle(node: Node) -> str | None:
         return _compute_obstacle(node)
     if kind is OpKind.MOVEMENT:
         return _movement_obstacle(node)
+    if name in _WIDE or (name == "mul" and node.input(0) is node.input(1)):
+        return f"its results span too many magnitudes for 8 bits: {name}"
     if kind is OpKind.UNARY and name not in _NOT_FLOAT:
         return None
     if kind is OpKind.BINARY and name in TABLE_BINARY:

@@ -42,6 +42,15 @@ def test_uniform_says_why():
     assert uniform(g, "w4a8").reason("layer1.fc").endswith("int4 weights, int8 activations")
 
 
+@pytest.mark.parametrize("op", ["sqrt", "exp", "square"])
+def test_functions_of_many_magnitudes_stay_float(op):
+    g = Graph("net")
+    x = g.add_input("x", TensorType((2, 4), DType.FLOAT32))
+    y = g.add("mul", [x, x], name="f") if op == "square" else g.add(op, [x], name="f")
+    g.set_outputs([("y", y.output)])
+    assert uniform(g).reason("f").startswith("its results span too many magnitudes for 8 bits")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_float_plans_have_no_integers(precision):
     plan = uniform(network(), precision)
