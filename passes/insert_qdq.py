@@ -28,6 +28,7 @@ from qcompiler.numerics import (
 )
 from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.calibrate import Calibrate, CalibrationTable
+from qcompiler.passes.channel_affine import use_depthwise
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.regions import Kind, Regions, analyse, integer_operands
 from qcompiler.passes.weights import weight_qparams
@@ -78,6 +79,8 @@ class InsertQdq(Pass):
                 "the calibration table was made for another graph",
                 hint="calibrate again: ranges belong to one graph after the same passes",
             )
+        if use_depthwise(graph, regions):
+            regions = analyse(graph, plan, integer_scores=self.integer_scores)
         _Insertion(graph, plan, regions, table).run()
         return True
 

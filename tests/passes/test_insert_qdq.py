@@ -331,6 +331,25 @@ def test_scores_stay_float_unless_asked():
     assert held(graph.node("softmax_0"), 0).dtype is DType.UINT8
 
 
+def test_a_normalization_between_products_is_a_depthwise_convolution():
+    net = Net()
+    x = net.input(1, 3, 8, 8)
+    a = net.conv(x, 4, name="conv1")
+    scaled = net.op("mul", a, net.const(4, 1, 1, name="f"))
+    shifted = net.op("add", scaled, net.const(1, 4, 1, 1, name="s"))
+    net.done(net.conv(net.op("relu", shifted), 4, name="conv2"), net.op("tanh", a))
+    sample = net.sample()
+    graph, _ = insert(net.g, observed(net.g, sample))
+    norm = graph.node("mul_0")
+    assert norm.op.name == "conv"
+    assert norm.attr("group") == 4
+    assert norm.sources == ("mul_0", "add_0")
+    assert np.abs(held(norm, 1).array()).min() == 127  # the factors are exact
+    assert [n.op.name for n in norm.output.users] == ["relu"]
+    before, after = run(net.g, sample)["y0"], run(graph, sample)["y0"]
+    assert np.abs(before - after).max() < 0.02 * np.abs(before).max()
+
+
 def test_a_float_plan_quantizes_nothing():
     net = small_cnn()
     plan = uniform(net.g, "fp32")
@@ -365,6 +384,6 @@ def test_table_of_another_graph():
 
 def test_missing_range_names_the_tensor():
     net = small_cnn()
-    with pytest.raises(CalibrationError, match="no range for x, relu_0.out,") as caught:
+    with pytest.raises(CalibrationError, match=r"no range for x, relu_0\.out,") as caught:
         insert(net.g, CalibrationTable({}, digest(net.g)))
     assert caught.value.value == "x"
