@@ -13,20 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
+from qcompiler.targets.kernels.lanes import lane_channels
 from qcompiler.targets.kernels.tir import Expr
 
-__all__ = ["in_order", "interleave", "lane_channels", "narrowed", "scattered"]
-
-
-def lane_channels(lanes: int) -> npt.NDArray[np.int64]:
-    """Channel in each 32-bit lane of the four parts: shape [4, lanes / 4]."""
-    lane = np.arange(lanes // 4)
-    part = np.arange(4)[:, None]
-    return lane // 4 * 16 + part * 4 + lane % 4
+__all__ = ["in_order", "interleave", "narrowed", "scattered"]
 
 
 def interleave(rows: Sequence[Expr]) -> list[Expr]:

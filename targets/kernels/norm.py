@@ -29,7 +29,8 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own sc
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.fmath import exp
-from qcompiler.targets.kernels.interleave import in_order, interleave, lane_channels, narrowed
+from qcompiler.targets.kernels.interleave import in_order, interleave, narrowed
+from qcompiler.targets.kernels.lanes import lane_channels
 from qcompiler.targets.kernels.pointwise import permute_look_up
 from qcompiler.targets.kernels.simd import (
     STACK_BYTES,
