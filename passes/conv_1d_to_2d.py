@@ -87,7 +87,14 @@ def _widen(graph: Graph, node: Node) -> bool:
             attrs[key] = (entry, *node.attr(key))
     begin, end = node.attr("pads")
     attrs["pads"] = (0, begin, 0, end)
-    wide = graph.add(node.op.name, operands, attrs, name=f"{node.name}/wide", sources=node.sources)
+    wide = graph.add(
+        node.op.name,
+        operands,
+        attrs,
+        name=f"{node.name}/wide",
+        names=[f"{node.output.name}/wide"],
+        sources=node.sources,
+    )
     back = graph.add(
         "reshape", [wide.output], {"shape": node.output.shape}, name=f"{node.name}/narrow"
     )
@@ -121,7 +128,14 @@ def _sink(graph: Graph, node: Node) -> None:
             return
     if all(v.is_constant for v in operands):
         return
-    wide_node = graph.add(node.op.name, operands, node.attrs, name=node.name, sources=node.sources)
+    wide_node = graph.add(
+        node.op.name,
+        operands,
+        node.attrs,
+        name=f"{node.name}/wide",
+        names=[f"{node.output.name}/wide"],
+        sources=node.sources,
+    )
     back = graph.add(
         "reshape",
         [wide_node.output],

@@ -48,7 +48,8 @@ def _fold(graph: Graph, node: Node) -> bool:
         return False
     scale, bias, mean, var = (np.asarray(a, np.float64) for a in arrays)
     epsilon = float(node.attr("epsilon"))
-    factor = scale / np.sqrt(var + epsilon)
+    with np.errstate(all="ignore"):
+        factor = scale / np.sqrt(var + epsilon)
     shift = bias - mean * factor
     if not (np.isfinite(factor).all() and np.isfinite(shift).all()):
         return False  # broken statistics: leave them visible

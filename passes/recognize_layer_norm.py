@@ -237,8 +237,10 @@ def _take_scale_and_bias(graph: Graph, node: Node) -> bool:
     changed = False
     for op, i in (("mul", 1), ("add", 2)):
         y = node.output
-        if not only_use(graph, y) or node.optional(i) is not None:
+        if not only_use(graph, y):
             break
+        if node.optional(i) is not None:
+            continue
         user = y.users[0]
         found = constant_operand(user)
         blocked = op == "mul" and node.optional(2) is not None

@@ -38,13 +38,19 @@ class SimplifyArithmetic(Pass):
         """Return whether anything was rewritten."""
         del ctx
         changed = False
-        for node in graph.nodes:
-            rewrite = _RULES.get(node.op.name)
-            if rewrite is not None:
-                changed |= rewrite(graph, node)
-        if changed:
+        while _sweep(graph):  # each rule shrinks the graph or leaves a form that no rule takes
+            changed = True
             graph.sort()
         return changed
+
+
+def _sweep(graph: Graph) -> bool:
+    changed = False
+    for node in graph.nodes:
+        rewrite = _RULES.get(node.op.name)
+        if rewrite is not None:
+            changed |= rewrite(graph, node)
+    return changed
 
 
 def _replace(graph: Graph, node: Node, op: str, *inputs: Value, inner: Node | None = None) -> bool:
@@ -81,9 +87,8 @@ def _joined(graph: Graph, node: Node, i: int) -> bool:
     data = wide(a.array().astype(np.float64), b.array().astype(np.float64))
     if data.shape not in (a.shape, b.shape):
         return False  # joining would make a larger constant than either
-    return _replace(
-        graph, node, node.op.name, inner.input(1 - j), _constant(graph, b, data, "joined")
-    )
+    joined = _constant(graph, b, data, "joined")
+    return _replace(graph, node, node.op.name, inner.input(1 - j), joined, inner=inner)
 
 
 def _add(graph: Graph, node: Node) -> bool:
