@@ -29,7 +29,7 @@ from qcompiler.passmanager import (
     TimeInstrument,
     no_progress,
 )
-from qcompiler.plan import PrecisionPlan, uniform
+from qcompiler.plan import PrecisionPlan, found_in, uniform
 from qcompiler.printer import digest
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
@@ -171,9 +171,10 @@ def quantize_model(
     imported_qdq = graph.stage is Stage.QDQ
     graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
     if imported_qdq:
-        plan = uniform(graph, Precision.W8A8)
-        if stage is Stage.INTEGER:
-            graph = PassManager([Fuse()], instruments).run(graph, ctx)
+        integer = PassManager([Fuse()], instruments).run(graph, ctx)
+        plan = found_in(integer)
+        sources["plan"] = plan.digest()
+        graph = integer if stage is Stage.INTEGER else graph
         return Quantized(None, graph, plan, sources, 0, ctx.log)
     plan = _plan(precision, graph, spec)
     sources["graph"] = digest(graph)

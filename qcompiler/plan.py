@@ -269,3 +269,30 @@ def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> Precis
 def _words(precision: Precision) -> str:
     w, a = precision.weight_bits, precision.activation_bits
     return f"int{w}" if w == a else f"int{w} weights, int{a} activations"
+
+
+def precision_of(node: Node) -> Precision:
+    """Return what a node of an INTEGER graph computes in."""
+    weight = node.optional(1)
+    product = node.op.name in ("qconv", "qmatmul")
+    if product and weight is not None and weight.is_constant and weight.qparams is not None:
+        bits = (weight.qparams.qmax - weight.qparams.qmin).bit_length()
+        for p in Precision:
+            if p.is_integer and (p.weight_bits, p.activation_bits) == (bits, 8):
+                return p
+        return Precision.W8A8
+    quantized = any(v.type.is_quantized for v in (*node.operands, *node.outputs))
+    return Precision.W8A8 if quantized else Precision.FP32
+
+
+def found_in(graph: Graph) -> PrecisionPlan:
+    """Return the plan that an INTEGER graph of an already quantized model amounts to."""
+    nodes: dict[str, Decision] = {}
+    for node in graph.nodes:
+        precision = precision_of(node)
+        if precision.is_integer:
+            decision = Decision(precision, "quantized in the model: its scales are kept")
+        else:
+            decision = Decision(precision, f"float in the model: {node.op.name}")
+        nodes[node.name] = decision
+    return PrecisionPlan(nodes)

@@ -17,6 +17,7 @@ from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Node
 from qcompiler.manifest import loads
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
+from qcompiler.plan import precision_of
 from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
 from qcompiler.types import Array, Precision
 
@@ -57,16 +58,11 @@ class ReferenceBackend(Backend):
             parameter_names=tuple(v.name for v in lowered.constants()),
             graph=lowered,
             regions=tuple(
-                Region(n.name, (n.op.name,), n.sources, _precision(n), ()) for n in lowered.nodes
+                Region(n.name, (n.op.name,), n.sources, precision_of(n), ()) for n in lowered.nodes
             ),
             members={"graph.json": json.dumps(doc, separators=(",", ":")).encode()},
             executor="interpreter",
         )
-
-
-def _precision(node: Node) -> Precision:
-    quantized = any(v.type.is_quantized for v in node.outputs) or node.op.name.startswith("q")
-    return Precision.W8A8 if quantized else Precision.FP32
 
 
 def make(name: str) -> Backend:

@@ -21,6 +21,7 @@ import numpy as np
 from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
+from qcompiler.plan import precision_of
 from qcompiler.targets.base import Region
 from qcompiler.types import Array, Precision
 
@@ -280,20 +281,6 @@ class _Emitter:
 
             return self.bb.emit_te(topi.identity, self.env[v])
         return self.env[v]
-
-
-def precision_of(node: Node) -> Precision:
-    """Return what a node of an INTEGER graph computes in."""
-    if node.op.name in ("qconv", "qmatmul"):
-        weight, x = node.input(1).qparams, node.input(0).qparams
-        if weight is not None and x is not None and node.input(1).is_constant:
-            bits = (weight.qmax - weight.qmin).bit_length(), (x.qmax - x.qmin).bit_length()
-            for p in Precision:
-                if p.is_integer and (p.weight_bits, p.activation_bits) == bits:
-                    return p
-        return Precision.W8A8
-    quantized = any(v.type.is_quantized for v in (*node.operands, *node.outputs))
-    return Precision.W8A8 if quantized else Precision.FP32
 
 
 def _import_regions(plan: _Plan, graph: Graph, target: Any) -> dict[tuple[Node, ...], Any]:

@@ -20,10 +20,10 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own sc
 
 from qcompiler.numerics import (
     EXP_COEFFICIENTS,
+    EXP_LEAST,
     LN2_HIGH,
     LN2_LOW,
     LOG2_E,
-    EXP_LEAST,
     SOFTMAX_BITS,
 )
 from qcompiler.targets.isa import Isa
