@@ -61,7 +61,8 @@ class Isa:
     """LLVM intrinsic of (operation, vector bits).  Operations: "madd_i16" (int16 pairs to int32),
     "madd_u8s8" (u8 x s8 pairs to int16, saturating), "dot_u8s8" (four u8 x s8 products added to
     int32), "round_i32" (float32 to int32, ties to even), "pack_i16" (two int32 vectors to int16,
-    saturating, within 128-bit lanes), "pack_u8" and "pack_i8" (two int16 vectors to 8 bits)."""
+    saturating, within 128-bit lanes), "pack_u8" and "pack_i8" (two int16 vectors to 8 bits),
+    "sum_u8" (absolute differences of u8 added by eights to int64)."""
 
     def lanes(self, bits: int | None = None) -> int:
         """How many 32-bit lanes a vector of `bits` (default: the widest) has."""
@@ -74,6 +75,7 @@ class Isa:
 
 _SSE2: dict[IntrinsicKey, str] = {
     ("madd_i16", 128): "llvm.x86.sse2.pmadd.wd",
+    ("sum_u8", 128): "llvm.x86.sse2.psad.bw",
     ("round_i32", 128): "llvm.x86.sse2.cvtps2dq",
     ("pack_i16", 128): "llvm.x86.sse2.packssdw.128",
     ("pack_u8", 128): "llvm.x86.sse2.packuswb.128",
@@ -84,6 +86,7 @@ _AVX2: dict[IntrinsicKey, str] = {
     ("madd_u8s8", 128): "llvm.x86.ssse3.pmadd.ub.sw.128",
     ("madd_u8s8", 256): "llvm.x86.avx2.pmadd.ub.sw",
     ("madd_i16", 256): "llvm.x86.avx2.pmadd.wd",
+    ("sum_u8", 256): "llvm.x86.avx2.psad.bw",
     ("round_i32", 256): "llvm.x86.avx.cvt.ps2dq.256",
     ("pack_i16", 256): "llvm.x86.avx2.packssdw",
     ("pack_u8", 256): "llvm.x86.avx2.packuswb",
@@ -99,6 +102,7 @@ _AVX512VNNI: dict[IntrinsicKey, str] = {
     **_AVXVNNI,
     ("dot_u8s8", 512): "llvm.x86.avx512.vpdpbusd.512",
     ("madd_i16", 512): "llvm.x86.avx512.pmaddw.d.512",
+    ("sum_u8", 512): "llvm.x86.avx512.psad.bw.512",
     ("madd_u8s8", 512): "llvm.x86.avx512.pmaddubs.w.512",
     ("round_i32", 512): "llvm.x86.avx512.mask.cvtps2dq.512",
     ("pack_i16", 512): "llvm.x86.avx512.packssdw.512",

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.macro import (
     Accumulators,
     MacroKernel,
@@ -29,14 +30,15 @@ from qcompiler.targets.kernels.macro import (
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
+    alias,
     bind,
     cast,
     intrinsic,
     load,
-    local,
     minimum,
     own_function,
     parallel,
+    registers,
     reinterpret,
     scratch,
     select_lazy,
@@ -111,29 +113,48 @@ def _rows(kernel: MacroKernel, workload: MatmulWorkload, matrix: Expr, first_row
         return source
     terms = scratch(rows, "int32")
     zero_point = bind(load(kernel.constants["zero_points"], 1, 1))
-    with serial(minimum(rows, m - first_row)) as row:
-        base = bind(source.origin + (first_row + row) * k)
-        store(terms, row, (0 - zero_point) * _row_sum(source.buffer, base, k))
-    return replace(source, row_terms=terms, first_row=first_row)
+    with (
+        serial(rows) as row,
+        own_function(f"{kernel.name}_row"),
+    ):
+        base = bind(source.origin + minimum(first_row + row, m - 1) * k)
+        total = _row_sum(kernel.isa, source.buffer, base, k)
+        store(terms, row, (0 - zero_point) * total)
+    return replace(source, row_terms=alias(terms, (rows,), "int32"), first_row=first_row)
 
 
-def _row_sum(buffer: Buffer, base: Expr, count: int) -> Expr:
+def _row_sum(isa: Isa, buffer: Buffer, base: Expr, count: int) -> Expr:
     """The int32 sum of `count` consecutive u8."""
-    lanes = 16
-    whole = count // lanes
-    total = local(1, "int32")
-    store(total, 0, splat(0, "int32", 1))
-    if whole:
-        sums = local(lanes, "int32")
-        store(sums, 0, splat(0, "int32", lanes))
+    total: Expr = splat(0, "int32", 1)
+    at = 0
+    for bits in (isa.vector_bits, 128):
+        size = bits // 8
+        name = isa.intrinsic("sum_u8", bits)
+        whole = (count - at) // size
+        if name is None or not whole:
+            continue
+        words = bits // 64
+        sums = registers(words, "int64")
+        store(sums, 0, splat(0, "int64", words))
         with serial(whole) as chunk:
-            piece = cast(load(buffer, base + chunk * lanes, lanes), "int32")
-            store(sums, 0, load(sums, 0, lanes) + piece)
-        reduced = intrinsic("int32", "llvm.vector.reduce.add", load(sums, 0, lanes))
-        store(total, 0, reduced)
-    for at in range(whole * lanes, count):
-        store(total, 0, load(total, 0, 1) + cast(load(buffer, base + at, 1), "int32"))
-    return load(total, 0, 1)
+            piece = load(buffer, base + at + chunk * size, size)
+            part = intrinsic(f"int64x{words}", name, piece, splat(0, "uint8", size))
+            store(sums, 0, load(sums, 0, words) + part)
+        halves = load(sums, 0, words)
+        while words > 1:
+            words //= 2
+            halves = bind(halves)
+            low, high = shuffle([halves], range(words)), shuffle([halves], range(words, 2 * words))
+            halves = low + high
+        total = total + cast(halves, "int32")
+        at += whole * size
+    if at == count:
+        return total
+    rest = registers(1, "int32")
+    store(rest, 0, total)
+    with serial(at, count) as k:
+        store(rest, 0, load(rest, 0, 1) + cast(load(buffer, base + k, 1), "int32"))
+    return load(rest, 0, 1)
 
 
 class _Operands:
@@ -171,84 +192,95 @@ class _Operands:
         plan, workload = self.kernel.plan, self.workload
         groups = self.kernel.geometry.k_groups
         starts, valid = self.kernel.columns(tile)
+        if len(starts) == 1:
+            starts = [bind(starts[0] + v * plan.lanes) for v in range(plan.nv)]
         near = bind(tile - self.begin)
-        step = Step(
-            self.kernel.isa,
-            self.kind,
-            self.weight,
-            Accumulators(1, plan.nv, plan.lanes, "float32" if self.is_float else "int32"),
-        )
+        sums = Accumulators(1, plan.nv, plan.lanes, "float32" if self.is_float else "int32")
+        step = Step(self.kernel.isa, self.kind, self.weight, sums)
         base = bind(near * (groups * step.weight_elements))
         for v in range(plan.nv):
-            start = starts[v] if len(starts) > 1 else starts[0] + v * plan.lanes
-            whole = workload.k // self.group if valid == plan.lanes else 0
-            if whole and workload.transpose_b:
-                whole = self._transposed(base, v, start, whole)
-            elif whole:
-                self._interleaved(base, v, start, whole)
+            sums.put(0, v, splat(0, "float32" if self.is_float else "int32", plan.lanes))
+        whole = workload.k // self.group if valid == plan.lanes else 0
+        if workload.transpose_b:
+            whole = whole // 4 * 4
+            for v, start in enumerate(starts):
+                self._transposed(base, v, start, whole)
+        elif whole:
+            self._interleaved(base, starts, whole, step)
+        for v, start in enumerate(starts):
             self._one_by_one(base, v, start, valid, whole)
+        if not self.is_float:
+            self._add_sums(step, base, 0 if workload.transpose_b else whole, groups)
         for v in range(plan.nv):
             index = bind(tile * plan.nt + v * plan.lanes)
             bias = load(self.kernel.constants["bias"], index, plan.lanes)
             if not self.is_float:
-                bias = bias + self._column_term(step, base, v)
+                bias = bias + self._column_term(sums.get(0, v))
             store(self.bias, near * plan.nt + v * plan.lanes, bias)
 
-    def _column_term(self, step: Step, base: Expr, v: int) -> Expr:
+    def _ones(self) -> list[Expr]:
+        """A group of activations that are all one."""
+        lanes = self.kernel.plan.lanes
+        if self.kind == "exact":
+            return [splat(1, "int16", 2 * lanes)] * 2
+        return [splat(1, "uint8", 4 * lanes)]
+
+    def _add_sums(self, step: Step, base: Expr, start: int, stop: int) -> None:
+        """Add the packed K-groups `start` to `stop` to the column sums."""
+        if start == stop:
+            return
+        with serial(start, stop) as k:
+            weights = step.weights(base + k * step.weight_elements)
+            for v, weight in enumerate(weights):
+                step.acc.put(0, v, step.multiply(step.acc.get(0, v), self._ones(), weight))
+
+    def _column_term(self, total: Expr) -> Expr:
         """`K * za * zb - za * column sum`."""
         lanes = self.kernel.plan.lanes
-        acc = step.acc
-        ones = (
-            [splat(1, "int16", 2 * lanes)] * 2
-            if self.kind == "exact"
-            else [splat(1, "uint8", 4 * lanes)]
-        )
-        acc.put(0, v, splat(0, "int32", lanes))
-        with serial(self.kernel.geometry.k_groups) as k:
-            weights = step.weights(base + k * step.weight_elements)[v]
-            acc.put(0, v, step.multiply(acc.get(0, v), ones, weights))
         points = self.kernel.constants["zero_points"]
         constant = splat(load(points, 2, 1), "int32", lanes)
-        return constant - splat(load(points, 0, 1), "int32", lanes) * acc.get(0, v)
+        return constant - splat(load(points, 0, 1), "int32", lanes) * total
 
-    def _put(self, base: Expr, k: Expr, v: int, lane: int, quads: Expr, lanes: int) -> None:
-        """Store `lanes` K-groups (int32 of four bytes) of neighbouring columns."""
+    def _put(self, base: Expr, k: Expr, v: int, lane: Expr, quads: Expr, lanes: int) -> list[Expr]:
+        """Store `lanes` K-groups (int32 of four bytes) of neighbouring columns; return them."""
         plan = self.kernel.plan
         if self.flip:
             quads = quads ^ splat(-2139062144, "int32", lanes)  # 0x80808080
         if self.kind != "exact":
             at = base + (k * plan.nv + v) * (plan.lanes * 4) + lane * 4
-            store(self.weight, at, reinterpret(quads, "int8", 4 * lanes))
-            return
+            quads = bind(reinterpret(quads, "int8", 4 * lanes))
+            store(self.weight, at, quads)
+            return [quads]
         words = bind(reinterpret(quads, "int16", 2 * lanes))
         eight = splat(8, "int16", 2 * lanes)
-        for half, value in enumerate(((words << eight) >> eight, words >> eight)):
+        halves = [bind((words << eight) >> eight), bind(words >> eight)]
+        for half, value in enumerate(halves):
             at = base + ((k * 2 + half) * plan.nv + v) * (plan.lanes * 2) + lane * 2
             store(self.weight, at, value)
+        return halves
 
-    def _interleaved(self, base: Expr, v: int, start: Expr, whole: int) -> None:
-        """B is [K, N]: rows of a group are interleaved byte by byte."""
+    def _interleaved(self, base: Expr, starts: Sequence[Expr], whole: int, step: Step) -> None:
+        """B is [K, N]: rows of a group are interleaved byte by byte; adds to the column sums."""
         n, lanes = self.workload.n, self.kernel.plan.lanes
-        first = bind(self.origin + start)
         with serial(whole) as k:
-            if self.is_float:
-                at = base + (k * self.kernel.plan.nv + v) * lanes
-                store(self.weight, at, load(self.b, first + k * n, lanes))
-                return
-            rows = [bind(load(self.b, first + (k * 4 + r) * n, lanes)) for r in range(4)]
-            pairs = [bind(_interleave(rows[i], rows[i + 1], 1, lanes)) for i in (0, 2)]
-            quads = reinterpret(_interleave(pairs[0], pairs[1], 2, lanes), "int32", lanes)
-            self._put(base, k, v, 0, bind(quads), lanes)
+            for v, start in enumerate(starts):
+                first = bind(self.origin + start + k * (self.group * n))
+                if self.is_float:
+                    at = base + (k * self.kernel.plan.nv + v) * lanes
+                    store(self.weight, at, load(self.b, first, lanes))
+                    continue
+                rows = [bind(load(self.b, first + r * n, lanes)) for r in range(4)]
+                pairs = [bind(_interleave(rows[i], rows[i + 1], 1, lanes)) for i in (0, 2)]
+                quads = reinterpret(_interleave(pairs[0], pairs[1], 2, lanes), "int32", lanes)
+                weight = self._put(base, k, v, 0, bind(quads), lanes)
+                step.acc.put(0, v, step.multiply(step.acc.get(0, v), self._ones(), weight))
 
-    def _transposed(self, base: Expr, v: int, start: Expr, whole: int) -> int:
-        """B is [N, K]: four columns times four groups are transposed at a time.
-
-        Returns the number of groups done, a multiple of four.
-        """
+    def _transposed(self, base: Expr, v: int, start: Expr, whole: int) -> None:
+        """B is [N, K]: four columns times four groups are transposed at a time."""
         k_extent, lanes = self.workload.k, self.kernel.plan.lanes
         blocks = whole // 4
         if not blocks:
-            return 0
+            return
         first = bind(self.origin + start * k_extent)
         dtype, size = ("float32", 1) if self.is_float else ("int32", 4)
         with serial(lanes // 4) as quarter, serial(blocks) as block:
@@ -269,7 +301,6 @@ class _Operands:
                     store(self.weight, at, column)
                 else:
                     self._put(base, k, v, lane, column, 4)
-        return blocks * 4
 
     def _one_by_one(self, base: Expr, v: int, start: Expr, valid: int, done: int) -> None:
         """The K-groups from `done` on, element by element, with zeros where there is no element."""

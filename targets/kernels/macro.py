@@ -205,13 +205,14 @@ class MacroKernel:
         dtype = "float32" if self.facts.dot == "float" else "int32"
         acc = Accumulators(len(pixels), nv, lanes, dtype)
         near_tile = bind(tile - source.first_tile)
+        near_row = bind(row - source.first_row)
         for v in range(nv):
             index = near_tile * plan.nt + v * lanes
             bias = bind(load(self.constants["bias"], index, lanes))
             for m, (r, _) in enumerate(pixels):
                 total = bias
                 if source.row_terms is not None:
-                    term = load(source.row_terms, row + r - source.first_row, 1)
+                    term = load(source.row_terms, near_row + r, 1)
                     total = total + splat(term, "int32", lanes)
                 acc.put(m, v, total)
 
