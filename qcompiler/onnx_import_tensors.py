@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError
 from qcompiler.types import Array, DType, TensorType
@@ -136,8 +136,7 @@ def read_tensor(tensor: TensorProto, folder: pathlib.Path | None, what: str) -> 
             f" {nbytes}: the file is damaged"
         )
     if dtype in _DECODED:
-        plain = TensorProto(data_type=tensor.data_type, dims=shape, raw_data=raw)
-        return from_onnx_array(numpy_helper.to_array(plain))
+        return _decoded(np.frombuffer(raw, np.uint8), dtype, count).reshape(shape), dtype
     little = np.dtype(dtype.numpy).newbyteorder("<")
     return np.frombuffer(raw, little).reshape(shape).astype(dtype.numpy, copy=False), dtype
 
@@ -162,7 +161,35 @@ def _typed(
             f"{what} holds {len(values)} values, its shape {list(shape)} needs {expected}:"
             " the file is damaged"
         )
-    return from_onnx_array(numpy_helper.to_array(tensor))[0]
+    if dtype in _DECODED:
+        width = np.uint8 if dtype in _PACKED else np.uint16
+        raw = np.asarray(values, np.int64).astype(width).view(np.uint8)
+        return _decoded(raw, dtype, count).reshape(shape)
+    if dtype is DType.FLOAT16:
+        return np.asarray(values, np.int64).astype(np.uint16).view(np.float16).reshape(shape)
+    return np.asarray(values).astype(dtype.numpy).reshape(shape)
+
+
+def _decoded(raw: Array, dtype: DType, count: int) -> Array:
+    """Unpack 4-bit integers (low half of a byte first) or widen bfloat16, from bytes."""
+    if dtype is DType.BFLOAT16:
+        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    halves = np.stack([raw & 15, raw >> 4], axis=-1).reshape(-1)[:count]
+    if dtype is DType.UINT4:
+        return halves
+    return ((halves ^ 8).astype(np.int16) - 8).astype(np.int8)
+
+
+def _encoded(data: Array, dtype: DType) -> bytes:
+    """Do the reverse of `_decoded`; bfloat16 rounds to nearest even."""
+    if dtype is DType.BFLOAT16:
+        bits = np.ascontiguousarray(data, np.float32).reshape(-1).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        quiet = np.where(np.isnan(data.reshape(-1)), (bits >> 16) | 64, rounded)
+        return quiet.astype("<u2").tobytes()
+    flat = data.reshape(-1).astype(np.uint8) & 15
+    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
+    return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
 def _external(tensor: TensorProto, folder: pathlib.Path | None, nbytes: int, what: str) -> bytes:
@@ -209,14 +236,10 @@ def _external(tensor: TensorProto, folder: pathlib.Path | None, nbytes: int, wha
 def make_tensor(data: Array, dtype: DType, name: str) -> TensorProto:
     """Return a TensorProto that holds the array."""
     if dtype in _DECODED:
-        return numpy_helper.from_array(to_onnx_array(data, dtype), name)
-    little = np.ascontiguousarray(data).astype(np.dtype(dtype.numpy).newbyteorder("<"), copy=False)
-    return TensorProto(
-        name=name,
-        data_type=elem_type_of(dtype),
-        dims=data.shape,
-        raw_data=little.tobytes(),
-    )
+        raw = _encoded(data, dtype)
+    else:
+        raw = data.astype(np.dtype(dtype.numpy).newbyteorder("<"), copy=False).tobytes()
+    return TensorProto(name=name, data_type=elem_type_of(dtype), dims=data.shape, raw_data=raw)
 
 
 def make_type(type: TensorType) -> onnx.TypeProto:
