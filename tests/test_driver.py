@@ -1,0 +1,195 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""`qcompiler.compile` end to end on the bundled models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import qcompiler
+from qcompiler.errors import (
+    DataError,
+    InfeasibleBudgetError,
+    ShapeError,
+    UnknownTargetError,
+    UnsupportedByTargetError,
+    UsageError,
+)
+
+DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn"
+MODEL = DIGITS / "model.onnx"
+
+
+@pytest.fixture(scope="module")
+def calibration() -> dict[str, Any]:
+    return dict(np.load(DIGITS / "calib.npz"))
+
+
+@pytest.fixture(scope="module")
+def compiled(calibration: dict[str, Any]) -> qcompiler.CompiledModel:
+    evaluation = qcompiler.Evaluation(DIGITS / "eval.npz", "top1")
+    return qcompiler.compile(MODEL, calibration=calibration, evaluate=evaluation)
+
+
+def test_the_report_holds_what_the_interface_names(compiled: qcompiler.CompiledModel) -> None:
+    report = compiled.report
+    assert report is not None
+    assert report["target"].startswith("x86-")
+    assert report["metric"]["drop"] <= 1.0
+    assert report["metric"]["compiled"] > 0.98
+    assert report["latency_ms"]["compiled"] > 0
+    assert report["latency_ms"]["float"] > 0
+    assert 0 < report["size_bytes"]["parameters"] < report["size_bytes"]["artifact"]
+    assert report["size_bytes"]["model"] == MODEL.stat().st_size
+    assert {d["precision"] for d in report["precision"].values()} <= {"w8a8", "fp32"}
+    assert all(d["reason"] for d in report["precision"].values())
+    assert {"model", "calibration", "plan"} <= set(report["digests"])
+    assert report["seconds"]["total"] > 0
+    for node in report["nodes"]:
+        assert node["latency_ms"] is not None, node
+    assert {"qconv", "qmatmul"} <= {op for n in report["nodes"] for op in n["ops"]}
+
+
+def test_same_inputs_same_bytes(
+    compiled: qcompiler.CompiledModel, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    again = qcompiler.compile(MODEL, calibration=calibration)
+    compiled.save(tmp_path / "a.qcm")
+    again.save(tmp_path / "b.qcm")
+    assert (tmp_path / "a.qcm").read_bytes() == (tmp_path / "b.qcm").read_bytes()
+
+
+def test_save_load_run(compiled: qcompiler.CompiledModel, tmp_path: Path) -> None:
+    compiled.save(tmp_path / "net.qcm")
+    x = np.load(DIGITS / "eval.npz")["input"][:7]
+    loaded = qcompiler.load(tmp_path / "net.qcm")
+    want = compiled({"input": x})["logits"]
+    assert want.shape == (7, 10)
+    for threads in (1, 2):
+        np.testing.assert_array_equal(loaded({"input": x}, threads=threads)["logits"], want)
+    np.testing.assert_array_equal(loaded(x)["logits"], want)
+
+
+def test_the_reference_target_gives_the_same_numbers(
+    compiled: qcompiler.CompiledModel, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    reference = qcompiler.compile(MODEL, target="reference", calibration=calibration)
+    x = np.load(DIGITS / "eval.npz")["input"][:5]
+    want = compiled(x)["logits"]
+    np.testing.assert_array_equal(reference(x)["logits"], want)
+    reference.save(tmp_path / "ref.qcm")
+    np.testing.assert_array_equal(qcompiler.load(tmp_path / "ref.qcm")(x)["logits"], want)
+
+
+def test_fp32_needs_no_samples() -> None:
+    model = qcompiler.compile(MODEL, precision="fp32")
+    x = np.load(DIGITS / "eval.npz")["input"][:3]
+    from qcompiler.ort import Session
+
+    want = np.concatenate([Session(MODEL).run({"input": x[i : i + 1]})["logits"] for i in range(3)])
+    np.testing.assert_allclose(model(x)["logits"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_four(calibration: dict[str, Any]) -> None:
+    one = qcompiler.compile(MODEL, calibration=calibration)
+    four = qcompiler.compile(MODEL, calibration=calibration, input_shapes={"input": (4, 1, 8, 8)})
+    x = np.load(DIGITS / "eval.npz")["input"][:6]
+    np.testing.assert_array_equal(four(x)["logits"], one(x)["logits"])
+
+
+def test_a_model_in_memory(calibration: dict[str, Any]) -> None:
+    model = qcompiler.compile(onnx.load(MODEL), calibration=calibration, target="x86-64")
+    assert model.target.name == "x86-64"
+
+
+def test_a_saved_plan(calibration: dict[str, Any], tmp_path: Path) -> None:
+    from qcompiler.plan import PrecisionPlan
+
+    first = qcompiler.compile(MODEL, calibration=calibration)
+    plan = PrecisionPlan.from_json(dict(first.plan))
+    plan.save(tmp_path / "plan.json")
+    again = qcompiler.compile(MODEL, calibration=calibration, precision=tmp_path / "plan.json")
+    assert again.artifact.digest() == first.artifact.digest()
+
+
+def test_progress_is_reported(calibration: dict[str, Any]) -> None:
+    seen: dict[str, tuple[int, int]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        assert 0 <= done <= total
+        seen[stage] = (done, total)
+
+    qcompiler.compile(MODEL, calibration=calibration, progress=progress)
+    assert {"import", "calibrate", "lower", "build"} <= set(seen)
+    assert all(done == total for done, total in seen.values())
+
+
+def test_budget_that_is_kept_and_one_that_is_not(calibration: dict[str, Any]) -> None:
+    budget = qcompiler.Budget(max_size_mb=1.0)
+    qcompiler.compile(MODEL, calibration=calibration, budget=budget)
+    budget = qcompiler.Budget(max_size_mb=0.001)
+    with pytest.raises(InfeasibleBudgetError, match="max_size_mb is") as caught:
+        qcompiler.compile(MODEL, calibration=calibration, budget=budget)
+    assert isinstance(caught.value.best, qcompiler.CompiledModel)
+    assert caught.value.least["max_size_mb"] > 0.001
+    with pytest.raises(UsageError, match="max_drop cannot be checked"):
+        qcompiler.compile(MODEL, calibration=calibration, budget=qcompiler.Budget(max_drop=1))
+
+
+def test_own_scoring_function(calibration: dict[str, Any]) -> None:
+    samples = np.load(DIGITS / "eval.npz")
+
+    def score(model: qcompiler.CompiledModel) -> float:
+        found = model(samples["input"][:50])["logits"].argmax(1)
+        return float((found == samples["label"][:50]).mean())
+
+    model = qcompiler.compile(MODEL, calibration=calibration, evaluate=score)
+    assert model.report is not None
+    assert model.report["metric"]["compiled"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, DataError, "needs calibration samples"),
+        ({"target": "z80"}, UnknownTargetError, "unknown target 'z80'"),
+        ({"precision": "w9a9"}, UsageError, "unknown precision 'w9a9'"),
+        ({"precision": "fp16", "target": "x86-64"}, UnsupportedByTargetError, "no kernels for"),
+        ({"precision": "fp32", "input_shapes": {"inputs": (1, 1, 8, 8)}}, UsageError, "'inputs'"),
+        ({"precision": "fp32", "input_shapes": {"input": (1, 2, 8, 8)}}, UsageError, "declared"),
+        ({"calibration": {"image": np.zeros((4, 1, 8, 8), "f")}}, DataError, "input"),
+        ({"calibration": {"input": np.zeros((4, 1, 8, 9), "f")}}, DataError, "8, 9"),
+        ({"calibration": {"input": np.zeros((4, 1, 8, 8), "u1")}}, DataError, "uint8"),
+        ({"calibration": {"input": np.zeros((0, 1, 8, 8), "f")}}, DataError, "input|empty"),
+        ({"calibration": {"input": np.full((4, 1, 8, 8), np.nan, "f")}}, DataError, "input.*NaN"),
+    ],
+)
+def test_mistakes_are_explained(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        qcompiler.compile(MODEL, **arguments)
+
+
+def test_open_extents_come_from_the_samples(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", "L", 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", "L", 4])
+    w = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "net", [x], [y], [onnx.numpy_helper.from_array(w, "w")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(ShapeError, match=r"'L'.*--input-shape x:1xLx8"):
+        qcompiler.compile(model, precision="fp32")
+    samples = {"x": np.random.default_rng(1).standard_normal((16, 5, 8)).astype(np.float32)}
+    compiled = qcompiler.compile(model, calibration=samples)
+    assert compiled.inputs["x"].shape == (1, 5, 8)
+    np.testing.assert_allclose(compiled(samples)["y"], samples["x"] @ w, atol=0.2)
