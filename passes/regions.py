@@ -194,13 +194,21 @@ class _Analysis:
     def _backward(self) -> None:
         """Keep the candidates that lead to an integer product."""
         chosen: set[Node] = set()
+        scores: set[Node] = set()  # float nodes whose result a softmax in integers reads
         for node in reversed(self.graph.nodes):
-            if node not in self.candidates:
-                continue
-            if node.op.kind is OpKind.COMPUTE or self._leads(node, chosen):
+            integer = node in self.candidates and (
+                node.op.kind is OpKind.COMPUTE or self._leads(node, chosen)
+            )
+            readers = [n for v in node.outputs for n in v.users]
+            if integer:
                 chosen.add(node)
-            else:
-                self.out.reasons[node] = "no integer product comes after it"
+            elif any(n in scores or (n in chosen and n.op.name == "softmax") for n in readers):
+                scores.add(node)
+            if node in self.candidates and not integer:
+                why = "attention scores stay float32"
+                self.out.reasons[node] = (
+                    why if node in scores else "no integer product comes after it"
+                )
         self.out.integer = {n: None for n in self.graph.nodes if n in chosen}
         self.out.tables = {n: v for n, v in self.out.tables.items() if n in chosen}
         for node in self.out.integer:

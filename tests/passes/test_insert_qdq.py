@@ -319,7 +319,7 @@ def test_attention_operands():
     assert (p.s, p.z) == (pytest.approx(1 / 255), 0)  # softmax covers [0, 1]
     softmax = graph.node("softmax_0")
     assert softmax.input(0).producer.op.name == "add"  # mask added in float
-    assert plan.reason("div_0") == "no integer product comes after it"
+    assert plan.reason("div_0") == "attention scores stay float32"
 
 
 def test_scores_stay_float_unless_asked():
