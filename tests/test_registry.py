@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from importlib import metadata
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import qcompiler.passes
 from qcompiler import registry
 from qcompiler.errors import TargetError, UnknownTargetError, UsageError
 from qcompiler.passmanager import Pass, parse_pass
@@ -44,6 +47,10 @@ def test_unknown_target_lists_the_known() -> None:
 def test_every_pass_is_registered_under_its_name() -> None:
     table = registry.pass_table()
     assert {"calibrate", "insert_qdq", "fuse", "channels_last", "fold_constants"} <= set(table)
+    for module in pkgutil.iter_modules(qcompiler.passes.__path__, "qcompiler.passes."):
+        for cls in vars(importlib.import_module(module.name)).values():
+            if isinstance(cls, type) and issubclass(cls, Pass) and cls.__module__ == module.name:
+                assert "name" not in vars(cls) or table[cls.name] is cls
     for name, cls in table.items():
         assert issubclass(cls, Pass)
         assert cls.name == name
