@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from qcompiler.errors import VerificationError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize
 from qcompiler.ops import EvalContext, OpKind
@@ -29,7 +30,7 @@ def params(value: Value) -> QuantParams:
     """Return the quantization of a quantized value."""
     q = value.qparams
     if q is None:
-        raise TypeError(f"{value.name} is not quantized")
+        raise VerificationError(f"{value.name} is not quantized")
     return q
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler.errors import VerificationError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize_bias, table_entries
 from qcompiler.ops import EvalContext, OpKind
@@ -429,7 +430,7 @@ def cone_function(value: Value, root: Value) -> Callable[[Array], Array]:
 
 def _producer(v: Value) -> Node:
     if v.producer is None:
-        raise TypeError(f"{v.name} has no producer")
+        raise VerificationError(f"{v.name} has no producer")
     return v.producer
 
 
