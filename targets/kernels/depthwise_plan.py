@@ -39,10 +39,9 @@ Array = npt.NDArray[Any]
 
 STRIP_BYTES = 24 * 1024
 """Largest work area: it should stay in the first-level cache beside the weights."""
-MAX_PRODUCTS = 400
-"""Most dot instructions in an unrolled tile of one column; above, the plain form is used."""
-TILE_PRODUCTS = 256
-"""Most in a tile of several columns: more only takes time to compile."""
+TILE_PRODUCTS = 400
+"""Most dot instructions in one unrolled tile; above, compile time and code size suffer, and a
+kernel too large for one output at a time takes the plain form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +139,11 @@ class Plan:
             if any(self.tap(row, g * self.group + s) is not None for s in slots)
         ]
 
+    @cached_property
+    def products(self) -> int:
+        """Dot instructions in a tile."""
+        return len(self.steps) * 4 * self.params.cols
+
     def columns(self, outputs: int) -> int:
         """Input columns that `outputs` neighbouring outputs along the strip axis read."""
         b = self.axes[1]
@@ -191,32 +195,45 @@ def is_plain(workload: ConvWorkload, isa: Isa, params: DepthwiseParams) -> bool:
     multiplier = workload.co // workload.c
     if workload.co < 16 or multiplier not in (1, 2, 4, 8, 16):
         return True
-    return len(Plan(workload, isa, params).steps) * 4 * params.cols > MAX_PRODUCTS
+    return Plan(workload, isa, params).products > TILE_PRODUCTS
 
 
 def space(workload: ConvWorkload, isa: Isa) -> tuple[DepthwiseParams, ...]:
-    """Parameters worth trying, best guess first."""
-    candidates = []
-    tile = 8 if isa.vector_registers >= 32 else 4
-    for gather, out in (("h", workload.oh), ("w", workload.ow)):
+    """Parameters worth trying, the default first."""
+    found = [default_params(workload, isa)]
+    for gather in ("h", "w"):
         for rows in (1, 2, 3, 4):
-            if rows > out:
-                continue
-            for cols in (1, 2, 3, 4, 6, 8):
-                if rows * cols > tile:
-                    continue
+            for cols in (1, 2, 3, 4):
                 params = DepthwiseParams(gather, rows, cols)
                 plan = Plan(workload, isa, params)
-                limit = MAX_PRODUCTS if cols == 1 else TILE_PRODUCTS
-                if cols <= plan.axes[1].out and len(plan.steps) * 4 * cols <= limit:
-                    candidates.append((plan.cost, gather != "h", -cols, rows, params))
-    candidates.sort(key=lambda c: c[:4])
-    return tuple(c[-1] for c in candidates) or (DepthwiseParams("h", 1, 1),)
+                outputs = plan.axes[0].out >= rows and plan.axes[1].out >= cols
+                if rows * cols <= 6 and outputs and plan.products <= TILE_PRODUCTS:
+                    found.append(params)
+    return tuple(dict.fromkeys(found))
 
 
 def default_params(workload: ConvWorkload, isa: Isa) -> DepthwiseParams:
-    """The analytic choice."""
-    return space(workload, isa)[0]
+    """The analytic choice.
+
+    Small tiles win (measured): with a 3 x 3 kernel and `vpdpbusd` the weights of one or two rows
+    stay in registers, which is worth more than sharing them over columns.  Rows share what is
+    interleaved only at stride 1.
+    """
+    best: list[tuple[float, str, DepthwiseParams]] = []
+    for gather in ("h", "w"):
+        one = Plan(workload, isa, DepthwiseParams(gather, 1, 1))
+        a, b = one.axes
+        if one.group == 4 and max(a.kernel, b.kernel) <= 3:
+            tiles = [(2 if a.stride == 1 else 1, 1)]
+        else:
+            tiles = [(2, 2), (1, 2)]
+        for rows, cols in [*tiles, (1, 1)]:
+            params = DepthwiseParams(gather, min(rows, a.out), min(cols, b.out))
+            plan = Plan(workload, isa, params)
+            if plan.products <= TILE_PRODUCTS:
+                best.append((plan.cost, gather, params))
+                break
+    return min(best)[2] if best else DepthwiseParams("h", 1, 1)
 
 
 # Packing.

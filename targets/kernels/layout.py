@@ -222,7 +222,9 @@ class _Swap:
         elif short_a and self.b_size >= lanes:
             spans = vector_spans(self.b_size, lanes, overlap=True)
         elif blocked:
-            spans = [(0, -(-self.a_size // side), side)]
+            # A tile is a cache line wide and high, so every line is read and written once.
+            tile = side * min(4, self.a_size // side)
+            spans = [(0, -(-self.a_size // tile), tile)]
         else:
             spans = [(0, self.a_size, 1)]
         for offset, count, width in spans:
@@ -241,7 +243,7 @@ class _Swap:
                 elif short_a and self.b_size >= lanes:
                     self._separate(start, to, at, width)
                 elif blocked:
-                    self._blocks(start, to, at, side)
+                    self._blocks(start, to, at, side, width)
                 else:
                     with loop(self.b_size) as j:
                         value = tir.load(self.x, start + j * self.from_stride + at, 1)
@@ -264,11 +266,17 @@ class _Swap:
             value = tir.shuffle(parts, picks) if len(parts) > 1 else parts[0]
             tir.store(self.y, to + at + a * self.to_stride, value)
 
-    def _blocks(self, start: Expr, to: Expr, at: Expr, side: int) -> None:
-        """All blocks along b of one strip of `side` along a."""
-        a = tir.bind(T.min(at, self.a_size - side))
-        with loop(-(-self.b_size // side)) as j:
-            b = tir.bind(T.min(j * side, self.b_size - side))
+    def _blocks(self, start: Expr, to: Expr, at: Expr, side: int, wide: int) -> None:
+        """All blocks along b of one strip of `wide` elements along a."""
+        first = tir.bind(T.min(at, self.a_size - wide))
+        high = side * min(4, self.b_size // side)
+        with (
+            loop(-(-self.b_size // high)) as tile,
+            loop(wide // side) as i,
+            loop(high // side) as j,
+        ):
+            a = tir.bind(first + i * side)
+            b = tir.bind(T.min(tile * high, self.b_size - high) + j * side)
             rows = [
                 tir.bind(tir.load(self.x, start + a + (b + k) * self.from_stride, side))
                 for k in range(side)
