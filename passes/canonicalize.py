@@ -24,6 +24,7 @@ from qcompiler.passes.recognize_global_pool import RecognizeGlobalPool
 from qcompiler.passes.recognize_layer_norm import RecognizeLayerNorm
 from qcompiler.passes.simplify_arithmetic import SimplifyArithmetic
 from qcompiler.passes.simplify_movement import SimplifyMovement
+from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.passmanager import Pass
 
 
@@ -31,6 +32,7 @@ def canonicalize_passes() -> tuple[Pass, ...]:
     """Return the passes in order; they work at stages FLOAT and QDQ."""
     return (
         EliminateDead(),
+        WidenFloats(),
         FoldConstants(),
         # Patterns compare values by identity, so equal subexpressions must be one value first.
         EliminateCommonSubexpressions(),

@@ -48,14 +48,20 @@ def to_onnx(
             f"graph {graph.name!r} is at stage integer; ONNX is written at float and qdq"
         )
     wanted = _extra(graph, extra_outputs)
-    names = {v.name for v in graph.values()}
-    rename: dict[Value, str] = {}
+    by_name = {v.name: v for v in graph.values()}
+    e = Emitter(_opset(graph.nodes, opset))
+    e.reserve([*by_name, *(n for n, _ in graph.outputs)])
     for name, v in graph.outputs:
-        free = v.producer is not None and v not in rename and v.name not in extra_outputs
-        if name != v.name and free and name not in names:
-            rename[v] = name
-    e = Emitter(_opset(graph.nodes, opset), rename)
-    e.reserve([*names, *(n for n, _ in graph.outputs)])
+        other = by_name.get(name)
+        if other is not None and other is not v:
+            if other in graph.inputs:
+                raise UsageError(f"result {name!r} has the name of an input, which ONNX forbids")
+            e.rename[other] = e.fresh(
+                f"{name}/inner"
+            )  # the result has the better claim to the name
+        free = v.producer is not None and v not in e.rename and v.name not in extra_outputs
+        if name != v.name and free and other is None:
+            e.rename[v] = name
     for node in graph.nodes:
         e.write(node)
     outputs = []
@@ -64,7 +70,7 @@ def to_onnx(
             e.put("Identity", [e.ref(v)], [name], f"{name}/Identity")
         outputs.append((name, v.type))
     own = {name for name, _ in graph.outputs}
-    outputs += [(v.name, v.type) for v in wanted if v.name not in own]
+    outputs += [(e.ref(v), v.type) for v in wanted if v.name not in own]
     return _model(e, graph.name, graph.inputs, outputs)
 
 

@@ -26,19 +26,19 @@ class Emitter:
 
     Args:
         opset: Opset of the default domain that is written.
-        rename: Names that some values take in the file instead of their own.
         plain: Write out what TVM's importer refuses or reads differently.
+
+    Attributes:
+        rename: Names that some values take in the file instead of their own.
     """
 
-    def __init__(
-        self, opset: int, rename: dict[Value, str] | None = None, *, plain: bool = False
-    ) -> None:
+    def __init__(self, opset: int, *, plain: bool = False) -> None:
         self.opset = opset
         self.plain = plain
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.domains: dict[str, int] = {"": opset}
-        self._rename = rename or {}
+        self.rename: dict[Value, str] = {}
         self._taken: set[str] = set()
 
     def reserve(self, names: Sequence[str]) -> None:
@@ -58,9 +58,10 @@ class Emitter:
         """Return the name by which nodes read a value; constants become initializers."""
         if v is None:
             return ""
-        if v.data is not None and v.name not in self.initializers:
-            self.initializers[v.name] = make_tensor(v.data, v.dtype, v.name)
-        return self._rename.get(v, v.name)
+        name = self.rename.get(v, v.name)
+        if v.data is not None and name not in self.initializers:
+            self.initializers[name] = make_tensor(v.data, v.dtype, name)
+        return name
 
     def const(self, data: Array, base: str, dtype: DType | None = None) -> str:
         """Add an initializer and return its name."""

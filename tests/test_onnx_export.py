@@ -228,6 +228,11 @@ def test_a_result_name_that_another_value_has_gets_its_own_tensor() -> None:
     y = graph.add("relu", [n], names=["y"]).output
     graph.set_outputs([("z", n), ("y", y)])
     check(graph, to_onnx(graph), {"x": uniform(2, 2)})
+    graph.set_outputs([("n", y), ("y", n)])
+    check(graph, to_onnx(graph), {"x": uniform(2, 2)})
+    graph.set_outputs([("x", y)])
+    with pytest.raises(UsageError, match="result 'x' has the name of an input"):
+        to_onnx(graph)
 
 
 def test_the_opset_follows_the_operators() -> None:
