@@ -203,14 +203,14 @@ class _Operands:
         whole = workload.k // self.group if valid == plan.lanes else 0
         if workload.transpose_b:
             whole = whole // 4 * 4
-            for v, start in enumerate(starts):
-                self._transposed(base, v, start, whole)
+            if whole:
+                self._transposed(base, starts, whole, sums)
         elif whole:
             self._interleaved(base, starts, whole, step)
         for v, start in enumerate(starts):
             self._one_by_one(base, v, start, valid, whole)
         if not self.is_float:
-            self._add_sums(step, base, 0 if workload.transpose_b else whole, groups)
+            self._add_sums(step, base, whole, groups)
         for v in range(plan.nv):
             index = bind(tile * plan.nt + v * plan.lanes)
             bias = load(self.kernel.constants["bias"], index, plan.lanes)
@@ -218,9 +218,8 @@ class _Operands:
                 bias = bias + self._column_term(sums.get(0, v))
             store(self.bias, near * plan.nt + v * plan.lanes, bias)
 
-    def _ones(self) -> list[Expr]:
+    def _ones(self, lanes: int) -> list[Expr]:
         """A group of activations that are all one."""
-        lanes = self.kernel.plan.lanes
         if self.kind == "exact":
             return [splat(1, "int16", 2 * lanes)] * 2
         return [splat(1, "uint8", 4 * lanes)]
@@ -229,10 +228,11 @@ class _Operands:
         """Add the packed K-groups `start` to `stop` to the column sums."""
         if start == stop:
             return
+        ones = self._ones(self.kernel.plan.lanes)
         with serial(start, stop) as k:
             weights = step.weights(base + k * step.weight_elements)
             for v, weight in enumerate(weights):
-                step.acc.put(0, v, step.multiply(step.acc.get(0, v), self._ones(), weight))
+                step.acc.put(0, v, step.multiply(step.acc.get(0, v), ones, weight))
 
     def _column_term(self, total: Expr) -> Expr:
         """`K * za * zb - za * column sum`."""
@@ -262,6 +262,7 @@ class _Operands:
     def _interleaved(self, base: Expr, starts: Sequence[Expr], whole: int, step: Step) -> None:
         """B is [K, N]: rows of a group are interleaved byte by byte; adds to the column sums."""
         n, lanes = self.workload.n, self.kernel.plan.lanes
+        ones = self._ones(lanes)
         with serial(whole) as k:
             for v, start in enumerate(starts):
                 first = bind(self.origin + start + k * (self.group * n))
@@ -273,34 +274,46 @@ class _Operands:
                 pairs = [bind(_interleave(rows[i], rows[i + 1], 1, lanes)) for i in (0, 2)]
                 quads = reinterpret(_interleave(pairs[0], pairs[1], 2, lanes), "int32", lanes)
                 weight = self._put(base, k, v, 0, bind(quads), lanes)
-                step.acc.put(0, v, step.multiply(step.acc.get(0, v), self._ones(), weight))
+                step.acc.put(0, v, step.multiply(step.acc.get(0, v), ones, weight))
 
-    def _transposed(self, base: Expr, v: int, start: Expr, whole: int) -> None:
-        """B is [N, K]: four columns times four groups are transposed at a time."""
-        k_extent, lanes = self.workload.k, self.kernel.plan.lanes
-        blocks = whole // 4
-        if not blocks:
-            return
-        first = bind(self.origin + start * k_extent)
-        dtype, size = ("float32", 1) if self.is_float else ("int32", 4)
-        with serial(lanes // 4) as quarter, serial(blocks) as block:
-            lane = bind(quarter * 4)
-            rows = []
-            for r in range(4):
-                row = load(self.b, first + (lane + r) * k_extent + block * (4 * size), 4 * size)
-                rows.append(bind(row if self.is_float else reinterpret(row, "int32", 4)))
-            low = [bind(shuffle([rows[i], rows[i + 1]], (0, 4, 1, 5))) for i in (0, 2)]
-            high = [bind(shuffle([rows[i], rows[i + 1]], (2, 6, 3, 7))) for i in (0, 2)]
-            for j in range(4):
-                pair = low if j < 2 else high
-                picks = (0, 1, 4, 5) if j % 2 == 0 else (2, 3, 6, 7)
-                column = bind(shuffle(pair, picks))
-                k = bind(block * 4 + j)
-                if dtype == "float32":
-                    at = base + (k * self.kernel.plan.nv + v) * lanes + lane
-                    store(self.weight, at, column)
-                else:
-                    self._put(base, k, v, lane, column, 4)
+    def _transposed(
+        self, base: Expr, starts: Sequence[Expr], whole: int, sums: Accumulators
+    ) -> None:
+        """B is [N, K]: four columns times four groups are transposed at a time.
+
+        Adds to the column sums in registers; to read back what was just stored in smaller pieces
+        would stall the load.
+        """
+        k_extent, lanes, nv = self.workload.k, self.kernel.plan.lanes, self.kernel.plan.nv
+        size = 1 if self.is_float else 4
+        quarters = lanes // 4
+        dtype = "float32" if self.is_float else "int32"
+        pieces = Accumulators(1, nv * quarters, 4, dtype)
+        step = Step(self.kernel.isa, self.kind, self.weight, pieces)
+        for index in range(nv * quarters):
+            pieces.put(0, index, splat(0, dtype, 4))
+        with serial(whole // 4) as block:
+            for v, start in enumerate(starts):
+                first = bind(self.origin + start * k_extent + block * (4 * size))
+                for quarter in range(quarters):
+                    rows = []
+                    for r in range(4):
+                        row = load(self.b, first + (quarter * 4 + r) * k_extent, 4 * size)
+                        rows.append(bind(row if self.is_float else reinterpret(row, dtype, 4)))
+                    for j, column in enumerate(_transpose_4x4(rows)):
+                        k = bind(block * 4 + j)
+                        if self.is_float:
+                            at = base + (k * nv + v) * lanes + quarter * 4
+                            store(self.weight, at, column)
+                            continue
+                        weight = self._put(base, k, v, quarter * 4, column, 4)
+                        index = v * quarters + quarter
+                        total = step.multiply(pieces.get(0, index), self._ones(4), weight)
+                        pieces.put(0, index, total)
+        if not self.is_float:
+            for v in range(nv):
+                parts = [pieces.get(0, v * quarters + quarter) for quarter in range(quarters)]
+                sums.put(0, v, shuffle(parts, range(lanes)) if quarters > 1 else parts[0])
 
     def _one_by_one(self, base: Expr, v: int, start: Expr, valid: int, done: int) -> None:
         """The K-groups from `done` on, element by element, with zeros where there is no element."""
@@ -328,6 +341,15 @@ class _Operands:
                     half = (k * 2 + r % 2) * plan.nv + v
                     at = half * (plan.lanes * 2) + lane * 2 + r // 2
                 store(self.weight, base + at, cast(value, str(self.weight.dtype)))
+
+
+def _transpose_4x4(rows: Sequence[Expr]) -> list[Expr]:
+    """The columns of four vectors of four lanes."""
+    halves = [
+        [bind(shuffle([rows[i], rows[i + 1]], picks)) for i in (0, 2)]
+        for picks in ((0, 4, 1, 5), (2, 6, 3, 7))
+    ]
+    return [bind(shuffle(half, picks)) for half in halves for picks in ((0, 1, 4, 5), (2, 3, 6, 7))]
 
 
 def _interleave(a: Expr, b: Expr, size: int, lanes: int) -> Expr:

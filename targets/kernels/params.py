@@ -8,6 +8,7 @@ number of dot instructions, of loads and the latency of one accumulator's chain,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,21 +26,13 @@ _TASKS = 32
 
 def default_params(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> GemmParams:
     """The tiling used without tuning."""
-    geometry = geometry_of(workload, isa)
-    best = min(
-        _register_tiles(geometry, isa),
-        key=lambda tile: (_cost(geometry, isa, *tile), -tile[1], tile[2]),
-    )
-    return _blocked(geometry, *best)
+    return _tilings(workload, isa)[0]
 
 
 def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams, ...]:
     """Candidates for a tuner, the default first, without duplicates."""
     geometry = geometry_of(workload, isa)
-    tiles = sorted(_register_tiles(geometry, isa), key=lambda tile: _cost(geometry, isa, *tile))
-    found = {default_params(workload, isa): None}
-    for lanes, mt, nv in tiles[:8]:
-        found[_blocked(geometry, lanes, mt, nv)] = None
+    found = dict.fromkeys(_tilings(workload, isa)[:9])
     orders: tuple[Literal["n", "m"], ...] = ("n", "m")
     for base in list(found)[:3]:
         rows = tile_plan(geometry, base).rows.tiles
@@ -47,6 +40,21 @@ def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams
             for order in orders:
                 found[replace(base, m_block=max(1, min(m_block, rows)), order=order)] = None
     return tuple(found)
+
+
+def _tilings(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> list[GemmParams]:
+    """All register tiles with their blocks, the best by the cost model first."""
+    geometry = geometry_of(workload, isa)
+    packs_b = isinstance(workload, MatmulWorkload) and not workload.b_constant
+    cost = _step_cost(geometry, isa, packs_b)
+    tiles = sorted(
+        _register_tiles(geometry, isa, cost),
+        key=lambda tile: (_cost(geometry, cost, *tile), -tile[1], tile[2]),
+    )
+    if isinstance(workload, MatmulWorkload) and packs_b:
+        images = math.prod(workload.batch_shape)
+        return [_blocked_packing(geometry, images, *tile) for tile in tiles]
+    return [_blocked(geometry, *tile) for tile in tiles]
 
 
 def _lanes(geometry: Geometry, isa: Isa) -> int:
@@ -75,21 +83,20 @@ class _StepCost:
     """Cycles from one addition to an accumulator to the next."""
 
 
-def _step_cost(geometry: Geometry, isa: Isa) -> _StepCost:
+def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
     if geometry.a_dtype == "float32":
         return _StepCost(1, 1, 1, 1, 0.5, 4.0) if isa.fma else _StepCost(1, 2, 3, 1, 0.5, 4.0)
     if isa.dot == "vpdpbusd":
         return _StepCost(1, 1, 1, 1, 0.5, 5.0)
-    if isa.dot == "maddubs":
+    if isa.dot == "maddubs" and not packs_b:  # with an activation B nothing can be proved
         return _StepCost(1, 3, 3, 1, 1.0, 2.0)
-    return _StepCost(2, 4, 6, 4, 1.0, 2.0)
+    return _StepCost(2, 4, 4, 3, 1.0, 2.0) if isa.fma else _StepCost(2, 4, 6, 4, 1.0, 2.0)
 
 
-def _register_tiles(geometry: Geometry, isa: Isa) -> list[tuple[int, int, int]]:
+def _register_tiles(geometry: Geometry, isa: Isa, cost: _StepCost) -> list[tuple[int, int, int]]:
     """(lanes, mt, nv) whose accumulators, operands and temporaries fit the register file."""
     lanes = _lanes(geometry, isa)
     vectors = -(-geometry.n // lanes)
-    cost = _step_cost(geometry, isa)
     pixels = geometry.oh * geometry.ow
     found: list[tuple[int, int, int]] = []
     for nv in range(1, min(8, vectors) + 1):
@@ -99,10 +106,9 @@ def _register_tiles(geometry: Geometry, isa: Isa) -> list[tuple[int, int, int]]:
     return found
 
 
-def _cost(geometry: Geometry, isa: Isa, lanes: int, mt: int, nv: int) -> float:
+def _cost(geometry: Geometry, cost: _StepCost, lanes: int, mt: int, nv: int) -> float:
     """Estimated cycles of the whole kernel on one core that issues four instructions a cycle."""
     plan = tile_plan(geometry, GemmParams(lanes, mt, nv, 1 << 30, 1 << 30))
-    cost = _step_cost(geometry, isa)
     total = 0.0
     for _, row_count, rows in plan.rows.kinds:
         for _, col_count, cols in plan.cols.kinds:
@@ -133,3 +139,13 @@ def _blocked(geometry: Geometry, lanes: int, mt: int, nv: int) -> GemmParams:
     col_blocks = min(plan.tiles, max(1, -(-wanted // blocks)))
     n_block = -(-plan.tiles // col_blocks)
     return GemmParams(lanes, mt, nv, m_block, n_block)
+
+
+def _blocked_packing(geometry: Geometry, images: int, lanes: int, mt: int, nv: int) -> GemmParams:
+    """Choose the blocks where each task packs its own block of B: split columns before rows."""
+    plan = tile_plan(geometry, GemmParams(lanes, mt, nv, 1 << 30, 1 << 30))
+    wanted = -(-_TASKS // 2 // images)
+    col_blocks = min(plan.tiles, wanted)
+    row_blocks = max(1, min(wanted // col_blocks, plan.rows.tiles // 8))
+    m_block = -(-plan.rows.tiles // row_blocks)
+    return GemmParams(lanes, mt, nv, m_block, -(-plan.tiles // col_blocks))
