@@ -217,23 +217,25 @@ def _kernel_of(ctx: OpContext, x: Value, w: Value) -> tuple[int, ...]:
 
 @converter("Conv")
 def _conv(ctx: OpContext) -> Results:
-    x, w = ctx.input(0), ctx.input(1)
+    return [conv(ctx, ctx.input(0), ctx.input(1), ctx.get(2))]
+
+
+def conv(ctx: OpContext, x: Value, w: Value, bias: Value | None) -> Value:
+    """Emit a convolution with the attributes of the node."""
     kernel = _kernel_of(ctx, x, w)
     n = len(kernel)
     strides, dilations = _per_axis(ctx, "strides", n), _per_axis(ctx, "dilations", n)
     pads = window_pads(ctx, x.shape[2:], kernel, strides, dilations)
-    return [
-        ctx.emit(
-            "conv",
-            x,
-            w,
-            ctx.get(2),
-            strides=strides,
-            pads=pads,
-            dilations=dilations,
-            group=int(ctx.attr("group", 1)),
-        )
-    ]
+    return ctx.emit(
+        "conv",
+        x,
+        w,
+        bias,
+        strides=strides,
+        pads=pads,
+        dilations=dilations,
+        group=int(ctx.attr("group", 1)),
+    )
 
 
 @converter("ConvTranspose")
