@@ -88,9 +88,11 @@ def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
         return _StepCost(1, 1, 1, 1, 0.5, 4.0) if isa.fma else _StepCost(1, 2, 3, 1, 0.5, 4.0)
     if isa.dot == "vpdpbusd":
         return _StepCost(1, 1, 1, 1, 0.5, 5.0)
-    if isa.dot == "maddubs" and not packs_b:  # with an activation B nothing can be proved
-        return _StepCost(1, 3, 3, 1, 1.0, 2.0)
-    return _StepCost(2, 4, 4, 3, 1.0, 2.0) if isa.fma else _StepCost(2, 4, 6, 4, 1.0, 2.0)
+    if isa.dot == "maddubs" and not packs_b:
+        # The registers are those of the K-groups that are multiplied by int16 pairs.
+        return _StepCost(2, 4, 3, 1, 1.0, 2.0)
+    # Two-operand instructions (no FMA means no AVX) need copies.
+    return _StepCost(2, 4, 4, 3, 1.0, 2.0) if isa.fma else _StepCost(1, 7, 6, 8, 1.0, 2.0)
 
 
 def _register_tiles(geometry: Geometry, isa: Isa, cost: _StepCost) -> list[tuple[int, int, int]]:
