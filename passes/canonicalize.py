@@ -4,13 +4,14 @@
 
 Afterwards: batch normalization, constant products and sums, explicit padding and bias additions
 live inside convolutions and matrix products; clamps are one relu or clip; layer normalization and
-activation functions are one node each; convolutions have two spatial axes; constant weights of
-matrix products are [K, N].
+activation functions are one node each; convolutions have two spatial axes and are not transposed;
+constant weights of matrix products are [K, N].
 """
 
 from __future__ import annotations
 
 from qcompiler.passes.conv_1d_to_2d import Conv1dTo2d
+from qcompiler.passes.conv_transpose_to_conv import ConvTransposeToConv
 from qcompiler.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from qcompiler.passes.eliminate_dead import EliminateDead
 from qcompiler.passes.fold_affine import FoldAffine
@@ -18,6 +19,7 @@ from qcompiler.passes.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.fold_constants import FoldConstants
 from qcompiler.passes.fold_pad import FoldPad
 from qcompiler.passes.fold_weight_layout import FoldWeightLayout
+from qcompiler.passes.hoist_clamps import HoistClamps
 from qcompiler.passes.merge_clips import MergeClips
 from qcompiler.passes.recognize_activations import RecognizeActivations
 from qcompiler.passes.recognize_global_pool import RecognizeGlobalPool
@@ -49,7 +51,9 @@ def canonicalize_passes() -> tuple[Pass, ...]:
         RecognizeGlobalPool(),
         FoldWeightLayout(),
         Conv1dTo2d(),
+        ConvTransposeToConv(),
         SimplifyMovement(),
+        HoistClamps(),
         FoldConstants(),
         EliminateCommonSubexpressions(),
         EliminateDead(),
