@@ -83,7 +83,7 @@ class Hybrid(nn.Module):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.image = DigitsCnn()
+        self.image = DigitsCnn(24)
         self.rows = RowEncoder()
         self.rows_fc = nn.Linear(WIDTH, 10)
         self.fc1 = nn.Linear(96 + WIDTH, 64)
