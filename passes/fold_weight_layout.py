@@ -1,7 +1,9 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Bring constant weights of matrix products into the order [K, N].
+"""Bring constant weights of matrix products to the right, in the order [K, N].
 
+matmul(w, x, bias)                       ->  transpose(matmul(x', w')) + bias
+matmul(a, w, transpose_a)                ->  matmul(a', w)
 matmul(a, w, transpose_b)                ->  matmul(a, w')
 matmul(a, dequantize(q), transpose_b)    ->  matmul(a, dequantize(q'))
 transpose(dequantize(q))                 ->  dequantize(q')
@@ -34,8 +36,11 @@ class FoldWeightLayout(Pass):
         for node in graph.nodes:
             if node.op.name == "transpose":
                 changed |= _fold_transpose(graph, node)
-            elif node.op.name == "matmul" and node.attr("transpose_b"):
-                changed |= _fold_matmul(graph, node)
+            elif node.op.name == "matmul":
+                node, turned = _constant_right(graph, node)
+                changed |= turned
+                if node.attr("transpose_b"):
+                    changed |= _fold_matmul(graph, node)
         if changed:
             graph.eliminate_dead()
             graph.sort()
@@ -63,6 +68,53 @@ def _transposed(graph: Graph, value: Value, perm: Sequence[int]) -> Value:
         q = QuantParams(scale, zero, q.storage, q.qmin, q.qmax, g)
     data = np.ascontiguousarray(value.array().transpose(perm))
     return graph.constant(data, value.name, q, value.dtype)
+
+
+def _last_two_swapped(graph: Graph, value: Value, near: Node) -> Value:
+    """Return a value with its last two axes swapped; a stored constant is swapped in place."""
+    rank = value.type.rank
+    perm = (*range(rank - 2), rank - 1, rank - 2)
+    stored = _stored(value)
+    if stored is None:
+        return graph.add("transpose", [value], {"perm": perm}, before=near).output
+    new = _transposed(graph, stored, perm)
+    if stored is value or value.producer is None:
+        return new
+    source = value.producer
+    return graph.add(
+        "dequantize", [new], name=source.name, before=near, sources=source.sources
+    ).output
+
+
+def _constant_right(graph: Graph, node: Node) -> tuple[Node, bool]:
+    """Give a product with one constant operand the form that kernels pack: a @ constant.
+
+    Returns:
+        The product, and whether anything changed.
+    """
+    a, b = node.input(0), node.input(1)
+    turn_a, turn_b = bool(node.attr("transpose_a")), bool(node.attr("transpose_b"))
+    if a.type.rank < 2 or b.type.rank < 2 or node.optional(3) is not None:
+        return node, False
+    if _stored(b) is not None:
+        if not turn_a:
+            return node, False
+        graph.set_input(node, 0, _last_two_swapped(graph, a, node))
+        graph.set_attrs(node, transpose_a=False)
+        return node, True
+    if _stored(a) is None:
+        return node, False
+    x = b if turn_b else _last_two_swapped(graph, b, node)
+    w = a if turn_a else _last_two_swapped(graph, a, node)
+    product = graph.add("matmul", [x, w], before=node, sources=node.sources)
+    rank = product.output.type.rank
+    perm = (*range(rank - 2), rank - 1, rank - 2)
+    new = graph.add("transpose", [product.output], {"perm": perm}, before=node)
+    bias = node.optional(2)
+    if bias is not None:
+        new = graph.add("add", [new.output, bias], before=node)
+    supersede(graph, node, new)
+    return product, True
 
 
 def _fold_matmul(graph: Graph, node: Node) -> bool:

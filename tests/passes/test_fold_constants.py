@@ -39,6 +39,15 @@ def test_the_limit_holds(uniform: Any, rewrite: Any) -> None:
     rewrite(FoldConstants(max_mb=2), graph)
 
 
+def test_results_without_elements_are_constants(load_text: Any, rewrite: Any) -> None:
+    text = """(float[2,4] x) => (float[2,4] y, z) {
+        s = Slice(x, zero, zero, zero)  z = Relu(s)  y = Concat<axis: int = 0>(z, x)
+    }"""
+    graph = rewrite(FoldConstants(), load_text(text, zero=np.array([0])))
+    assert not graph.nodes
+    assert graph.outputs[1][1].is_constant
+
+
 def test_nothing_to_fold(load_text: Any, rewrite: Any) -> None:
     rewrite(
         FoldConstants(), load_text("(float[2] x) => (float[2] y) { y = Relu(x) }"), modified=False

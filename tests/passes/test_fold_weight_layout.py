@@ -70,3 +70,30 @@ def test_a_quantized_weight(
 def test_activations_stay(load_text: Any, rewrite: Any) -> None:
     text = "(float[2,4] x, float[3,4] w) => (y) { y = Gemm<transB: int = 1>(x, w) }"
     rewrite(PASS, load_text(text), modified=False)
+
+
+def test_a_weight_on_the_left(load_text: Any, rewrite: Any, uniform: Any) -> None:
+    text = "(float[2,4,5] x) => (y) { y = MatMul(w, x) }"
+    after = rewrite(PASS, load_text(text, w=uniform(3, 4)))
+    assert [n.op.name for n in after.nodes] == ["transpose", "matmul", "transpose"]
+    assert after.nodes[1].input(1).shape == (4, 3)
+
+
+@pytest.mark.parametrize("turns", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_weight_on_the_left_with_bias(
+    load_text: Any, rewrite: Any, uniform: Any, turns: tuple[int, int]
+) -> None:
+    ta, tb = turns
+    x = "5,4" if tb else "4,5"
+    w = uniform(4, 3) if ta else uniform(3, 4)
+    text = f"(float[{x}] x) => (y) {{ y = Gemm<transA: int = {ta}, transB: int = {tb}>(w, x, b) }}"
+    after = rewrite(PASS, load_text(text, w=w, b=uniform(5)))
+    (product,) = (n for n in after.nodes if n.op.name == "matmul")
+    assert product.input(1).is_constant
+
+
+def test_a_transposed_activation(load_text: Any, rewrite: Any, uniform: Any) -> None:
+    text = "(float[4,2] x) => (y) { y = Gemm<transA: int = 1, transB: int = 1>(x, w, b) }"
+    after = rewrite(PASS, load_text(text, w=uniform(3, 4), b=uniform(3)))
+    assert [n.op.name for n in after.nodes] == ["transpose", "matmul"]
+    assert not after.nodes[1].attr("transpose_a")
