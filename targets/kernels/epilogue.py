@@ -113,7 +113,8 @@ class EpilogueWriter:
             return bind(value)
         if self.residual is not None:
             other = cast(self._residual(self.residual, index, lanes, valid), "float32")
-            other = other - self._scalar(5, lanes)  # exact: integers below 2**24
+            if self.facts.residual_zero_point:
+                other = other - self._scalar(5, lanes)  # exact: integers below 2**24
             value = fence(value) + fence(other * self._scalar(4, lanes))
         if not self.facts.saturating:
             value = minimum(maximum(value, self._scalar(2, lanes)), self._scalar(3, lanes))

@@ -69,6 +69,8 @@ class Facts:
     """Whether a float32 output is clipped."""
     row_terms: bool = False
     """Whether an activation B's zero point calls for row sums of A."""
+    residual_zero_point: bool = True
+    """Whether the residual's zero point must be subtracted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,7 +188,13 @@ def _pack(
     if epilogue.out_dtype != "int32":
         arrays["multiplier"] = _per_column(multiplier, geometry, columns)
     arrays["scalars"] = scalars
-    facts = Facts(dot, saturating, values.zero_point != 0, clip=False)
+    facts = Facts(
+        dot,
+        saturating,
+        values.zero_point != 0,
+        clip=False,
+        residual_zero_point=values.residual_zero_point != 0,
+    )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
 

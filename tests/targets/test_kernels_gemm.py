@@ -127,7 +127,7 @@ def some_values(
         zero_point=0 if plain else int(rng.integers(0, 100)),
         qmin=None if plain else 3,
         qmax=None if plain else 99,
-        residual_zero_point=int(rng.integers(0, 100)),
+        residual_zero_point=0 if plain else int(rng.integers(0, 100)),
         residual_multiplier=float(np.float32(0.37)),
     )
 
