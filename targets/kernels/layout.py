@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.simd import (
@@ -131,11 +132,11 @@ def transpose(workload: TransposeWorkload, isa: Isa) -> Any:
     """Generate a transpose.
 
     Raises:
-        ValueError: `permutation` is not one of the axes of `shape`.
+        CodegenError: `permutation` is not one of the axes of `shape`.
     """
     w = workload
     if sorted(w.permutation) != list(range(len(w.shape))):
-        raise ValueError(f"transpose: {w.permutation} does not permute the axes of {w.shape}")
+        raise CodegenError(f"transpose: {w.permutation} does not permute the axes of {w.shape}")
     out = tuple(w.shape[axis] for axis in w.permutation)
     with PrimFuncBuilder("transpose") as builder:
         x = builder.argument("x", w.in_shape or w.shape, w.dtype)
@@ -314,19 +315,19 @@ def quantize_nchw_to_nhwc(workload: QuantizeToNhwcWorkload, isa: Isa) -> Any:
     """Generate the quantizing change of layout.
 
     Raises:
-        ValueError: fewer output than input channels.
+        CodegenError: fewer output than input channels.
     """
     w = workload
     channels = w.c if w.out_channels is None else w.out_channels
     if channels < w.c:
-        raise ValueError(f"quantize_nchw_to_nhwc: {w.c} channels do not fit {channels}")
+        raise CodegenError(f"quantize_nchw_to_nhwc: {w.c} channels do not fit {channels}")
     area = w.h * w.w
     threads = worth_threads(w.n * w.c * area * 40.0 * 8 / isa.vector_bits)
 
     def codes(x: Buffer, at: Expr, lanes: int) -> Expr:
         scale = tir.splat(float(np.float32(w.scale)), "float32", lanes)
         real = tir.load(x, at, lanes) / scale
-        return tir.bind(quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype))
+        return tir.bind(quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa))
 
     with PrimFuncBuilder("quantize_nchw_to_nhwc") as builder:
         source = builder.argument("x", (w.n, w.c, w.h, w.w), "float32")
@@ -417,12 +418,12 @@ def depth_to_space(
     """The transpose that is ONNX DepthToSpace on `shape`.
 
     Raises:
-        ValueError: the channels are no multiple of block * block, or a name is not known.
+        CodegenError: the channels are no multiple of block * block, or a name is not known.
     """
     n, h, w, c = _nhwc(shape, layout)
     depth, rest = divmod(c, block * block)
     if rest or mode not in ("DCR", "CRD"):
-        raise ValueError(f"depth_to_space: cannot split {c} channels by {block} in mode {mode!r}")
+        raise CodegenError(f"depth_to_space: cannot split {c} channels by {block} in mode {mode!r}")
     if layout == "NHWC":
         out = (n, h * block, w * block, depth)
         if mode == "DCR":
@@ -446,11 +447,11 @@ def space_to_depth(
     """The transpose that is ONNX SpaceToDepth on `shape`.
 
     Raises:
-        ValueError: the block does not divide the spatial extents.
+        CodegenError: the block does not divide the spatial extents.
     """
     n, h, w, c = _nhwc(shape, layout)
     if h % block or w % block:
-        raise ValueError(f"space_to_depth: {block} does not divide {h} x {w}")
+        raise CodegenError(f"space_to_depth: {block} does not divide {h} x {w}")
     high, wide = h // block, w // block
     if layout == "NHWC":
         return TransposeWorkload(
@@ -471,6 +472,6 @@ def space_to_depth(
 
 def _nhwc(shape: Shape, layout: str) -> tuple[int, int, int, int]:
     if len(shape) != 4 or layout not in ("NHWC", "NCHW"):
-        raise ValueError(f"expected rank 4 and layout NHWC or NCHW, got {shape} and {layout!r}")
+        raise CodegenError(f"expected rank 4 and layout NHWC or NCHW, got {shape} and {layout!r}")
     n, a, b, c = shape
     return (n, a, b, c) if layout == "NHWC" else (n, b, c, a)

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.layout import copy_run, raw, raw_dtype
@@ -253,13 +254,13 @@ def strided(workload: StridedWorkload, isa: Isa) -> Any:
     """Generate a strided copy.
 
     Raises:
-        ValueError: an index would fall outside the input.
+        CodegenError: an index would fall outside the input.
     """
     w = workload
     for k, (size, count) in enumerate(zip(w.shape, w.out_shape, strict=True)):
         ends = (w.starts[k], w.starts[k] + w.steps[k] * (count - 1))
         if min(ends) < 0 or max(ends) >= size:
-            raise ValueError(f"strided: axis {k} of {w} reads {ends[0]} to {ends[1]} of {size}")
+            raise CodegenError(f"strided: axis {k} of {w} reads {ends[0]} to {ends[1]} of {size}")
     whole = [
         size == count and start == 0 and (step == 1 or size == 1)
         for size, count, start, step in zip(w.shape, w.out_shape, w.starts, w.steps, strict=True)
@@ -325,21 +326,21 @@ def pack_maps(maps: Sequence[Sequence[int] | None], workload: RemapWorkload) -> 
     """The maps of all axes that have one, joined; int32.
 
     Raises:
-        ValueError: a map has another length than its axis or leads outside the input.
+        CodegenError: a map has another length than its axis or leads outside the input.
     """
     parts = []
     for axis, table in enumerate(maps):
         if (table is not None) != workload.mapped[axis]:
-            raise ValueError(f"pack_maps: axis {axis} does not fit {workload}")
+            raise CodegenError(f"pack_maps: axis {axis} does not fit {workload}")
         if table is None:
             continue
         values = np.asarray(table, np.int32)
         if values.shape != (workload.out_shape[axis],):
-            raise ValueError(
+            raise CodegenError(
                 f"pack_maps: axis {axis} has {values.shape}, expected {workload.out_shape[axis]}"
             )
         if values.min() < 0 or values.max() >= workload.shape[axis]:
-            raise ValueError(f"pack_maps: axis {axis} leads outside {workload.shape[axis]}")
+            raise CodegenError(f"pack_maps: axis {axis} leads outside {workload.shape[axis]}")
         parts.append(values)
     return np.concatenate(parts) if parts else np.zeros(1, np.int32)
 
@@ -348,12 +349,12 @@ def remap(workload: RemapWorkload, isa: Isa) -> Any:
     """Generate a copy with constant index maps.
 
     Raises:
-        ValueError: an axis without a map changes its extent.
+        CodegenError: an axis without a map changes its extent.
     """
     w = workload
     for axis, (size, count) in enumerate(zip(w.shape, w.out_shape, strict=True)):
         if not w.mapped[axis] and size != count:
-            raise ValueError(f"remap: axis {axis} has no map and changes its extent: {w}")
+            raise CodegenError(f"remap: axis {axis} has no map and changes its extent: {w}")
     starts, length = [], 0
     for axis, mapped in enumerate(w.mapped):
         starts.append(length)

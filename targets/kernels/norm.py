@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.fmath import exp
@@ -144,10 +145,10 @@ def pack_softmax(table: Array, workload: QSoftmaxWorkload, isa: Isa) -> Array:
     """Pack T, int32 [256] of values up to 2**20: as it is, or as three planes of bytes.
 
     Raises:
-        ValueError: the table has another shape.
+        CodegenError: the table has another shape.
     """
     if table.shape != (256,):
-        raise ValueError(f"pack_softmax: expected 256 entries, got shape {table.shape}")
+        raise CodegenError(f"pack_softmax: expected 256 entries, got shape {table.shape}")
     entries = table.astype(np.int32)
     if not _in_registers(workload, isa):
         return entries
@@ -217,7 +218,7 @@ class _QSoftmax:
         )
         if w.dtype == "float32":
             return real
-        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype)
+        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, self.isa)
 
     def strided(self, base: Expr, inner: int) -> None:
         """A row whose elements are `inner` apart."""
@@ -408,7 +409,7 @@ class _QLayerNorm:
         real = exact_mul(t, tir.load(self.gamma, at, lanes)) + tir.load(self.beta, at, lanes)
         if w.dtype != "float32":
             real = real / tir.splat(_f32(w.scale), "float32", lanes)
-            real = quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype)
+            real = quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, self.isa)
         tir.store(self.y, base + at, real)
 
     def _sums(self, base: Expr) -> tuple[Expr, Expr]:

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.fmath import FUNCTIONS
@@ -314,6 +315,11 @@ def _centered(value: Expr, zero_point: int) -> Expr:
     return tir.cast(wide, "float32")
 
 
+def _reach(dtype: str) -> float:
+    """A bound on |value - zero point|, with room for the rounding of what it is multiplied by."""
+    return 2.0 ** (ITEM_BYTES[dtype] * 8 + 1)
+
+
 def _f32(value: float) -> float:
     """`value` rounded to float32."""
     return float(np.float32(value))
@@ -328,7 +334,7 @@ def quantize(workload: QuantizeWorkload, isa: Isa) -> Any:
 
     def body(x: Expr) -> Expr:
         real = x / tir.splat(_f32(w.scale), "float32", tir.lanes_of(x))
-        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype)
+        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa)
 
     return _elementwise("quantize", isa, [w.shape], ["float32"], w.dtype, body, cycles=40)
 
@@ -346,11 +352,12 @@ def dequantize(workload: DequantizeWorkload, isa: Isa) -> Any:
 def requantize(workload: RequantizeWorkload, isa: Isa) -> Any:
     """Generate `requantize`."""
     w = workload
+    bound = _reach(w.in_dtype) * abs(w.multiplier)
 
     def body(q: Expr) -> Expr:
         factor = tir.splat(_f32(w.multiplier), "float32", tir.lanes_of(q))
         real = exact_mul(_centered(q, w.in_zero_point), factor)
-        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype)
+        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa, bound)
 
     return _elementwise("requantize", isa, [w.shape], [w.in_dtype], w.dtype, body, cycles=16)
 
@@ -359,11 +366,16 @@ def qbinary(workload: QBinaryWorkload, isa: Isa) -> Any:
     """Generate `qadd`, `qsub` or `qmul`.
 
     Raises:
-        ValueError: the operation is not one of the three.
+        CodegenError: the operation is not one of the three.
     """
     w = workload
     if w.operation not in ("add", "sub", "mul"):
-        raise ValueError(f"qbinary: expected operation add, sub or mul, got {w.operation!r}")
+        raise CodegenError(f"qbinary: expected operation add, sub or mul, got {w.operation!r}")
+    a_reach, b_reach = _reach(w.a_dtype), _reach(w.b_dtype)
+    if w.operation == "mul":
+        bound = a_reach * b_reach * abs(w.a_multiplier)
+    else:
+        bound = a_reach * abs(w.a_multiplier) + b_reach * abs(w.b_multiplier)
     # Products of centred 8-bit values are below 2**24, hence exact in float32.
     narrow = "int16" not in (w.a_dtype, w.b_dtype)
 
@@ -385,7 +397,7 @@ def qbinary(workload: QBinaryWorkload, isa: Isa) -> Any:
     def body(a: Expr, b: Expr) -> Expr:
         if w.dtype == "float32":
             return real(a, b)
-        return quantized(real(a, b), w.zero_point, w.qmin, w.qmax, w.dtype)
+        return quantized(real(a, b), w.zero_point, w.qmin, w.qmax, w.dtype, isa, bound)
 
     return _elementwise(
         f"q{w.operation}",
@@ -419,7 +431,7 @@ def float_binary(workload: FloatBinaryWorkload, isa: Isa) -> Any:
     """Generate a float32 operation of two arrays.
 
     Raises:
-        ValueError: the operation is not known.
+        CodegenError: the operation is not known.
     """
     w = workload
     table: dict[str, Callable[[Expr, Expr], Expr]] = {
@@ -431,7 +443,7 @@ def float_binary(workload: FloatBinaryWorkload, isa: Isa) -> Any:
         "min": T.min,
     }
     if w.operation not in table:
-        raise ValueError(f"float_binary: expected one of {', '.join(table)}, got {w.operation!r}")
+        raise CodegenError(f"float_binary: expected one of {', '.join(table)}, got {w.operation!r}")
 
     def body(a: Expr, b: Expr) -> Expr:
         return tir.clamp(table[w.operation](a, b), w.low, w.high)
@@ -451,11 +463,13 @@ def float_unary(workload: FloatUnaryWorkload, isa: Isa) -> Any:
     """Generate a float32 function of one array.
 
     Raises:
-        ValueError: the function is not in `fmath.FUNCTIONS`.
+        CodegenError: the function is not in `fmath.FUNCTIONS`.
     """
     w = workload
     if w.function not in FUNCTIONS:
-        raise ValueError(f"float_unary: expected one of {', '.join(FUNCTIONS)}, got {w.function!r}")
+        raise CodegenError(
+            f"float_unary: expected one of {', '.join(FUNCTIONS)}, got {w.function!r}"
+        )
 
     def body(x: Expr) -> Expr:
         return FUNCTIONS[w.function](x, w.alpha, w.beta)
@@ -499,10 +513,10 @@ def pack_table(entries: npt.NDArray[Any], workload: TableWorkload, isa: Isa) -> 
     of entry k and entry k + 128.
 
     Raises:
-        ValueError: not 256 entries.
+        CodegenError: not 256 entries.
     """
     if entries.shape != (256,):
-        raise ValueError(f"pack_table: expected 256 entries, got shape {entries.shape}")
+        raise CodegenError(f"pack_table: expected 256 entries, got shape {entries.shape}")
     values = np.ascontiguousarray(entries, dtype=workload.dtype)
     if workload.in_dtype == "int8":
         values = np.roll(values, 128)

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.simd import (
@@ -249,7 +250,7 @@ def average_pool(workload: PoolWorkload, isa: Isa) -> Any:
                 else:
                     if zero:
                         total = total - tir.splat(inside * zero, "int32", width)
-                    value = _averaged(total, factors, w.averaging)
+                    value = _averaged(isa, total, factors, w.averaging)
                 tir.store(flat_y, output * w.channels + channel, value)
 
         work = prod(w.out_shape) / lanes * prod(w.window.kernel) * 4
@@ -257,12 +258,12 @@ def average_pool(workload: PoolWorkload, isa: Isa) -> Any:
     return builder.finish()
 
 
-def _averaged(acc: Expr, factors: Expr, averaging: Averaging) -> Expr:
+def _averaged(isa: Isa, acc: Expr, factors: Expr, averaging: Averaging) -> Expr:
     value = exact_mul(tir.cast(acc, "float32"), factors)
     a = averaging
     if a.dtype == "float32":
         return value
-    return quantized(value, a.out_zero_point, a.qmin, a.qmax, a.dtype)
+    return quantized(value, a.out_zero_point, a.qmin, a.qmax, a.dtype, isa)
 
 
 # Reductions.
@@ -272,13 +273,13 @@ def reduce(workload: ReduceWorkload, isa: Isa) -> Any:
     """Generate a reduction.
 
     Raises:
-        ValueError: the extents do not multiply to the shapes, or the operation is not known.
+        CodegenError: the extents do not multiply to the shapes, or the operation is not known.
     """
     w = workload
     if prod(w.in_shape) != w.outer * w.reduced * w.inner or prod(w.out_shape) != w.outer * w.inner:
-        raise ValueError(f"reduce: extents do not fit the shapes: {w}")
+        raise CodegenError(f"reduce: extents do not fit the shapes: {w}")
     if w.operation not in ("mean", "sum", "max", "min"):
-        raise ValueError(f"reduce: expected mean, sum, max or min, got {w.operation!r}")
+        raise CodegenError(f"reduce: expected mean, sum, max or min, got {w.operation!r}")
     with PrimFuncBuilder(f"reduce_{w.operation}") as builder:
         x = builder.argument("x", w.in_shape, w.dtype)
         y = builder.argument("y", w.out_shape, w.out_dtype)
@@ -326,7 +327,7 @@ class _Fold:
             if a.zero_point:
                 acc = acc - tir.splat(a.zero_point * self.w.reduced, "int32", lanes)
             factor = float(a.factors(np.asarray(float(self.w.reduced))))
-            return _averaged(acc, tir.splat(factor, "float32", lanes), a)
+            return _averaged(self.isa, acc, tir.splat(factor, "float32", lanes), a)
         if self.w.operation == "mean":
             return acc / tir.splat(float(self.w.reduced), "float32", lanes)
         return acc

@@ -22,6 +22,8 @@ from math import prod
 
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
+from qcompiler.errors import CodegenError
+from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import tir
 from qcompiler.targets.kernels.tir import Buffer, Expr
 
@@ -137,7 +139,7 @@ def vector_spans(count: int, lanes: int, *, overlap: bool) -> list[tuple[int, in
 def stack(count: int, dtype: str) -> Buffer:
     """A small array on the stack; in registers where every index is a constant."""
     if count * ITEM_BYTES[dtype] > STACK_BYTES:
-        raise ValueError(f"stack: expected at most {STACK_BYTES} bytes, got {count} x {dtype}")
+        raise CodegenError(f"stack: expected at most {STACK_BYTES} bytes, got {count} x {dtype}")
     return T.alloc_buffer((count,), dtype, scope="global")
 
 
@@ -188,17 +190,60 @@ def clamped(value: Expr, low: float, high: float, dtype: str) -> Expr:
     )
 
 
-def quantized(value: Expr, zero_point: int, qmin: int, qmax: int, dtype: str) -> Expr:
+def quantized(
+    value: Expr,
+    zero_point: int,
+    qmin: int,
+    qmax: int,
+    dtype: str,
+    isa: Isa | None = None,
+    bound: float | None = None,
+) -> Expr:
     """`clamp(rint(value) + zero_point, qmin, qmax)` as lanes of `dtype`, for float32 `value`.
 
     The clamp comes first and in float32, where its bounds are whole numbers that no rounding can
-    cross; so the conversion to int32 is always in range.
+    cross; so the conversion to int32 is always in range.  NaN gives qmin.
+
+    With `isa`, a full register of 8-bit results is narrowed by the saturating pack instructions.
+    With a `bound` on |value| as well they also do the clamp, where it is the dtype's own range.
     """
-    value = tir.clamp(value, float(qmin - zero_point), float(qmax - zero_point))
+    lanes = tir.lanes_of(value)
+    packs = isa is not None and lanes * 8 == isa.vector_bits and dtype in ("uint8", "int8")
+    free = packs and bound is not None and bound < 2.0**30
+    if not (free and (qmin, qmax) == STORAGE_RANGE[dtype]):
+        value = tir.clamp(value, float(qmin - zero_point), float(qmax - zero_point))
+    if isa is not None and packs:
+        return _packed_bytes(isa, tir.bind(value), zero_point, dtype)
     rounded = lrint(value)
     if zero_point:
-        rounded = rounded + tir.splat(zero_point, "int32", tir.lanes_of(rounded))
+        rounded = rounded + tir.splat(zero_point, "int32", lanes)
     return tir.cast(rounded, dtype)
+
+
+def _packed_bytes(isa: Isa, value: Expr, zero_point: int, dtype: str) -> Expr:
+    """Round, add the zero point and saturate one register's worth of 8-bit results."""
+    lanes = tir.lanes_of(value)
+    quarter, half = lanes // 4, tir.vector("int16", lanes // 2)
+    parts = [
+        tir.bind(
+            tir.round_to_int32(isa, tir.shuffle([value], range(k * quarter, (k + 1) * quarter)))
+        )
+        for k in range(4)
+    ]
+    pack = str(isa.intrinsic("pack_i16", lanes * 8))
+    words = [tir.intrinsic(half, pack, parts[k], parts[k + 1]) for k in (0, 2)]
+    if zero_point:  # saturating to int16 before and after it changes no 8-bit result
+        shift = tir.splat(zero_point, "int16", lanes // 2)
+        words = [tir.intrinsic(half, "llvm.sadd.sat", word, shift) for word in words]
+    pack = str(isa.intrinsic("pack_u8" if dtype == "uint8" else "pack_i8", lanes * 8))
+    narrow = tir.intrinsic(tir.vector(dtype, lanes), pack, *[tir.bind(word) for word in words])
+    if lanes == 16:
+        return narrow
+    # Packs work within 128-bit lanes: four bytes of each part, lane after lane.
+    blocks = lanes // 16
+    order = [lane * 4 + part for part in range(4) for lane in range(blocks)]
+    moved = tir.shuffle([tir.bind(tir.reinterpret(narrow, "int32", quarter))], order)
+    return tir.reinterpret(moved, dtype, lanes)
 
 
 def reduce_lanes(operation: str, value: Expr) -> Expr:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.targets.kernels.harness import build, run
 from qcompiler.targets.kernels.layout import (
@@ -34,7 +35,8 @@ from qcompiler.targets.kernels.movement import (
     strided,
 )
 
-ROWS = [row for row in ISA_TABLE.values() if runnable(row)]
+# The AVX-VNNI row adds only a dot product, so here it makes the code of the AVX2 row.
+ROWS = [row for row in ISA_TABLE.values() if runnable(row) and row.name != "x86-avxvnni"]
 F = np.float32
 rows = pytest.mark.parametrize("isa", ROWS, ids=lambda row: row.name)
 seeds = st.integers(0, 2**31)
@@ -261,24 +263,24 @@ def test_resize_linear(isa, c):
 
 def test_rejections():
     isa = ISA_TABLE["x86-64"]
-    with pytest.raises(ValueError, match=r"transpose: \(0, 0\) does not permute"):
+    with pytest.raises(CodegenError, match=r"transpose: \(0, 0\) does not permute"):
         transpose(TransposeWorkload((2, 3), (0, 0), "uint8"), isa)
-    with pytest.raises(ValueError, match="quantize_nchw_to_nhwc: 3 channels do not fit 2"):
+    with pytest.raises(CodegenError, match="quantize_nchw_to_nhwc: 3 channels do not fit 2"):
         quantize_nchw_to_nhwc(QuantizeToNhwcWorkload(1, 3, 4, 4, 1.0, 0, "uint8", 0, 255, 2), isa)
-    with pytest.raises(ValueError, match="depth_to_space: cannot split 6 channels by 2"):
+    with pytest.raises(CodegenError, match="depth_to_space: cannot split 6 channels by 2"):
         depth_to_space((1, 2, 2, 6), 2, "uint8")
-    with pytest.raises(ValueError, match="space_to_depth: 2 does not divide 3 x 4"):
+    with pytest.raises(CodegenError, match="space_to_depth: 2 does not divide 3 x 4"):
         space_to_depth((1, 3, 4, 6), 2, "uint8")
-    with pytest.raises(ValueError, match="expected rank 4 and layout NHWC or NCHW"):
+    with pytest.raises(CodegenError, match="expected rank 4 and layout NHWC or NCHW"):
         space_to_depth((1, 3, 4), 2, "uint8")
-    with pytest.raises(ValueError, match=r"strided: axis 0 of .* reads 1 to 4 of 4"):
+    with pytest.raises(CodegenError, match=r"strided: axis 0 of .* reads 1 to 4 of 4"):
         strided(StridedWorkload((4,), (4,), (1,), (1,), "uint8"), isa)
     w = RemapWorkload((4, 4), (2, 4), (True, False), "uint8")
-    with pytest.raises(ValueError, match="pack_maps: axis 0 leads outside 4"):
+    with pytest.raises(CodegenError, match="pack_maps: axis 0 leads outside 4"):
         pack_maps([[0, 4], None], w)
-    with pytest.raises(ValueError, match=r"pack_maps: axis 0 has \(3,\), expected 2"):
+    with pytest.raises(CodegenError, match=r"pack_maps: axis 0 has \(3,\), expected 2"):
         pack_maps([[0, 1, 2], None], w)
-    with pytest.raises(ValueError, match="pack_maps: axis 1 does not fit"):
+    with pytest.raises(CodegenError, match="pack_maps: axis 1 does not fit"):
         pack_maps([[0, 1], [0, 1, 2, 3]], w)
-    with pytest.raises(ValueError, match="remap: axis 0 has no map and changes its extent"):
+    with pytest.raises(CodegenError, match="remap: axis 0 has no map and changes its extent"):
         remap(RemapWorkload((4,), (2,), (False,), "uint8"), isa)

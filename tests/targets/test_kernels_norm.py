@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler import numerics
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.targets.kernels.harness import assembly, build, run
 from qcompiler.targets.kernels.norm import (
@@ -23,7 +24,8 @@ from qcompiler.targets.kernels.norm import (
 )
 from qcompiler.types import DType, QuantParams
 
-ROWS = [row for row in ISA_TABLE.values() if runnable(row)]
+# The AVX-VNNI row adds only a dot product, so here it makes the code of the AVX2 row.
+ROWS = [row for row in ISA_TABLE.values() if runnable(row) and row.name != "x86-avxvnni"]
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
 F = np.float32
 rows = pytest.mark.parametrize("isa", ROWS, ids=lambda row: row.name)
@@ -139,5 +141,5 @@ def test_qlayer_norm_rounds_each_step(isa):
 
 def test_pack_softmax_rejects_another_length():
     w = QSoftmaxWorkload((4, 4), 1, "uint8", 1.0, "float32")
-    with pytest.raises(ValueError, match=r"expected 256 entries, got shape \(255,\)"):
+    with pytest.raises(CodegenError, match=r"expected 256 entries, got shape \(255,\)"):
         pack_softmax(np.zeros(255, np.int32), w, ISA_TABLE["x86-64"])

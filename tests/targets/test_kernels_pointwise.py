@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import erf as exact_erf
 
+from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.targets.kernels import fmath
 from qcompiler.targets.kernels.harness import assembly, build, run
@@ -32,7 +33,8 @@ from qcompiler.targets.kernels.pointwise import (
     table,
 )
 
-ROWS = [row for row in ISA_TABLE.values() if runnable(row)]
+# The AVX-VNNI row adds only a dot product, so here it makes the code of the AVX2 row.
+ROWS = [row for row in ISA_TABLE.values() if runnable(row) and row.name != "x86-avxvnni"]
 RANGES = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
 F = np.float32
 few = settings(max_examples=6, deadline=None)
@@ -80,11 +82,13 @@ def test_quantize_equals_the_definition(isa, size, out, scale, seed):
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=size) * 200 * scale).astype(F)
     x[rng.integers(0, size)] = F(scale) * F(2.5)  # often a tie
-    x.flat[: min(4, size)] = [np.inf, -np.inf, 3e38, -0.0][: min(4, size)]
+    odd = [np.nan, np.inf, -np.inf, 3e38, -0.0]
+    x.flat[: min(5, size)] = odd[: min(5, size)]
     w = QuantizeWorkload((size,), scale, zero_point, dtype, qmin, qmax)
     got = run(build(quantize(w, isa), isa), x, shape=(size,), dtype=dtype)
     with np.errstate(over="ignore"):
-        want = quantized(x / F(scale), zero_point, qmin, qmax, dtype)
+        real = np.nan_to_num(x / F(scale), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        want = quantized(real, zero_point, qmin, qmax, dtype)
     np.testing.assert_array_equal(got, want)
 
 
@@ -188,7 +192,7 @@ def test_table_equals_the_entries(isa, in_dtype, dtype, size):
 
 def test_pack_table_rejects_another_length():
     w = TableWorkload((4,), "uint8", "uint8")
-    with pytest.raises(ValueError, match=r"expected 256 entries, got shape \(255,\)"):
+    with pytest.raises(CodegenError, match=r"expected 256 entries, got shape \(255,\)"):
         pack_table(np.zeros(255, np.uint8), w, ISA_TABLE["x86-64"])
 
 
@@ -290,9 +294,9 @@ def test_collapse_finds_the_fewest_axes():
 
 def test_unknown_names_are_refused():
     isa = ISA_TABLE["x86-64"]
-    with pytest.raises(ValueError, match="expected operation add, sub or mul, got 'pow'"):
+    with pytest.raises(CodegenError, match="expected operation add, sub or mul, got 'pow'"):
         qbinary(QBinaryWorkload("pow", (1,), (1,), "uint8", "uint8", 0, 0, 1, 1, "uint8"), isa)
-    with pytest.raises(ValueError, match=r"float_binary: expected one of .* got 'pow'"):
+    with pytest.raises(CodegenError, match=r"float_binary: expected one of .* got 'pow'"):
         float_binary(FloatBinaryWorkload("pow", (1,), (1,)), isa)
-    with pytest.raises(ValueError, match=r"float_unary: expected one of .* got 'cosh'"):
+    with pytest.raises(CodegenError, match=r"float_unary: expected one of .* got 'cosh'"):
         float_unary(FloatUnaryWorkload("cosh", (1,)), isa)
