@@ -114,6 +114,7 @@ class _Analysis:
     def run(self) -> Regions:
         products = [n for n in self.graph.nodes if self._is_product(n)]
         anyway = {v for n in products for _, v in integer_operands(n) if not v.is_constant}
+        anyway.update(n.input(0) for n in self._norms_before(products))
         for node in self.graph.nodes:
             self._forward(node, anyway)
         self._backward()
@@ -122,6 +123,23 @@ class _Analysis:
             self._request(node)
         self._settle()
         return self.out
+
+    def _norms_before(self, products: list[Node]) -> Iterator[Node]:
+        """Yield the layer norms that some product depends on.
+
+        They take any float, as 16 bits: a residual stream from an embedding or a float head then
+        runs in integers from its first layer norm on.
+        """
+        before: set[Node] = set(products)
+        for node in reversed(self.graph.nodes):
+            if node in before or any(r in before for v in node.outputs for r in v.users):
+                before.add(node)
+                if (
+                    node.op.name == "layer_norm"
+                    and integer_obstacle(node) is None
+                    and self.plan.precision(node.name).is_integer
+                ):
+                    yield node
 
     def _is_product(self, node: Node) -> bool:
         return (

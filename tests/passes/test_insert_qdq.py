@@ -306,6 +306,20 @@ def test_residual_streams_into_layer_norm_are_16_bits():
     assert source.input(0).dtype is DType.INT16
 
 
+def test_a_residual_stream_from_a_float_head_is_in_integers_from_its_first_norm_on():
+    net = Net()
+    x = net.op("add", net.input(1, 6, 8), net.const(8))  # like a position embedding: stays float
+    n = net.op("layer_norm", x, net.const(8), net.const(8), axis=-1)
+    s = net.op("add", x, net.linear(net.op("relu", net.linear(n, 8, "up")), 8, "down"))
+    last = net.op("layer_norm", s, net.const(8), net.const(8), axis=-1)
+    net.done(net.linear(last, 3, "out"))
+    graph, plan = insert(net.g, observed(net.g, net.sample()))
+    norms = [n for n in graph.nodes if n.op.name == "layer_norm"]
+    assert [held(n, 0).dtype for n in norms] == [DType.INT16] * 2
+    floats = [name for name in plan if not plan.precision(name).is_integer]
+    assert floats == [x.producer.name]
+
+
 def test_attention_operands():
     net = encoder()
     graph, plan = insert(net.g, observed(net.g, net.sample()))
