@@ -11,6 +11,7 @@ constant weights of matrix products are [K, N].
 from __future__ import annotations
 
 from qcompiler.passes.conv_1d_to_2d import Conv1dTo2d
+from qcompiler.passes.conv_3d_to_2d import Conv3dTo2d
 from qcompiler.passes.conv_transpose_to_conv import ConvTransposeToConv
 from qcompiler.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from qcompiler.passes.eliminate_dead import EliminateDead
@@ -52,8 +53,9 @@ def canonicalize_passes() -> tuple[Pass, ...]:
         FoldWeightLayout(),
         Conv1dTo2d(),
         ConvTransposeToConv(),
-        SimplifyMovement(),
+        Conv3dTo2d(),
         HoistClamps(),
+        SimplifyMovement(),
         FoldConstants(),
         EliminateCommonSubexpressions(),
         EliminateDead(),

@@ -215,14 +215,14 @@ def _weight(
     new = np.zeros((group, each, *strides, data.shape[0] // group, *taps), data.dtype)
     for index in itertools.product(*(range(k) for k in data.shape[2:])):
         places = [a.places[k] for a, k in zip(axes, index, strict=True)]
-        to = (
+        to: tuple[Any, ...] = (
             slice(None),
             slice(None),
             *(r for r, _ in places),
             slice(None),
             *(t for _, t in places),
         )
-        at = (slice(None), slice(None), slice(None), *index)
+        at: tuple[Any, ...] = (slice(None), slice(None), slice(None), *index)
         new[to] = by_group[at].swapaxes(1, 2)
     if phase_major:  # one group: [1, M, s..., C, T...] -> [s..., M, C, T...]
         new = np.moveaxis(new[0], 0, rank)
