@@ -205,6 +205,8 @@ def _openvino(model: str, feeds: Mapping[str, Array], threads: int) -> Callable[
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
+        # Without it OpenVINO computes in bfloat16 where the CPU has it: not the same work.
+        "INFERENCE_PRECISION_HINT": "f32",
     }
     request = core.compile_model(network, "CPU", settings).create_infer_request()
     values = dict(feeds)
@@ -253,8 +255,10 @@ def _quantized(
         )
         if opset < 13:  # the first opset whose QuantizeLinear has an axis
             proto = version_converter.convert_version(proto, 13)
+        source = Path(folder) / "source.onnx"  # given a model in memory, it may lose tensors
+        onnx.save(proto, source)
         with contextlib.redirect_stdout(None):
-            q.quant_pre_process(proto, str(prepared), skip_symbolic_shape=True)
+            q.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
     samples = _batches(feeds, calibration)
 
     class Reader(q.CalibrationDataReader):  # type: ignore[misc]
