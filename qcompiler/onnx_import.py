@@ -20,7 +20,12 @@ import onnx.checker
 import onnx.reference
 import onnx.shape_inference
 
-from qcompiler import onnx_import_movement, onnx_import_ops, onnx_import_qdq
+from qcompiler import (
+    onnx_import_einsum,
+    onnx_import_movement,
+    onnx_import_ops,
+    onnx_import_qdq,
+)
 from qcompiler.errors import ModelError, QCompilerError, ShapeError, UnsupportedOpError
 from qcompiler.ir import Graph, Value
 from qcompiler.onnx_import_context import (
@@ -57,7 +62,7 @@ from qcompiler.types import Array, Shape, TensorType
 
 __all__ = ["ModelSource", "OnnxModel", "load_onnx", "model_digest", "read_model"]
 
-CONVERTER_MODULES = (onnx_import_ops, onnx_import_movement, onnx_import_qdq)
+CONVERTER_MODULES = (onnx_import_ops, onnx_import_movement, onnx_import_qdq, onnx_import_einsum)
 """Modules whose import fills the table of converters."""
 
 _CONTROL_FLOW = frozenset({"Loop", "Scan", "SequenceMap"})

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.errors import UnsupportedByTargetError
+from qcompiler.errors import UnsupportedByTargetError, UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.plan import precision_of
@@ -287,23 +287,26 @@ def _import_regions(plan: _Plan, graph: Graph, target: Any) -> dict[tuple[Node, 
     """Import every float region; all refusals become one error.
 
     Raises:
-        UnsupportedByTargetError: TVM refuses some operators.
+        UnsupportedOpError: Operators that neither we nor TVM have.
+        UnsupportedByTargetError: Operators that TVM has, and refuses in this form.
     """
     from qcompiler.targets.tvm_regions import FloatRegion, import_region
 
     regions: dict[tuple[Node, ...], FloatRegion] = {}
-    refused: list[UnsupportedByTargetError] = []
+    refused: list[UnsupportedOpError | UnsupportedByTargetError] = []
     for step in plan.steps:
         if not isinstance(step, tuple):
             continue
         try:
             regions[step] = import_region(step, graph, target)
-        except UnsupportedByTargetError as error:
+        except (UnsupportedOpError, UnsupportedByTargetError) as error:
             refused.append(error)
     if refused:
         lines = "\n  ".join(e.message for e in refused)
-        raise UnsupportedByTargetError(
-            f"{len(refused)} parts of the model cannot be compiled:\n  {lines}",
-            node=refused[0].node,
-        )
+        message = f"{graph.name!r} cannot be compiled because of:\n  {lines}"
+        unknown = [e for e in refused if isinstance(e, UnsupportedOpError)]
+        if unknown:
+            operators = tuple(sorted({op for e in unknown for op in e.operators}))
+            raise UnsupportedOpError(message, operators=operators, node=unknown[0].node)
+        raise UnsupportedByTargetError(message, node=refused[0].node)
     return regions

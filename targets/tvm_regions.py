@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qcompiler.errors import QCompilerError, UnsupportedByTargetError
+from qcompiler.errors import QCompilerError, UnsupportedByTargetError, UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
 
 _INLINE_BYTES = 4096  # constants up to this size may live in the library
@@ -92,20 +92,28 @@ def import_region(nodes: tuple[Node, ...], graph: Graph, target: Any) -> FloatRe
     """Import a run of float nodes, in topological order, and schedule it for a CPU.
 
     Raises:
+        UnsupportedOpError: TVM has no converter for an operator.
         UnsupportedByTargetError: TVM's importer or code generator refuses an operator.
     """
+    try:
+        return _import(nodes, graph, target)
+    except UnsupportedByTargetError:
+        for node in nodes if len(nodes) > 1 else ():
+            _import((node,), graph, target)  # names the one that TVM refuses, if it is one
+        raise
+
+
+def _import(nodes: tuple[Node, ...], graph: Graph, target: Any) -> FloatRegion:
     import tvm
     from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx
 
     from qcompiler.onnx_export import subgraph_to_onnx
 
     inputs, outputs = region_values(nodes, graph)
     model = subgraph_to_onnx(nodes, inputs, outputs)
+    _check_operators(nodes, model)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about renaming values: names do not matter here
-            module = from_onnx(model, keep_params_in_input=False)
+        module = _from_onnx(model)
         with target:
             module = tvm.transform.Sequential(
                 [
@@ -127,16 +135,95 @@ def import_region(nodes: tuple[Node, ...], graph: Graph, target: Any) -> FloatRe
         if isinstance(error, QCompilerError):
             raise
         what = ", ".join(sorted({_label(n) for n in nodes}))
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        where = repr(nodes[0].name)
+        where += "" if len(nodes) == 1 else f" to {nodes[-1].name!r}"
+        reason = (str(error).strip().splitlines() or [""])[-1]
         raise UnsupportedByTargetError(
-            f"TVM cannot compile {what} (nodes {nodes[0].name} to {nodes[-1].name}): {reason}",
+            f"{what} ({where}): TVM cannot compile it: {type(error).__name__}: {reason}",
             node=nodes[0].name,
         ) from error
+    _check_results(module, outputs)
     return FloatRegion(schedule_module(module), tuple(inputs), tuple(outputs))
 
 
+def _check_operators(nodes: tuple[Node, ...], model: Any) -> None:
+    """Refuse operators that TVM's importer does not know, before it starts.
+
+    Raises:
+        UnsupportedOpError: Such operators, with the nodes of each.
+    """
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    known = onnx_frontend._get_convert_map()
+    unknown = {n.op_type for n in model.graph.node} - set(known) - {"Constant"}
+    if not unknown:
+        return
+    held: dict[str, list[str]] = {op: [] for op in unknown}
+    for node in nodes:
+        names = held.get(_label(node))
+        if names is not None:
+            names.append(node.name)
+    lines = [
+        f"{op} ({', '.join(map(repr, names)) or repr(nodes[0].name)}): "
+        "neither this compiler nor TVM has kernels for it"
+        for op, names in sorted(held.items())
+    ]
+    raise UnsupportedOpError("\n  ".join(lines), operators=tuple(sorted(held)), node=nodes[0].name)
+
+
+def _from_onnx(model: Any) -> Any:
+    """Run TVM's importer without the lines that it prints on its own account."""
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    # It announces each failure by print() before it raises; the error says the same.
+    vars(onnx_frontend)["print"] = _say_nothing
+    importer = onnx_frontend.ONNXGraphImporter({}, "float32", keep_params_in_input=False)
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about renaming values: names do not matter here
+            return importer.from_onnx(model.graph, opset)
+    except Exception:
+        importer.bb._end_block()  # else its destructor complains on stderr about an open block
+        raise
+
+
+def _say_nothing(*args: object, **kwargs: object) -> None:
+    del args, kwargs
+
+
+def _check_results(module: Any, outputs: list[Value]) -> None:
+    """Refuse a region whose results TVM types otherwise than ONNX does.
+
+    Raises:
+        UnsupportedByTargetError: Another dtype or shape, for which results are read wrongly.
+    """
+    returned = module["main"].ret_ty
+    fields = list(getattr(returned, "fields", None) or [returned])
+    for v, t in zip(outputs, fields, strict=True):
+        node = v.producer
+        if node is None:
+            continue
+        found = f"{t.dtype}{_extents(t.shape)}"
+        if found != f"{v.dtype.numpy.name}{list(v.shape)}":
+            raise UnsupportedByTargetError(
+                f"{_label(node)} ({node.name!r}): TVM compiles it to {found}, "
+                f"expected {v.dtype.value}{list(v.shape)}",
+                node=node.name,
+            )
+
+
+def _extents(shape: Any) -> list[Any]:
+    """Return an extent per axis; open ones as TVM writes them."""
+    from tvm import tirx
+
+    return [int(d) if isinstance(d, (int, tirx.IntImm)) else str(d) for d in shape or ()]
+
+
 def _label(node: Node) -> str:
-    return node.name if node.op.name == "opaque" else node.op.name
+    from qcompiler.onnx_export_ops import opaque_proto
+
+    return opaque_proto(node).op_type if node.op.name == "opaque" else node.op.name
 
 
 class _Inliner:

@@ -1,0 +1,56 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""What TVM cannot compile is refused with the operator's name, and quietly."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+import qcompiler
+from qcompiler.errors import UnsupportedByTargetError, UnsupportedOpError
+from qcompiler.types import Array
+
+
+def model(text: str, opset: int = 17, **constants: Array) -> onnx.ModelProto:
+    """Parse `inputs => outputs { nodes }` of ONNX text."""
+    head = f'<ir_version: 10, opset_import: ["" : {opset}]> net '
+    proto = onnx.parser.parse_model(head + text)
+    for name, data in constants.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(data, name))
+    return proto
+
+
+def ones(*shape: int) -> Array:
+    return np.ones(shape, np.float32)
+
+
+def test_unknown_operators_are_listed_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    proto = model(
+        """(float[5,1,3] x) => (a, b) {
+            h = LSTM<hidden_size: int = 4>(x, w, r)  i = Relu(h)
+            a = Transpose<perm: ints = [3, 2, 1, 0]>(i)
+            g = GRU<hidden_size: int = 4>(x, wg, rg)  b = Abs(g)
+        }""",
+        w=ones(1, 16, 3), r=ones(1, 16, 4), wg=ones(1, 12, 3), rg=ones(1, 12, 4),
+    )  # fmt: skip
+    with pytest.raises(UnsupportedOpError, match=r"(?s)LSTM \('LSTM_0'\).*GRU \('GRU_0'\)") as info:
+        qcompiler.compile(proto, precision="fp32")
+    assert info.value.operators == ("GRU", "LSTM")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_form_that_tvm_refuses_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    proto = model(
+        """(float[1,2,4,4] x, float[1,3,3,2] grid) => (y) {
+            g = GridSample<mode: string = "bilinear", padding_mode: string = "zeros">(x, grid)
+            y = Det(g)
+        }"""
+    )
+    with pytest.raises((UnsupportedOpError, UnsupportedByTargetError), match=r"Det \('Det_0'\)"):
+        qcompiler.compile(proto, precision="fp32")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "BlockBuilder" not in err
