@@ -7,6 +7,7 @@ from __future__ import annotations
 from qcompiler.errors import UnknownTargetError
 from qcompiler.ir import Graph, Node
 from qcompiler.passes.channels_last import ChannelsLast
+from qcompiler.passes.contiguous_reductions import ContiguousReductions
 from qcompiler.passes.split_to_slices import SplitToSlices
 from qcompiler.passes.unsigned_activations import UnsignedActivations
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
@@ -37,7 +38,7 @@ class X86Backend(Backend):
 
     def passes(self) -> tuple[Pass, ...]:
         """Channels-last layout and unsigned activations, as the dot instructions want them."""
-        return (UnsignedActivations(), ChannelsLast(), SplitToSlices())
+        return (UnsignedActivations(), ChannelsLast(), ContiguousReductions(), SplitToSlices())
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> object:
         """Return the IRModule and its parameters (`tvm_lower.Lowered`)."""
