@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the product promises, on real trained models and at full size.
+
+Slow; run with `make test-slow PYTEST_ARGS="-k acceptance"`. The trained models are not part of the
+project: their tests skip, saying so, where the folder is absent.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import qcompiler
+
+MODELS = Path(__file__).parents[1] / "models"
+TRAINED = (
+    "mobilenetv2",
+    "resnet20",
+    "resnet20_raw",
+    "resnet56",
+    "ic_resnet8",
+    "kws_dscnn",
+    "mnist",
+    "minilm",
+)
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
+
+
+def by_path(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, MODELS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_accuracy_and_coverage(name: str) -> None:
+    """Default settings, 128 samples: every product in integers, at most 1 point lost."""
+    catalogue = by_path("catalogue")
+    reason = catalogue.skip_reason(name)
+    if reason:
+        pytest.skip(reason)
+    model = catalogue.external(name, 128, 500)
+    compiled = qcompiler.compile(
+        model.path,
+        calibration=model.calibration,
+        evaluate=qcompiler.Evaluation(model.evaluation, model.metric),
+    )
+    assert compiled.report is not None
+    metric = compiled.report["metric"]
+    assert metric["samples"] >= 500
+    assert metric["drop"] <= (0.03 if name == "minilm" else 1.0), metric
+    ops = [op for node in compiled.report["nodes"] for op in node["ops"]]
+    assert "conv" not in ops
+    assert "matmul" not in ops
+    assert "qconv" in ops or "qmatmul" in ops
+
+
+@pytest.fixture(scope="module")
+def resnet50(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """ResNet-50 and calibration samples on disk, compiled by the command line in a process."""
+    folder = tmp_path_factory.mktemp("resnet50")
+    model = folder / "resnet50.onnx"
+    model.write_bytes(by_path("builders").resnet50().SerializeToString())
+    samples = np.random.default_rng(0).standard_normal((32, 3, 224, 224)).astype(np.float32)
+    np.savez(folder / "calib.npz", input=samples)
+    return {"model": model, "calibration": folder / "calib.npz", "artifact": folder / "r.qcm"}
+
+
+_COMPILE = """
+import resource, sys, time
+import qcompiler
+start = time.perf_counter()
+qcompiler.compile(sys.argv[1], calibration=sys.argv[2]).save(sys.argv[3])
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+_LOAD = """
+import sys, time
+import numpy as np, tvm_ffi
+start = time.perf_counter()
+import qcompiler
+model = qcompiler.load(sys.argv[1])
+model(np.zeros((1, 3, 224, 224), np.float32))
+print(time.perf_counter() - start)
+assert "libtvm_compiler" not in open("/proc/self/maps").read()
+"""
+
+
+def in_process(program: str, *arguments: Path) -> list[float]:
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+    assert done.returncode == 0, done.stderr
+    return [float(t) for t in done.stdout.split()]
+
+
+def test_resnet50_compiles_in_time_and_memory(resnet50: dict[str, Path]) -> None:
+    paths = (resnet50["model"], resnet50["calibration"], resnet50["artifact"])
+    seconds, gigabytes = in_process(_COMPILE, *paths)
+    assert seconds < 120
+    assert gigabytes < 4
+    size = resnet50["artifact"].stat().st_size
+    parameters = len(qcompiler.load(resnet50["artifact"]).artifact.params.data)
+    assert size <= 1.1 * parameters + 1e6
+    (loading,) = in_process(_LOAD, resnet50["artifact"])
+    assert loading < 1.0
+
+
+def test_mobilenet_compiles_in_time(tmp_path: Path) -> None:
+    model = tmp_path / "net.onnx"
+    model.write_bytes(by_path("builders").mobilenet_v2().SerializeToString())
+    samples = np.random.default_rng(0).standard_normal((128, 3, 224, 224)).astype(np.float32)
+    np.savez(tmp_path / "calib.npz", input=samples)
+    seconds, _ = in_process(_COMPILE, model, tmp_path / "calib.npz", tmp_path / "net.qcm")
+    assert seconds < 60
