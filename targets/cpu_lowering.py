@@ -573,6 +573,18 @@ def _layer_norm(self: CpuLowering, node: Node) -> KernelCall | None:
     return self.call("layer_norm", w, float_layer_norm, (x,), tuple(constants))
 
 
+@row("instance_norm")
+def _instance_norm(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.norm import FloatInstanceNormWorkload, float_instance_norm
+
+    x, scale, bias = node.input(0), node.input(1), node.input(2)
+    constant = scale.is_constant and bias.is_constant
+    if not is_float32(x, scale, bias) or 0 in x.shape or not constant:
+        return None
+    w = FloatInstanceNormWorkload(x.shape, float(node.attr("epsilon")))
+    return self.call("instance_norm", w, float_instance_norm, (x,), (scale.array(), bias.array()))
+
+
 _UNARY = (
     "abs", "ceil", "elu", "erf", "exp", "floor", "gelu", "hard_sigmoid", "hard_swish",
     "leaky_relu", "log", "neg", "reciprocal", "round", "sigmoid", "silu", "softplus", "sqrt",

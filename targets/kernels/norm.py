@@ -117,6 +117,14 @@ class FloatLayerNormWorkload:
     epsilon: float
 
 
+@dataclass(frozen=True)
+class FloatInstanceNormWorkload:
+    """float32 instance norm of [N, C, ...] over all axes from 2 on; buffers: x, scale, bias, y."""
+
+    shape: Shape
+    epsilon: float
+
+
 def _around(shape: Shape, axis: int) -> tuple[int, int, int]:
     """Elements before, along and after `axis`."""
     axis %= len(shape)
@@ -534,17 +542,33 @@ def _softmax_columns(x: Buffer, y: Buffer, start: Expr, depth: int, inner: int, 
 
 def float_layer_norm(workload: FloatLayerNormWorkload, isa: Isa) -> Any:
     """Generate a float32 layer norm: mean, then variance of the differences."""
-    w = workload
-    depth = w.shape[-1]
+    return _float_norm("layer_norm", workload.shape, workload.shape[-1], 1, workload.epsilon, isa)
+
+
+def float_instance_norm(workload: FloatInstanceNormWorkload, isa: Isa) -> Any:
+    """Generate a float32 instance norm: as a layer norm of every plane, scaled by channel."""
+    channels, plane = workload.shape[1], prod(workload.shape[2:])
+    return _float_norm("instance_norm", workload.shape, plane, channels, workload.epsilon, isa)
+
+
+def _float_norm(
+    name: str, shape: Shape, depth: int, channels: int, epsilon: float, isa: Isa
+) -> Any:
+    """Generate the norm of rows of `depth` elements.
+
+    Scale and bias hold one number per element of a row; for an instance norm one per row, counted
+    modulo `channels`.
+    """
+    by_row = name == "instance_norm"
     lanes = isa.lanes() * 4
-    threads = worth_threads(prod(w.shape) * 6.0 / isa.lanes())
-    with PrimFuncBuilder("layer_norm") as builder:
-        source = builder.argument("x", w.shape, "float32")
-        gamma = builder.argument("gamma", (depth,), "float32")
-        beta = builder.argument("beta", (depth,), "float32")
-        output = builder.argument("y", w.shape, "float32")
+    threads = worth_threads(prod(shape) * 6.0 / isa.lanes())
+    with PrimFuncBuilder(name) as builder:
+        source = builder.argument("x", shape, "float32")
+        gamma = builder.argument("gamma", (channels if by_row else depth,), "float32")
+        beta = builder.argument("beta", (channels if by_row else depth,), "float32")
+        output = builder.argument("y", shape, "float32")
         x, y = tir.flat(source), tir.flat(output)
-        with loop(prod(w.shape[:-1]), threads=threads) as row:
+        with loop(prod(shape) // depth, threads=threads) as row:
             base = tir.bind(row * depth)
             one = tir.splat(1.0 / depth, "float32", 1)
             total = _fold(depth, lanes, "add", 0.0, lambda at, n: tir.load(x, base + at, n))
@@ -556,13 +580,20 @@ def float_layer_norm(workload: FloatLayerNormWorkload, isa: Isa) -> Any:
                 return value * value
 
             variance = _fold(depth, lanes, "add", 0.0, square) * one
-            variance = variance + tir.splat(_f32(w.epsilon), "float32", 1)
+            variance = variance + tir.splat(_f32(epsilon), "float32", 1)
             factor = tir.bind(tir.splat(1.0, "float32", 1) / T.sqrt(variance))
+            if by_row:
+                channel = tir.bind(row % channels)
+                factor = tir.bind(factor * tir.load(gamma, channel, 1))
+                shift = tir.bind(tir.load(beta, channel, 1))
             for offset, count, width in vector_spans(depth, lanes, overlap=True):
                 with loop(count) as k:
                     at = tir.bind(k * width + offset)
                     value = tir.load(x, base + at, width) - tir.splat(mean, "float32", width)
                     value = value * tir.splat(factor, "float32", width)
-                    value = value * tir.load(gamma, at, width) + tir.load(beta, at, width)
+                    if by_row:
+                        value = value + tir.splat(shift, "float32", width)
+                    else:
+                        value = value * tir.load(gamma, at, width) + tir.load(beta, at, width)
                     tir.store(y, base + at, value)
     return builder.finish()

@@ -12,10 +12,12 @@ from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.targets.kernels.harness import assembly, build, run
 from qcompiler.targets.kernels.norm import (
+    FloatInstanceNormWorkload,
     FloatLayerNormWorkload,
     FloatSoftmaxWorkload,
     QLayerNormWorkload,
     QSoftmaxWorkload,
+    float_instance_norm,
     float_layer_norm,
     float_softmax,
     pack_softmax,
@@ -127,6 +129,21 @@ def test_float_layer_norm_is_close(isa, depth):
     wide = x.astype(np.float64)
     want = (wide - wide.mean(1, keepdims=True)) / np.sqrt(wide.var(1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(got, want * gamma + beta, rtol=1e-4, atol=1e-4)
+
+
+@rows
+@pytest.mark.parametrize("plane", [(1, 1), (5, 3), (8, 16), (31, 9)])
+def test_float_instance_norm_is_close(isa, plane):
+    rng = np.random.default_rng(plane[0])
+    x = (rng.normal(size=(2, 3, *plane)) * 4 + 3).astype(F)
+    scale, bias = (rng.normal(size=3).astype(F) for _ in range(2))
+    library = build(float_instance_norm(FloatInstanceNormWorkload(x.shape, 1e-5), isa), isa)
+    got = run(library, x, scale, bias, shape=x.shape, dtype="float32")
+    wide, axes = x.astype(np.float64), (2, 3)
+    spread = np.sqrt(wide.var(axes, keepdims=True) + 1e-5)
+    want = (wide - wide.mean(axes, keepdims=True)) / spread
+    want = want * scale[:, None, None] + bias[:, None, None]
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", ISA_TABLE.values(), ids=lambda row: row.name)
