@@ -170,6 +170,7 @@ class _Rewriter:
             )
             results.append(t.output)
         self.graph.replace_node(node, *results)
+        new.name = node.name  # reports are keyed by it
         return True
 
     def _to_last(self, v: Value, before: Node) -> Value:
