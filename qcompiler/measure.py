@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qcompiler import benchmark, data
+from qcompiler.artifact import check_runnable
 from qcompiler.cpu import default_threads, host_cpu
-from qcompiler.errors import QCompilerError
+from qcompiler.errors import QCompilerError, UnsupportedByTargetError
 from qcompiler.ort import Session
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.runtime import CompiledModel
@@ -98,8 +99,8 @@ def measured_report(
 ) -> dict[str, Any]:
     """Measure a compiled model and return its report (fields: INTERFACE, `compile --json`).
 
-    Where the model cannot run on this machine (another CPU, frozen inputs for the float model) the
-    figure is None and `notes` says why.
+    What cannot be measured on this machine is None, and `notes` says why. A model for another CPU
+    is scored by the interpreter, which returns the same integers.
     """
     notes = list(result.log)
     report: dict[str, Any] = {
@@ -129,24 +130,40 @@ def measured_report(
         "notes": notes,
     }  # fmt: skip
     reference = None
-    if not frozen:
-        try:
-            reference = float_model(compiled, model, quantized=result.float_graph is None)
-        except QCompilerError as error:
-            notes.append(f"the float model could not be run for comparison: {error}")
-    else:
-        notes.append("the float model is not compared: inputs are frozen")
+    source = model
+    if frozen and result.float_graph is not None:
+        from qcompiler.onnx_export import to_onnx
+
+        source = to_onnx(result.float_graph)  # the original still has the frozen inputs
+    try:
+        reference = float_model(compiled, source, quantized=result.float_graph is None)
+    except QCompilerError as error:
+        notes.append(f"the float model could not be run for comparison: {error}")
+    scored, why = _runnable(compiled, built)
+    if why:
+        notes.append(f"{why}: accuracy is the interpreter's (the same integers), no latency")
     if evaluate is not None:
         progress("evaluate", 0, 2)
-        report["metric"] = _metric(compiled, reference, evaluate)
+        report["metric"] = _metric(scored, reference, evaluate)
         progress("evaluate", 2, 2)
-    try:
+    if not why:
         report["latency_ms"] = _latency(compiled, reference)
         _region_times(compiled, report["nodes"])
-    except QCompilerError as error:
-        notes.append(f"latency was not measured: {error}")
     report["seconds"] = {"total": seconds, "passes": dict(pass_seconds)}
     return report
+
+
+def _runnable(compiled: CompiledModel, built: Built) -> tuple[CompiledModel, str]:
+    """Return a model that runs here, and why that is not the compiled one, if it is not."""
+    try:
+        check_runnable(compiled.target, "the model")
+    except UnsupportedByTargetError as error:
+        from qcompiler.targets.reference import GraphExecutor
+
+        # Every target returns the interpreter's integers, so its accuracy is known without it.
+        executor = GraphExecutor(built.graph)
+        return CompiledModel(compiled.artifact, executor=executor), error.message
+    return compiled, ""
 
 
 def _sizes(compiled: CompiledModel, model: ModelSource) -> dict[str, int]:

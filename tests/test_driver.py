@@ -193,3 +193,53 @@ def test_open_extents_come_from_the_samples(tmp_path: Path) -> None:
     compiled = qcompiler.compile(model, calibration=samples)
     assert compiled.inputs["x"].shape == (1, 5, 8)
     np.testing.assert_allclose(compiled(samples)["y"], samples["x"] @ w, atol=0.2)
+
+
+def test_compiled_for_another_cpu(
+    calibration: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the features the artifact cannot run here, but its accuracy is known all the same."""
+    here = qcompiler.compile(MODEL, target="x86-avx2", calibration=calibration)
+    monkeypatch.setattr("qcompiler.cpu.cpu_features", lambda: frozenset({"sse2"}))
+    samples = np.load(DIGITS / "eval.npz")
+    few = {"input": samples["input"][:40], "label": samples["label"][:40]}
+    compiled = qcompiler.compile(
+        MODEL,
+        target="x86-avx2",
+        calibration=calibration,
+        evaluate=qcompiler.Evaluation(few, "top1"),
+    )
+    report = compiled.report
+    assert report is not None
+    assert report["metric"]["compiled"] > 0.9
+    assert report["latency_ms"]["compiled"] is None
+    assert any("avx2" in note and "interpreter" in note for note in report["notes"])
+    assert compiled.artifact.digest() == here.artifact.digest()
+    with pytest.raises(UnsupportedByTargetError, match="avx2"):
+        compiled(few["input"])
+
+
+def test_frozen_inputs_are_compared_too(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper
+
+    values = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+        for n, s in (("x", ["N", 8]), ("gain", [1]), ("y", ["N", 4]))
+    ]
+    w = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    nodes = [
+        helper.make_node("Mul", ["x", "gain"], ["g"]),
+        helper.make_node("MatMul", ["g", "w"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "net", values[:2], values[2:], [onnx.numpy_helper.from_array(w, "w")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    x = {"x": np.random.default_rng(1).standard_normal((32, 8)).astype(np.float32)}
+    compiled = qcompiler.compile(
+        model, calibration=x, freeze={"gain": [2.0]}, evaluate=qcompiler.Evaluation(x, "sqnr")
+    )
+    assert list(compiled.inputs) == ["x"]
+    assert compiled.report is not None
+    assert compiled.report["metric"]["compiled"] > 30
+    np.testing.assert_allclose(compiled(x)["y"], 2 * x["x"] @ w, atol=0.3)
