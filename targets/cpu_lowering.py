@@ -20,6 +20,7 @@ import numpy as np
 from qcompiler import numerics
 from qcompiler.ir import Node, Value
 from qcompiler.targets.base import Support
+from qcompiler.targets.choice import Choose, Tunable, default_choice
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.tvm_lower import VIEWS, KernelCall
 from qcompiler.types import Array, DType, QuantParams
@@ -42,11 +43,18 @@ def row(*operators: str) -> Callable[[Row], Row]:
 class CpuLowering:
     """The table bound to one row of the ISA table."""
 
-    def __init__(self, isa: Isa) -> None:
+    def __init__(self, isa: Isa, choose: Choose = default_choice) -> None:
+        """Bind the table.
+
+        Args:
+            isa: The row.
+            choose: Chooses the parameters of every kernel that has some.
+        """
         from qcompiler.targets import cpu_moves  # its rows enter themselves into the table
 
         del cpu_moves
         self.isa = isa
+        self.choose = choose
 
     def __call__(self, node: Node) -> KernelCall | None:
         """Return the kernel call of a node, or None."""
@@ -229,9 +237,6 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
         build_float_depthwise,
         pack_float_depthwise,
     )
-    from qcompiler.targets.kernels.gemm import build_conv, kernel_key
-    from qcompiler.targets.kernels.packing import pack_conv
-    from qcompiler.targets.kernels.params import default_params
     from qcompiler.targets.kernels.workload import ConvWorkload
 
     epilogue, values = found
@@ -252,24 +257,21 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
             packed.arrays,
             workload.macs,
         )
-    if depthwise.is_depthwise(workload) and c > 1:
-        tiles = depthwise.default_params(workload, self.isa)
-        packed = depthwise.pack_depthwise(workload, self.isa, tiles, data, values)
-        return KernelCall(
-            "depthwise",
-            ("depthwise", workload, tiles, packed.facts, packed.shapes),
-            partial(depthwise.build_depthwise, workload, self.isa, tiles, packed),
-            inputs,
-            packed.arrays,
-            workload.macs,
-        )
-    params = default_params(workload, self.isa)
-    packed = pack_conv(workload, self.isa, params, data, values)
+    kernel = "depthwise" if depthwise.is_depthwise(workload) and c > 1 else "conv"
+    return _chosen(self, Tunable(kernel, workload, self.isa, node, inputs, data, values))
+
+
+def _chosen(self: CpuLowering, tunable: Tunable) -> KernelCall:
+    """Return the call of a kernel with the parameters that `choose` picks."""
+    from qcompiler.targets.choice import build_kernel
+
+    params, packed = self.choose(tunable)
+    kernel, workload = tunable.kernel, tunable.workload
     return KernelCall(
-        node.op.name,
-        kernel_key(workload, self.isa, params, packed),
-        partial(build_conv, workload, self.isa, params, packed),
-        inputs,
+        "depthwise" if kernel == "depthwise" else tunable.node.op.name,
+        (kernel, workload, self.isa.name, params, packed.facts, packed.shapes),
+        partial(build_kernel, kernel, workload, self.isa, params, packed),
+        tunable.inputs,
         packed.arrays,
         workload.macs,
     )
@@ -277,13 +279,7 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
 
 @row("qmatmul", "matmul")
 def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
-    from qcompiler.targets.kernels.gemm import (
-        MatmulWorkload,
-        build_matmul,
-        default_params,
-        kernel_key,
-        pack_matmul,
-    )
+    from qcompiler.targets.kernels.workload import MatmulWorkload
 
     a, b, out = node.input(0), node.input(1), node.output
     if a.type.rank < 2 or b.type.rank < 2 or 0 in out.shape:
@@ -316,18 +312,10 @@ def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
         b_constant=constant, transpose_a=node.attr("transpose_a"),
         transpose_b=node.attr("transpose_b"),
     )  # fmt: skip
-    params = default_params(workload, self.isa)
-    packed = pack_matmul(workload, self.isa, params, data, values)
     residual = node.optional(3)
     inputs = (a,) if constant else (a, b)
-    return KernelCall(
-        node.op.name,
-        kernel_key(workload, self.isa, params, packed),
-        partial(build_matmul, workload, self.isa, params, packed),
-        inputs if residual is None else (*inputs, residual),
-        packed.arrays,
-        workload.macs,
-    )
+    inputs = inputs if residual is None else (*inputs, residual)
+    return _chosen(self, Tunable("matmul", workload, self.isa, node, inputs, data, values))
 
 
 # ------------------------------------------------------------------------------ elementwise
