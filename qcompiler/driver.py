@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from qcompiler.artifact import Artifact, ParamBlock
 from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
 from qcompiler.errors import DataError, InfeasibleBudgetError, UnsupportedByTargetError, UsageError
+from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
 from qcompiler.manifest import TargetInfo, TensorSpec
 from qcompiler.ops import Stage
@@ -216,8 +217,9 @@ def _plan(
 
 def build_graph(graph: Graph, backend: Backend, progress: ProgressFn = no_progress) -> Built:
     """Run the target's passes on Graph[INTEGER], lower and build it."""
-    shaped = PassManager(backend.passes()).run(graph, PassContext(progress=progress))
-    return backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
+    with interruptible():
+        shaped = PassManager(backend.passes()).run(graph, PassContext(progress=progress))
+        return backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
 
 
 def assemble(built: Built, spec: TargetSpec, result: Quantized) -> CompiledModel:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qcompiler.errors import CodegenError, UnsupportedByTargetError
+from qcompiler.errors import CodegenError, UnsupportedByTargetError, UsageError
 
 # No start files: their `.comment` and constructors would carry the C compiler's version into the
 # library, and generated code needs neither. No build id, no symbol table: only what is loaded.
@@ -27,6 +27,7 @@ _FLAGS = (
     "-Wl,-z,noexecstack",
     "-Wl,-s",
 )
+_ROOM = 16 << 20
 _NATIVE = ("cc", "gcc", "clang", "c++", "g++")
 
 
@@ -84,7 +85,15 @@ def export_library(executable: Any, *, triple: str = "") -> bytes:
     Raises:
         CodegenError: The linker failed.
         UnsupportedByTargetError: No linker for the triple.
+        UsageError: No room for temporary files.
     """
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if free < _ROOM:  # LLVM ends the process when it cannot write
+        raise UsageError(
+            f"no room for temporary files in {tempfile.gettempdir()}: {free >> 10} kB free, "
+            f"at least {_ROOM >> 20} MB are needed",
+            hint="make room, or name another folder in the environment variable TMPDIR",
+        )
     with tempfile.TemporaryDirectory(prefix="qcompiler-link-") as folder:
         path = Path(folder) / "lib.so"
         executable.export_library(

@@ -536,3 +536,17 @@ def test_progress_is_silent_off_a_terminal_unless_asked(
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "calibrate 0/2\ncalibrate 2/2\nbuild 0/1\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_result_that_cannot_be_printed_is_one_message() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "qcompiler.cli", "targets", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == shell.BAD_INPUT
+    assert done.stderr == "error: cannot print the result: No space left on device\n"

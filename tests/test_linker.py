@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from qcompiler import linker
-from qcompiler.errors import CodegenError, UnsupportedByTargetError
+from qcompiler.errors import CodegenError, UnsupportedByTargetError, UsageError
 from qcompiler.linker import find_linker, link_library
 
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -45,6 +45,13 @@ def test_library_is_small_works_and_does_not_depend_on_names(tmp_path, obj):
 def test_linker_failure_says_why(tmp_path):
     with pytest.raises(CodegenError, match=r"linking failed: .*nowhere\.o"):
         link_library(str(tmp_path / "a.so"), [str(tmp_path / "nowhere.o")])
+
+
+def test_a_full_temporary_folder_is_a_clear_error(monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(linker.shutil, "disk_usage", lambda _: usage._replace(free=64 << 10))
+    with pytest.raises(UsageError, match=r"no room for temporary files in .*64 kB.*TMPDIR"):
+        linker.export_library(object())
 
 
 def test_no_compiler_is_a_clear_error(monkeypatch):

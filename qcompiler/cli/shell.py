@@ -139,12 +139,25 @@ def command(function: Callable[P, int]) -> Callable[P, None]:
             status = _guarded(function, *args, **kwargs)
         if _document.enabled:
             text = json.dumps(json_safe(_document.value), indent=2, ensure_ascii=False)
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            status = _printed(text, status)
         if status != DONE:
             raise typer.Exit(status)
 
     return run
+
+
+def _printed(text: str, status: int) -> int:
+    """Print the document and return the exit status."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # What stays in the buffer would fail again when the interpreter ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        err_console().print(f"[bold red]error:[/] cannot print the result: {error.strerror}")
+        return status or BAD_INPUT
+    return status
 
 
 def emit(value: Any) -> None:

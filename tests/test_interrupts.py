@@ -1,0 +1,49 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from qcompiler.interrupts import interruptible
+
+
+def test_an_error_after_ctrl_c_is_an_interruption() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as native code does that hands errors on
+            raise RuntimeError("callback failed") from None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_errors_stay() -> None:
+    with pytest.raises(RuntimeError, match="callback"), interruptible():
+        raise RuntimeError("callback failed")
+
+
+def test_a_handler_of_the_program_stays() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: seen.append(number))
+    try:
+        with interruptible():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.SIGINT]
+
+
+def test_other_threads_are_left_alone() -> None:
+    done: list[bool] = []
+
+    def work() -> None:
+        with interruptible():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]
