@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from qcompiler.cli import shell
+from qcompiler.cli.analyze import analyze
 from qcompiler.cli.bench import bench
 from qcompiler.cli.check import check
 from qcompiler.cli.compile import compile_
@@ -49,6 +50,7 @@ def _root(
 
 
 app.command("compile")(shell.command(compile_))
+app.command("analyze")(shell.command(analyze))
 app.command("run")(shell.command(run))
 app.command("check")(shell.command(check))
 app.command("bench")(shell.command(bench))

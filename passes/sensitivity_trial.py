@@ -1,0 +1,298 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""One task of the sensitivity analysis: plain data in, plain data out, so that it can travel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from qcompiler.metrics import SQNR_CEILING
+from qcompiler.numerics import fake_quantize
+from qcompiler.ort import Session
+from qcompiler.passes.single_node import OPERANDS, Feed, Suffix
+from qcompiler.types import Array, QuantParams
+
+TARGET_KL = 1e-3
+"""Nat; the size of the step along a random direction is chosen so that the divergence is about
+this: well above the noise of float32, small enough for the second-order expansion."""
+
+HeadKind = Literal["logits", "probabilities", "log_probabilities", "mse"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """How two versions of a model output are compared.
+
+    Attributes:
+        kind: KL divergence of the class distributions that the output stands for, in nat, averaged
+            over the rows; or the mean squared difference.
+        axis: Axis of the classes.
+    """
+
+    kind: HeadKind
+    axis: int
+
+    def loss(self, reference: Array, other: Array) -> float:
+        """Return the divergence of `other` from `reference`."""
+        p, q = np.asarray(reference, np.float64), np.asarray(other, np.float64)
+        if self.kind == "mse":
+            return float(np.mean((p - q) ** 2)) if p.size else 0.0
+        log_p, log_q = self._logs(p), self._logs(q)
+        kl = (np.exp(log_p) * (log_p - log_q)).sum(self.axis)
+        return max(float(kl.mean()), 0.0) if kl.size else 0.0
+
+    def _logs(self, y: Array) -> Array:
+        if self.kind == "log_probabilities":
+            return y
+        if self.kind == "probabilities":
+            logs: Array = np.log(np.maximum(y, 1e-12))
+            return logs
+        shifted = y - y.max(self.axis, keepdims=True)
+        result: Array = shifted - np.log(np.exp(shifted).sum(self.axis, keepdims=True))
+        return result
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Everything needed to try one product.
+
+    Attributes:
+        suffix: The network from the product on.
+        feeds: The runs.
+        weight: Float weights; None where the second operand is computed.
+        weights: Bits -> rounded weights.
+        qparams: 8-bit parameters of the operands (the second only where it is computed).
+        heads: Output name -> how it is compared.
+        fisher_samples: Samples of the Fisher trace.
+        seed: Seed of its directions.
+        keep_outputs: Whether to return the model's outputs.
+    """
+
+    suffix: Suffix
+    feeds: tuple[Feed, ...]
+    weight: Array | None
+    weights: Mapping[str, Array]
+    qparams: tuple[QuantParams, QuantParams | None]
+    heads: Mapping[str, Head]
+    fisher_samples: int
+    seed: tuple[int, ...]
+    keep_outputs: bool
+
+
+@dataclass
+class Sums:
+    """Running sums over the runs of one change.
+
+    Attributes:
+        signal: Sum of squares of the float result.
+        noise: Sum of squares of the difference.
+        other: Sum of squares of the changed result.
+        product: Sum of products of both.
+        count: Elements.
+        total: Loss at the outputs times samples.
+        samples: Samples.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    other: float = 0.0
+    product: float = 0.0
+    count: int = 0
+    total: float = 0.0
+    samples: int = 0
+
+    def add(self, y: Array, z: Array) -> None:
+        """Take in the float and the changed result of one run."""
+        a, b = np.asarray(y, np.float64), np.asarray(z, np.float64)
+        self.signal += float((a * a).sum())
+        self.other += float((b * b).sum())
+        self.product += float((a * b).sum())
+        self.noise += float(((a - b) ** 2).sum())
+        self.count += a.size
+
+    @property
+    def cosine(self) -> float:
+        """Cosine between both results over all runs."""
+        norm = math.sqrt(self.signal) * math.sqrt(self.other)
+        if norm == 0.0:
+            return 1.0 if self.noise == 0.0 else 0.0
+        return min(self.product / norm, 1.0)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss at the outputs."""
+        return self.total / max(self.samples, 1)
+
+
+@dataclass
+class Tried:
+    """What a task found.
+
+    Attributes:
+        sums: "w8", "w4", "a8"... -> sums.
+        weight_error: Bits -> squared distance of the rounded weights from the float ones.
+        fisher: Trace of the Fisher matrix of the weights, if asked for.
+        outputs: Change ("float" for none) -> output name -> parts by run; empty unless asked for.
+    """
+
+    sums: dict[str, Sums]
+    weight_error: dict[str, float]
+    fisher: float | None
+    outputs: dict[str, dict[str, list[Array]]] = field(default_factory=dict)
+
+
+def level(signal: float, noise: float) -> float:
+    """Return the ratio of the sums of squares in dB, at most `SQNR_CEILING`."""
+    if noise == 0.0:
+        return SQNR_CEILING
+    if signal == 0.0:
+        return 0.0
+    return min(10 * math.log10(signal / noise), SQNR_CEILING)
+
+
+def try_unit(trial: Trial) -> Tried:
+    """Run one product's changes over all runs."""
+    run = _Runner(trial)
+    found = Tried({}, {}, None)
+    if trial.weight is not None:
+        w = trial.weight.astype(np.float64)
+        found.weight_error = {b: float(((q - w) ** 2).sum()) for b, q in trial.weights.items()}
+    for feed, arrays in run.all():
+        x, w = run.operands(arrays)
+        reference = run(arrays, x, w)
+        run.keep(found, "float", reference, feed)
+        xq, wq = trial.qparams
+        changes = {f"w{b}": (x, q) for b, q in trial.weights.items()}
+        changes["a8"] = (fake_quantize(x, xq), w if wq is None else fake_quantize(w, wq))
+        for name, (x_, w_) in changes.items():
+            result = run(arrays, x_, w_)
+            sums = found.sums.setdefault(name, Sums())
+            sums.add(reference[trial.suffix.result], result[trial.suffix.result])
+            sums.total += run.loss(reference, result, feed) * feed.samples
+            sums.samples += feed.samples
+            run.keep(found, name, result, feed)
+    if trial.fisher_samples and trial.weight is not None and trial.suffix.outputs:
+        found.fisher = _fisher(trial, run, trial.weight)
+    return found
+
+
+class _Runner:
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.session = Session(trial.suffix.model)
+        prefix = next((f.prefix for f in trial.feeds if f.prefix is not None), None)
+        self.prefix = None if prefix is None else Session(prefix)
+
+    def all(self) -> Iterator[tuple[Feed, Mapping[str, Array]]]:
+        """Yield each run with its live values."""
+        for feed in self.trial.feeds:
+            if feed.prefix is None or self.prefix is None:
+                yield feed, feed.arrays
+            else:
+                given = {n: feed.arrays[n] for n in self.prefix.input_names}
+                yield feed, {**feed.arrays, **self.prefix.run(given)}
+
+    def operands(self, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
+        suffix = self.trial.suffix
+        w = self.trial.weight
+        return arrays[suffix.x], w if w is not None else arrays[suffix.w or suffix.x]
+
+    def __call__(self, arrays: Mapping[str, Array], x: Array, w: Array) -> dict[str, Array]:
+        given = {**arrays, OPERANDS[0]: x, OPERANDS[1]: w}
+        return self.session.run({n: given[n] for n in self.session.input_names})
+
+    def loss(self, a: Mapping[str, Array], b: Mapping[str, Array], feed: Feed) -> float:
+        """Return the summed loss of the outputs that depend on the product."""
+        total = 0.0
+        for name, inner in self.trial.suffix.outputs:
+            total += self.trial.heads[name].loss(_real(a[inner], feed), _real(b[inner], feed))
+        return total
+
+    def keep(self, found: Tried, change: str, result: Mapping[str, Array], feed: Feed) -> None:
+        if self.trial.keep_outputs:
+            parts = found.outputs.setdefault(change, {})
+            for name, inner in self.trial.suffix.outputs:
+                parts.setdefault(name, []).append(_real(result[inner], feed))
+
+
+def _real(array: Array, feed: Feed) -> Array:
+    """Leave out the rows that only fill up the last batch."""
+    if feed.samples < feed.size and array.ndim and len(array) == feed.size:
+        return array[: feed.samples]
+    return array
+
+
+def _fisher(trial: Trial, run: _Runner, weight: Array) -> float:
+    """Return the mean of 2 L / e^2 over runs, each with a direction of its own.
+
+    For heads that are compared by squares L is half the squared difference summed over a sample.
+    """
+    rng = np.random.default_rng(trial.seed)
+    spread = float(np.sqrt(np.mean(weight.astype(np.float64) ** 2))) or 1.0
+    step, total, samples = 1e-2 * spread, 0.0, 0
+    sized = False
+    for feed, arrays in run.all():
+        if samples >= trial.fisher_samples:
+            break
+        x, _ = run.operands(arrays)
+        reference = run(arrays, x, weight)
+        v = rng.choice(np.array([-1.0, 1.0], np.float32), weight.shape)
+        if not sized:
+            step = _step(trial, run, feed, arrays, reference, v, step)
+            sized = True
+        e = np.float32(step)
+        both = [run(arrays, x, weight + sign * e * v) for sign in (np.float32(1), np.float32(-1))]
+        mean = sum(_curvature(trial, reference, r, feed) for r in both) / len(both)
+        total += mean / float(e) ** 2 * feed.samples
+        samples += feed.samples
+    return total / max(samples, 1)
+
+
+def _curvature(trial: Trial, a: Mapping[str, Array], b: Mapping[str, Array], feed: Feed) -> float:
+    """Return twice the second-order term of one sample's loss."""
+    total = 0.0
+    for name, inner in trial.suffix.outputs:
+        head = trial.heads[name]
+        y, z = _real(a[inner], feed), _real(b[inner], feed)
+        one = max(y.size // max(feed.samples, 1), 1)
+        if head.kind == "mse":
+            total += head.loss(y, z) * one
+        else:
+            total += 2 * head.loss(y, z) * one / max(y.shape[head.axis], 1)
+    return total
+
+
+def _step(
+    trial: Trial,
+    run: _Runner,
+    feed: Feed,
+    arrays: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    v: Array,
+    step: float,
+) -> float:
+    """Return a step along v that moves the outputs by about `TARGET_KL`."""
+    x, weight = run.operands(arrays)
+    for _ in range(6):
+        moved = run(arrays, x, weight + np.float32(step) * v)
+        parts = []
+        for name, inner in trial.suffix.outputs:
+            head = trial.heads[name]
+            scale = 1.0
+            if head.kind == "mse":  # in units of the output's own power
+                scale = 1.0 / max(float(np.mean(np.square(reference[inner], dtype=np.float64))),
+                                  1e-30)  # fmt: skip
+            parts.append(
+                head.loss(_real(reference[inner], feed), _real(moved[inner], feed)) * scale
+            )
+        found = max(parts, default=0.0)
+        if TARGET_KL / 5 <= found <= TARGET_KL * 5:
+            break
+        ratio = math.sqrt(TARGET_KL / found) if found > 0 and math.isfinite(found) else 10.0
+        step *= min(max(ratio, 0.02), 50.0)
+    return step

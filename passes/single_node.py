@@ -1,0 +1,219 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""One product at a time: run only what follows it, with its operands as inputs of the session.
+
+A float network is cut before a product. What is alive at the cut is computed once per sample and
+kept, as far as a memory bound allows; the rest of the network is a model whose inputs are the live
+values and, apart from them, the product's own two operands. So one session serves every weight and
+activation that is tried, and the part before the product is never run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qcompiler.data import Batch
+from qcompiler.ir import Graph, Node, Value
+from qcompiler.onnx_export import subgraph_to_onnx
+from qcompiler.ops import OpKind
+from qcompiler.ort import Session
+from qcompiler.passes.regions import analyse
+from qcompiler.plan import integer_obstacle, uniform
+from qcompiler.types import Array
+
+OPERANDS = ("operand/x", "operand/w")
+"""Names under which a suffix model takes the product's operands."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A product and what joins its kernel.
+
+    Attributes:
+        node: Name of the product.
+        op: Its operator.
+        members: Names of the nodes that fuse into the same kernel, the product first.
+        result: Name of the value that the kernel gives.
+    """
+
+    node: str
+    op: str
+    members: tuple[str, ...]
+    result: str
+
+
+def units(graph: Graph) -> tuple[Unit, ...]:
+    """Return the products of a FLOAT graph that have an integer form, in order."""
+    regions = analyse(graph, uniform(graph))
+    found = []
+    for node in graph.nodes:
+        if node.op.kind is not OpKind.COMPUTE or integer_obstacle(node) is not None:
+            continue
+        members, value = [node.name], node.output
+        while len(value.uses) == 1 and not graph.is_output(value):
+            (reader, i) = value.uses[0]
+            if reader not in regions.integer or (reader, i) not in regions.fused:
+                break
+            members.append(reader.name)
+            value = reader.output
+        found.append(Unit(node.name, node.op.name, tuple(members), value.name))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What follows a cut, as a model.
+
+    Attributes:
+        model: Serialized ONNX; inputs: live values by name and `OPERANDS`.
+        live: Names of the live values that it reads.
+        x: Name of the live value that is the product's first operand.
+        w: Name of the second operand where that is computed; None where it is a constant.
+        result: Name of the kernel's result.
+        outputs: (output name of the graph, name in the model) of the outputs that depend on it.
+    """
+
+    model: bytes
+    live: tuple[str, ...]
+    x: str
+    w: str | None
+    result: str
+    outputs: tuple[tuple[str, str], ...]
+
+
+def suffix_of(graph: Graph, unit: Unit) -> Suffix:
+    """Return the network from a product on, with the product's operands as inputs."""
+    g = graph.clone()
+    node = g.node(unit.node)
+    index = g.nodes.index(node)
+    x, w = node.input(0), node.input(1)
+    names = (x.name, None if w.is_constant else w.name)
+    for i, v in enumerate((x, w)):
+        g.set_input(node, i, g.add_input(OPERANDS[i], v.type))
+    after = g.nodes[index:]
+    depends = {node}
+    for n in after:
+        if any(v.producer in depends for v in n.operands):
+            depends.add(n)
+    outputs = [(name, v) for name, v in g.outputs if v.producer in depends]
+    result = next(v for n in after for v in n.outputs if v.name == unit.result)
+    wanted = list(dict.fromkeys([result, *(v for _, v in outputs)]))
+    needed = _needed(after, wanted)
+    model = subgraph_to_onnx(needed, outputs=wanted)
+    inside = {v for n in needed for v in n.outputs}
+    read = dict.fromkeys(
+        v.name for n in needed for v in n.operands if not v.is_constant and v not in inside
+    )
+    live = (*(n for n in read if n not in OPERANDS), *(n for n in names if n is not None))
+    return Suffix(
+        model.SerializeToString(),
+        tuple(dict.fromkeys(live)),
+        x.name,
+        names[1],
+        result.name,
+        tuple((name, v.name) for name, v in outputs),
+    )
+
+
+def _needed(nodes: Sequence[Node], wanted: Sequence[Value]) -> list[Node]:
+    """Return those of the nodes that the wanted values depend on, in order."""
+    open_values = set(wanted)
+    kept = []
+    for node in reversed(nodes):
+        if open_values.intersection(node.outputs):
+            kept.append(node)
+            open_values.update(node.operands)
+    return kept[::-1]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The live values of one run, or the model's inputs and the model that leads to them.
+
+    Attributes:
+        arrays: Values by name.
+        prefix: Serialized model from the inputs to the live values; None where `arrays` has them.
+        samples: Samples of the run that are real.
+        size: Samples that the arrays have room for.
+    """
+
+    arrays: dict[str, Array]
+    prefix: bytes | None
+    samples: int
+    size: int
+
+
+class Walker:
+    """Goes along a FLOAT graph and gives the live values before each product.
+
+    Args:
+        graph: The graph.
+        batches: Gives the runs, anew each time it is called.
+        memory: Bytes that may be held for kept values.
+    """
+
+    def __init__(self, graph: Graph, batches: Callable[[], Iterator[Batch]], memory: float) -> None:
+        self.graph = graph
+        self.nodes = graph.nodes
+        self.order = {n: i for i, n in enumerate(self.nodes)}
+        self._batches = batches
+        cuts = [self.order[graph.node(u.node)] for u in units(graph)]
+        largest = max((sum(_bytes(v) for v in self._live(i)) for i in cuts), default=0)
+        largest = max(largest, sum(_bytes(v) for v in graph.inputs))
+        room = int(memory // max(largest, 1))
+        self._at = 0
+        self._kept: list[Feed] = []
+        for batch in batches():
+            if len(self._kept) == room:
+                break
+            self._kept.append(Feed(dict(batch.inputs), None, batch.samples, batch.size))
+
+    def feeds(self, unit: Unit) -> Iterator[Feed]:
+        """Yield the runs at the cut before a product; the products must be asked for in order."""
+        index = self.order[self.graph.node(unit.node)]
+        self._advance(index)
+        yield from self._kept
+        prefix: bytes | None = None
+        for i, batch in enumerate(self._batches()):
+            if i < len(self._kept):
+                continue
+            if prefix is None:
+                prefix = self._model(0, index)
+            yield Feed(dict(batch.inputs), prefix, batch.samples, batch.size)
+
+    def _live(self, index: int) -> list[Value]:
+        """Return the values made before a node that it or a later one reads."""
+        before = {v for n in self.nodes[:index] for v in n.outputs} | set(self.graph.inputs)
+        read = (v for n in self.nodes[index:] for v in n.operands)
+        return [v for v in dict.fromkeys(read) if v in before]
+
+    def _model(self, start: int, end: int) -> bytes | None:
+        """Return the model of a stretch of nodes that gives what is live after it."""
+        stretch = self.nodes[start:end]
+        inside = {v for n in stretch for v in n.outputs}
+        wanted = [v for v in self._live(end) if v in inside]
+        if not wanted:
+            return None
+        needed = _needed(stretch, wanted)
+        model: bytes = subgraph_to_onnx(needed, outputs=wanted).SerializeToString()
+        return model
+
+    def _advance(self, index: int) -> None:
+        if index == self._at or not self._kept:
+            self._at = index
+            return
+        model = self._model(self._at, index)
+        session = None if model is None else Session(model)
+        names = {v.name for v in self._live(index)}
+        for i, feed in enumerate(self._kept):
+            found = dict(feed.arrays)
+            if session is not None:
+                found.update(session.run({n: found[n] for n in session.input_names}))
+            kept = {n: a for n, a in found.items() if n in names}
+            self._kept[i] = Feed(kept, None, feed.samples, feed.size)
+        self._at = index
+
+
+def _bytes(value: Value) -> int:
+    return value.type.size * value.dtype.bits // 8

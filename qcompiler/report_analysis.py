@@ -1,0 +1,280 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The page of `qcompile analyze`: where accuracy goes, as one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from qcompiler.passes.calibrate import TensorRange
+from qcompiler.passes.sensitivity_report import Effect, NodeSensitivity, SensitivityReport
+from qcompiler.report import _PAGE, _STYLE
+from qcompiler.report_charts import (
+    BAD,
+    FAINT,
+    GRID,
+    INK,
+    OTHER,
+    PALETTE,
+    _clean,
+    _figure,
+    _plain_text,
+    _shorten,
+    _svg,
+)
+
+_MARKS = {
+    "w8": ("weights, 8 bits", PALETTE["w8a8"], "o"),
+    "w6": ("weights, 6 bits", OTHER, "^"),
+    "w4": ("weights, 4 bits", PALETTE["w4a8"], "s"),
+    "a8": ("activations, 8 bits", PALETTE["fp16"], "D"),
+}
+_SHOWN = 60
+
+
+def effects_of(node: NodeSensitivity) -> dict[str, Effect]:
+    """Return the effects of a product by a short name: "w4", "a8"."""
+    weights = {f"w{b}": e for b, e in node.weight.items()}
+    return {**weights, **{f"a{b}": e for b, e in node.activation.items()}}
+
+
+def ranked(report: SensitivityReport) -> list[NodeSensitivity]:
+    """Return the products, the one whose worst change costs most first."""
+    return sorted(
+        report.nodes, key=lambda n: -max((e.loss for e in effects_of(n).values()), default=0.0)
+    )
+
+
+def to_html(
+    report: SensitivityReport,
+    model: str,
+    latency: Mapping[str, float] | None = None,
+    target: str | None = None,
+) -> str:
+    """Return the page.
+
+    Args:
+        report: The figures.
+        model: Path of the model, for the heading.
+        latency: Node -> ms of its kernel on the target, where measured.
+        target: Name of the target.
+    """
+    name = PurePath(model).name
+    body = [
+        f"<h1>{_e(name)} <small>sensitivity to quantization</small></h1>",
+        _summary(report),
+        _cost(report),
+        _along(report),
+        _ranges(report),
+        _table(report, latency or {}, target),
+        _details(report),
+    ]
+    return _PAGE.format(title=_e(f"qcompiler: {name}"), style=_STYLE, body="\n".join(body))
+
+
+def _summary(report: SensitivityReport) -> str:
+    kinds = sorted({_loss_name(k) for k in report.losses.values()})
+    lines = [
+        f"{len(report.nodes)} products on {report.samples} samples; at the model's outputs: "
+        f"{' and '.join(kinds)}."
+    ]
+    if report.metric is not None and report.score is not None and report.joint_score is not None:
+        lines.append(
+            f"{report.metric}: float {report.score:.4g}, everything in 8 bits "
+            f"{report.joint_score:.4g}."
+        )
+    lines.append(f"Everything in 8 bits: loss {report.joint_loss:.3g}.")
+    if report.first_jump is not None:
+        lines.append(f"The error first jumps at {report.first_jump}.")
+    tone = "verdict" if report.first_jump is None else "verdict bad"
+    return f'<div class="{tone}">{"<br>".join(map(_e, lines))}</div>'
+
+
+def _loss_name(kind: str) -> str:
+    return "mean squared difference" if kind == "mse" else "KL divergence (nat)"
+
+
+def _cost(report: SensitivityReport) -> str:
+    shown = ranked(report)[:_SHOWN]
+    if not shown:
+        return "<p>No product has an integer form.</p>"
+    left = len(report.nodes) - len(shown)
+    note = f"<p class='faint'>The {left} least sensitive are in the table.</p>" if left else ""
+    return (
+        "<h2>What each product alone costs at the outputs</h2>"
+        f"{_cost_chart([(n.node, effects_of(n)) for n in shown])}{note}"
+    )
+
+
+@_plain_text
+def _cost_chart(rows: Sequence[tuple[str, Mapping[str, Effect]]]) -> str:
+    figure, axes = _figure(9.2, max(1.8, 0.24 * len(rows) + 1.1))
+    positions = list(range(len(rows)))[::-1]
+    names = list(dict.fromkeys(k for _, effects in rows for k in effects))
+    least = min((e.loss for _, es in rows for e in es.values() if e.loss > 0), default=1e-9)
+    for name in names:
+        label, color, mark = _MARKS.get(name, (name, FAINT, "x"))
+        points = [
+            (max(es[name].loss, least), p)
+            for (_, es), p in zip(rows, positions, strict=True)
+            if name in es and math.isfinite(es[name].loss)
+        ]
+        axes.scatter(
+            [x for x, _ in points], [y for _, y in points], s=22, color=color, marker=mark,
+            label=label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yticks(positions, [_shorten(n) for n, _ in rows], fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("loss at the outputs (logarithmic)", fontsize=8.5)
+    axes.tick_params(axis="x", labelsize=8, colors=FAINT)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8.5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    _clean(axes)
+    return _svg(figure, "Cost per product")
+
+
+def _along(report: SensitivityReport) -> str:
+    rows = [(n.node, n.along_sqnr) for n in report.nodes]
+    measured = [(n, s) for n, s in rows if s is not None]
+    if not measured:
+        return ""
+    return (
+        "<h2>Float against everything in 8 bits, along the network</h2>"
+        f"{_along_chart(measured, report.first_jump)}"
+    )
+
+
+@_plain_text
+def _along_chart(rows: Sequence[tuple[str, float]], jump: str | None) -> str:
+    figure, axes = _figure(9.2, 3.4)
+    xs = list(range(len(rows)))
+    axes.plot(xs, [s for _, s in rows], color=PALETTE["w8a8"], marker="o", markersize=3.5)
+    for x, (name, sqnr) in zip(xs, rows, strict=True):
+        if name == jump:
+            axes.plot([x], [sqnr], marker="o", markersize=9, markerfacecolor="none", color=BAD)
+            axes.annotate(
+                f"first jump: {_shorten(name, 30)}", (x, sqnr), (6, 8), fontsize=8.5, color=BAD,
+                textcoords="offset points",
+            )  # fmt: skip
+    every = max(1, -(-len(rows) // 40))
+    axes.set_xticks(
+        xs[::every], [_shorten(n, 24) for n, _ in rows[::every]], rotation=90, fontsize=7.5
+    )
+    axes.set_ylabel("SQNR of the result, dB", fontsize=8.5, color=INK)
+    axes.tick_params(axis="y", labelsize=8, colors=FAINT)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    _clean(axes)
+    return _svg(figure, "SQNR along the network")
+
+
+def _ranges(report: SensitivityReport) -> str:
+    if not report.tensors:
+        return ""
+    rows = []
+    for name, t in report.tensors.items():
+        rows.append(
+            f"<tr><td>{_e(name)}</td><td class='n'>{t.bounds[0]:.4g} … {t.bounds[1]:.4g}</td>"
+            f"<td class='n'>{t.range[0]:.4g} … {t.range[1]:.4g}</td>"
+            f"<td class='n'>{t.mean:.4g}</td><td class='n'>{t.deviation:.4g}</td>"
+            f"<td>{_histogram(t)}</td></tr>"
+        )
+    head = (
+        "<tr><th>value<th class='n'>seen<th class='n'>quantized<th class='n'>mean"
+        "<th class='n'>deviation<th>histogram (heights logarithmic)</tr>"
+    )
+    return (
+        "<h2>Ranges of what the products read</h2>"
+        f"<details><summary>{len(rows)} values</summary>"
+        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></details>"
+    )
+
+
+def _histogram(t: TensorRange) -> str:
+    """Return a small bar chart; the shaded part is the range that quantization covers."""
+    if not t.histogram or t.bounds[0] >= t.bounds[1]:
+        return "–"
+    width, height = 192.0, 28.0
+    top = math.log1p(max(t.histogram)) or 1.0
+    step = width / len(t.histogram)
+    path = "".join(
+        f"M{i * step:.1f} {height:g}v{-height * math.log1p(c) / top:.1f}h{step:.1f}V{height:g}z"
+        for i, c in enumerate(t.histogram)
+        if c
+    )
+    span = t.bounds[1] - t.bounds[0]
+    lo = max(0.0, (t.range[0] - t.bounds[0]) / span) * width
+    hi = min(1.0, (t.range[1] - t.bounds[0]) / span) * width
+    return (
+        f'<svg role="img" aria-label="histogram" width="{width:g}" height="{height:g}" '
+        f'viewBox="0 0 {width:g} {height:g}"><rect x="{lo:.1f}" width="{max(hi - lo, 0):.1f}" '
+        f'height="{height:g}" fill="{GRID}" opacity="0.5"/><path d="{path}" '
+        f'fill="{PALETTE["w8a8"]}"/></svg>'
+    )
+
+
+def _table(report: SensitivityReport, latency: Mapping[str, float], target: str | None) -> str:
+    labelled = report.metric is not None
+    changes = list(dict.fromkeys(k for n in report.nodes for k in effects_of(n)))
+    rows = []
+    for n in report.nodes:
+        effects = effects_of(n)
+        for i, key in enumerate(changes):
+            if key not in effects:
+                continue
+            e = effects[key]
+            lead = "<td colspan='4'></td>"
+            if i == 0 or key == next(iter(effects)):
+                ms = latency.get(n.node)
+                lead = (
+                    f"<td>{_e(n.node)}<br><span class='faint'>{_e(n.op)}"
+                    f"{_e(' + ' + ', '.join(n.members[1:]) if n.members[1:] else '')}</span></td>"
+                    f"<td class='n'>{n.parameters or '–'}</td>"
+                    f"<td class='n'>{'–' if n.fisher is None else f'{n.fisher:.3g}'}</td>"
+                    f"<td class='n'>{'–' if ms is None else f'{1000 * ms:.3g}'}</td>"
+                )
+            drop = "–" if e.drop is None else f"{e.drop:+.2f}"
+            rows.append(
+                f"<tr>{lead}<td>{key}</td><td class='n'>{e.sqnr:.1f}</td>"
+                f"<td class='n'>{e.cosine:.5f}</td><td class='n'>{e.mse:.3g}</td>"
+                f"<td class='n'>{e.loss:.3g}</td>"
+                + (f"<td class='n'>{drop}</td>" if labelled else "")
+                + "</tr>"
+            )
+    where = f", µs on {_e(target)}" if target else ", µs"
+    head = (
+        f"<tr><th>product<th class='n'>weights<th class='n'>Fisher trace<th class='n'>kernel{where}"
+        "<th>change<th class='n'>SQNR, dB<th class='n'>cosine<th class='n'>MSE<th class='n'>loss"
+        + (f"<th class='n'>{_e(report.metric)} drop, points" if labelled else "")
+        + "</tr>"
+    )
+    return (
+        "<h2>Every product and change</h2><p class='faint'>SQNR, cosine and MSE at the kernel's own"
+        " result; loss at the model's outputs.</p>"
+        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _details(report: SensitivityReport) -> str:
+    facts: dict[str, Any] = {
+        "graph digest": report.graph,
+        "data digest": report.data,
+        "calibration": report.table,
+        "samples": report.samples,
+        "seed": report.seed,
+        **{f"output {name}": _loss_name(kind) for name, kind in report.losses.items()},
+    }
+    rows = "".join(
+        f"<tr><td>{_e(k)}</td><td><code>{_e(v)}</code></td></tr>" for k, v in facts.items()
+    )
+    return f"<details><summary>How it was made</summary><table>{rows}</table></details>"
+
+
+def _e(value: object) -> str:
+    return html.escape(str(value), quote=True)

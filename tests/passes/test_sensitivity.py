@@ -1,0 +1,236 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompiler.data import Evaluation, SampleSet, load_samples
+from qcompiler.errors import UsageError
+from qcompiler.interpreter import run
+from qcompiler.ir import Graph
+from qcompiler.numerics import fake_quantize
+from qcompiler.ort import Session
+from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.sensitivity import (
+    Sensitivity,
+    Settings,
+    activation_qparams,
+    measure_sensitivity,
+    weight_grid,
+)
+from qcompiler.passes.sensitivity_report import NodeSensitivity, SensitivityReport, first_jump
+from qcompiler.passes.sensitivity_trial import Head
+from qcompiler.passes.single_node import OPERANDS, Walker, suffix_of, units
+from qcompiler.passmanager import PassContext, PassManager
+
+TEXT = """(float[1,3,6,6] x) => (float[1,5] y) {
+  a = Conv <pads = [1,1,1,1]> (x, w1, b1)
+  r = Relu(a)
+  c = Conv <pads = [1,1,1,1]> (r, w2)
+  s = Add(c, r)
+  t = Relu(s)
+  p = GlobalAveragePool(t)
+  f = Flatten(p)
+  y = Gemm(f, w3, b3)
+}"""
+
+
+@pytest.fixture
+def net(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
+    def w(*shape: int) -> np.ndarray:
+        return (0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+    return load_text(TEXT, w1=w(4, 3, 3, 3), b1=w(4), w2=w(4, 4, 3, 3), w3=w(4, 5), b3=w(5))
+
+
+@pytest.fixture
+def samples(rng: np.random.Generator) -> SampleSet:
+    return load_samples({"x": rng.standard_normal((12, 3, 6, 6)).astype(np.float32)})
+
+
+@pytest.fixture
+def table(net: Graph, samples: SampleSet) -> CalibrationTable:
+    ctx = PassContext()
+    ctx.put(CalibrationSet.of(samples, net))
+    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(net, ctx)
+    return ctx.get(CalibrationTable)
+
+
+SMALL = Settings(samples=8, fisher_samples=4)
+
+
+def test_units_are_products_with_what_fuses(net: Graph) -> None:
+    found = units(net)
+    assert [u.op for u in found] == ["conv", "conv", "matmul"]
+    assert [len(u.members) for u in found] == [2, 3, 1]
+    assert found[1].result == "t"
+
+
+def test_a_suffix_gives_what_the_whole_gives(
+    net: Graph, samples: SampleSet, table: CalibrationTable
+) -> None:
+    """From every cut, kept or recomputed prefixes, with the float operands and with others."""
+    batches = CalibrationSet.of(samples, net)
+    for memory in (0.0, 3000.0, 1e9):
+        walker = Walker(net, lambda: iter(batches), memory)
+        for unit in units(net):
+            suffix = suffix_of(net, unit)
+            session = Session(suffix.model)
+            node = net.node(unit.node)
+            q = weight_grid(node, 4, activation_qparams(node.input(0), table, signed=False))
+            changed = net.clone()
+            w = changed.constant(fake_quantize(node.input(1).array(), q), "rounded")
+            changed.set_input(changed.node(unit.node), 1, w)
+            feeds = list(walker.feeds(unit))
+            assert len(feeds) == 12
+            kept = sum(f.prefix is None for f in feeds)
+            assert kept == 12 or memory < 1e9
+            for feed, batch in list(zip(feeds, batches, strict=True))[::5]:
+                live = dict(feed.arrays)
+                if feed.prefix is not None:
+                    live.update(Session(feed.prefix).run(batch.inputs))
+                for graph in (net, changed):
+                    weight = graph.node(unit.node).input(1).array()
+                    given = {**live, OPERANDS[0]: live[suffix.x], OPERANDS[1]: weight}
+                    got = session.run({n: given[n] for n in session.input_names})
+                    want = run(graph, dict(batch.inputs))["y"]
+                    np.testing.assert_allclose(
+                        got[dict(suffix.outputs)["y"]], want, rtol=1e-4, atol=1e-4
+                    )
+
+
+def test_figures(net: Graph, samples: SampleSet, table: CalibrationTable) -> None:
+    found = measure_sensitivity(net, table, samples, settings=SMALL)
+    assert found.losses == {"y": "logits"}
+    assert found.samples == 8
+    for n in found.nodes:
+        sqnr = [n.weight[b].sqnr for b in ("8", "6", "4")]
+        losses = [n.weight[b].loss for b in ("8", "6", "4")]
+        assert sqnr == sorted(sqnr, reverse=True)
+        assert losses == sorted(losses)
+        assert sqnr[0] - sqnr[2] > 15
+        assert n.activation["8"].sqnr > 30
+        assert 0.99 < n.weight["8"].cosine <= 1
+        assert n.weight["8"].drop is None
+        assert n.along_sqnr is not None
+        assert n.along_sqnr <= max(n.weight["8"].sqnr, n.activation["8"].sqnr) + 3
+        predicted = n.predicted("6")
+        assert predicted is not None
+        assert 0.05 < predicted / n.weight["6"].loss < 20
+    assert set(found.tensors) == {"x", "r"} | {net.node(units(net)[2].node).input(0).name}
+    assert SensitivityReport.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_own_result_equals_a_direct_computation(
+    net: Graph, samples: SampleSet, table: CalibrationTable
+) -> None:
+    found = measure_sensitivity(net, table, samples, settings=SMALL).nodes[1]
+    node = net.node(found.node)
+    xq = activation_qparams(node.input(0), table, signed=False)
+    changed = net.clone()
+    held = fake_quantize(node.input(1).array(), weight_grid(node, 4, xq))
+    changed.set_input(changed.node(found.node), 1, changed.constant(held, "rounded"))
+    signal = noise = 0.0
+    for batch in list(CalibrationSet.of(samples, net))[:8]:
+        t = [next(v for v in g.values() if v.name == "t") for g in (net, changed)]
+        a = run(net, dict(batch.inputs), keep=[t[0]])["t"].astype(np.float64)
+        b = run(changed, dict(batch.inputs), keep=[t[1]])["t"].astype(np.float64)
+        signal += float((a * a).sum())
+        noise += float(((a - b) ** 2).sum())
+    assert found.weight["4"].sqnr == pytest.approx(10 * np.log10(signal / noise), abs=0.01)
+
+
+def test_labels_give_a_drop(net: Graph, samples: SampleSet, table: CalibrationTable) -> None:
+    x = next(samples.chunks())["x"]
+    label = np.array([int(run(net, {"x": x[i : i + 1]})["y"].argmax()) for i in range(12)])
+    evaluation = Evaluation({"x": x, "label": label}, "top1")
+    found = measure_sensitivity(net, table, samples, evaluation=evaluation, settings=SMALL)
+    assert found.score == 1.0
+    assert found.joint_score is not None
+    drops = [e.drop for n in found.nodes for e in (*n.weight.values(), *n.activation.values())]
+    assert all(d is not None and 0 <= d <= 100 for d in drops)
+
+
+def test_workers_and_memory_change_nothing(
+    net: Graph, samples: SampleSet, table: CalibrationTable
+) -> None:
+    alone = measure_sensitivity(net, table, samples, settings=SMALL)
+    with ThreadPoolExecutor(2) as pool:
+        several = measure_sensitivity(net, table, samples, settings=SMALL, executor=pool, workers=2)
+    assert several == alone
+    tight = Settings(samples=8, fisher_samples=4, memory=4000.0)
+    assert measure_sensitivity(net, table, samples, settings=tight) == alone
+
+
+def test_it_goes_on_after_an_interruption(
+    net: Graph, samples: SampleSet, table: CalibrationTable, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.json"
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_sensitivity(net, table, samples, settings=SMALL, state=state, progress=stop)
+    assert len(json.loads(state.read_text())["nodes"]) == 2
+    resumed = measure_sensitivity(net, table, samples, settings=SMALL, state=state)
+    assert resumed == measure_sensitivity(net, table, samples, settings=SMALL)
+    with pytest.raises(UsageError, match="another model, data or settings"):
+        measure_sensitivity(net, table, samples, settings=Settings(seed=1), state=state)
+
+
+def test_the_fisher_trace_of_a_linear_classifier(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    """For y = x W + b: Tr(F) = E[|x|^2 * sum_c p_c (1 - p_c)]."""
+    w = rng.standard_normal((6, 4)).astype(np.float32)
+    b = rng.standard_normal(4).astype(np.float32)
+    graph = load_text("(float[1,6] x) => (float[1,4] y) { y = Gemm(x, w, b) }", w=w, b=b)
+    x = rng.standard_normal((256, 6)).astype(np.float32)
+    samples = load_samples({"x": x})
+    ctx = PassContext()
+    ctx.put(CalibrationSet.of(samples, graph))
+    p = Sensitivity(weight_bits=(8,), samples=256, fisher_samples=256)
+    PassManager([Calibrate(), p], given=tuple(ctx.artifacts)).run(graph, ctx)
+    y = x @ w + b
+    q = np.exp(y - y.max(1, keepdims=True))
+    q /= q.sum(1, keepdims=True)
+    exact = ((x**2).sum(1) * (q * (1 - q)).sum(1)).mean()
+    assert ctx.get(SensitivityReport).nodes[0].fisher == pytest.approx(exact, rel=0.15)
+
+
+def test_heads() -> None:
+    a, b = np.float32([[1.0, 2.0]]), np.float32([[2.0, 1.0]])
+    p = np.exp([1.0, 2.0]) / np.exp([1.0, 2.0]).sum()
+    kl = float((p * np.log(p / p[::-1])).sum())
+    assert Head("logits", -1).loss(a, b) == pytest.approx(kl)
+    assert Head("probabilities", -1).loss(p[None], p[None, ::-1]) == pytest.approx(kl)
+    logs = np.log(p)[None]
+    assert Head("log_probabilities", -1).loss(logs, logs[:, ::-1]) == pytest.approx(kl)
+    assert Head("mse", -1).loss(a, b) == 1.0
+    assert Head("logits", -1).loss(a, a) == 0.0
+
+
+def test_first_jump() -> None:
+    def node(name: str, along: float | None) -> NodeSensitivity:
+        return NodeSensitivity(name, "conv", (name,), "x", "y", 1, {}, {}, {}, None, along)
+
+    levels = [("a", 40.0), ("b", None), ("c", 36.0), ("d", 29.0), ("e", 10.0)]
+    assert first_jump([node(*v) for v in levels]) == "d"
+    assert first_jump([node("a", 40.0), node("b", 35.0)]) is None
+
+
+def test_refusals() -> None:
+    with pytest.raises(UsageError, match="widths from 2 to 8"):
+        Settings(weight_bits=(9,))
+    with pytest.raises(UsageError, match="at least 1"):
+        Settings(samples=0)
+    with pytest.raises(UsageError, match="format 1"):
+        SensitivityReport.from_json({"format": 0})

@@ -1,0 +1,80 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from qcompiler.cli import main
+from qcompiler.passes.sensitivity_report import SensitivityReport
+
+MODELS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
+MODEL, CALIBRATION, EVALUATION = (MODELS / n for n in ("model.onnx", "calib.npz", "eval.npz"))
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    status = main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_analyze_the_bundled_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page, state = tmp_path / "r.html", tmp_path / "s.json"
+    command = [
+        *("analyze", MODEL, "--calibration", CALIBRATION, "--evaluate", EVALUATION),
+        *("--metric", "top1", "--samples", 8, "--workers", 2, "--report", page, "--state", state),
+    ]
+    status, out, _ = run(capsys, *command, "--json")
+    assert status == 0
+    document = json.loads(out)
+    found = SensitivityReport.from_json(document["sensitivity"])
+    assert found.metric == "top1"
+    assert found.samples == 8
+    assert document["latency_ms"] is None
+    assert set(json.loads(state.read_text())["nodes"]) == {n.node for n in found.nodes}
+
+    text = page.read_text()
+    assert "http://" not in text.replace("http://www.w3.org", "")
+    assert "https://" not in text
+    assert "src=" not in text
+    for svg in text.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg[: svg.index("</svg>")] + "</svg>")
+    for n in found.nodes:
+        assert n.node in text
+
+    status, out, _ = run(capsys, *command)  # from the state
+    assert status == 0
+    assert "Everything in 8 bits: loss" in out
+    assert found.nodes[0].node in out
+
+
+@pytest.mark.e2e
+def test_kernel_times_on_a_target(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(
+        capsys,
+        *("analyze", MODEL, "--calibration", CALIBRATION, "--samples", 1, "--bits", 4),
+        *("--target", "host", "--json"),
+    )
+    document = json.loads(out)
+    assert status == 0
+    assert set(document["latency_ms"]) == {n["node"] for n in document["sensitivity"]["nodes"]}
+    assert all(ms > 0 for ms in document["latency_ms"].values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "needs calibration samples"),
+        (["--calibration", CALIBRATION, "--bits", "16"], "expected widths from 2 to 8"),
+        (["--calibration", CALIBRATION, "--bits", "x"], "expected widths from 2 to 8"),
+        (["--calibration", CALIBRATION, "--workers", "0"], "at least 1"),
+        (["--calibration", CALIBRATION, "--metric", "top1"], "needs --evaluate"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], argv: list[object], message: str) -> None:
+    status, _, err = run(capsys, "analyze", MODEL, *argv)
+    assert status == 2
+    assert message in err
