@@ -23,9 +23,9 @@ from qcompiler.targets.kernels.tir import (
     lanes_of,
     load,
     load_int32,
-    local,
     maximum,
     minimum,
+    registers,
     round_to_int32,
     serial,
     splat,
@@ -85,10 +85,10 @@ class EpilogueWriter:
             store_narrow(self.isa, self.out, index, values, saturate=saturate)
 
     def _store_some(self, value: Expr, index: Expr, valid: int) -> None:
-        """Store the first `valid` lanes one by one."""
+        """Store the first `valid` lanes one by one, out of the tile function's own registers."""
         dtype = str(self.out.dtype)
         lanes = lanes_of(value)
-        staged = local(lanes, "float32" if dtype == "float32" else "int32")
+        staged = registers(lanes, "float32" if dtype == "float32" else "int32")
         if self.facts.saturating and dtype in LIMITS:
             value = clamp(value, *LIMITS[dtype])
         store(staged, 0, value)
@@ -133,7 +133,7 @@ class EpilogueWriter:
                 return load(residual, index, lanes)
             return load_int32(residual, index, lanes)
         dtype = "float32" if residual.dtype == "float32" else "int32"
-        staged = local(lanes, dtype)
+        staged = registers(lanes, dtype)
         with serial(lanes) as position:
             store(staged, position, splat(0, dtype, 1))
         for position in range(valid):

@@ -114,3 +114,10 @@ def test_the_residual_addition_is_not_contracted() -> None:
     workload = ConvWorkload(1, 8, 8, 64, 64, 1, 1, Epilogue("uint8", "uint8"))
     for isa in ROWS:
         assert "fmadd" not in assembly(workload, isa), isa.name
+
+
+@pytest.mark.parametrize("isa", ROWS, ids=lambda row: row.name)
+def test_few_columns_need_no_memory_of_their_own(isa: Isa) -> None:
+    """The lanes that are outputs are stored one by one, but never by way of an allocation."""
+    workload = ConvWorkload(1, 16, 16, 16, 2, 1, 1, Epilogue("uint8", "uint8"))
+    assert "AllocWorkspace" not in assembly(workload, isa)
