@@ -71,6 +71,18 @@ class X86Backend(Backend):
         )
 
 
+def _precisions(isa: Isa) -> tuple[Precision, ...]:
+    """Return what the row has a reason to compute in.
+
+    Where `vpmaddubsw` multiplies, fewer bits let more products share one widening instruction
+    (`kernels.depth`); the other rows take the same time for any 8-bit operands.
+    """
+    if isa.dot != "maddubs":
+        return (Precision.W8A8, Precision.FP32)
+    narrow = (Precision.W8A7, Precision.W7A8, Precision.W6A8, Precision.W4A8)
+    return (Precision.W8A8, *narrow, Precision.FP32)
+
+
 def make(name: str) -> Backend:
     """Entry point: return the backend of a row of the ISA table.
 
@@ -83,7 +95,7 @@ def make(name: str) -> Backend:
     spec = TargetSpec(
         name=name,
         description=_DESCRIPTIONS.get(name, name),
-        precisions=(Precision.W8A8, Precision.FP32),
+        precisions=_precisions(isa),
         cpu_features=isa.cpu_features,
         isa=name,
         triple=isa.mtriple,

@@ -28,7 +28,7 @@ from qcompiler.targets.kernels.batched import emit_batched
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Packed, pack_conv, pack_matmul
-from qcompiler.targets.kernels.params import default_params, space
+from qcompiler.targets.kernels.params import default_params, fitted, space
 from qcompiler.targets.kernels.plan import geometry_of, tile_plan
 from qcompiler.targets.kernels.tir import PrimFuncBuilder, flat
 from qcompiler.targets.kernels.workload import (
@@ -85,6 +85,7 @@ def _build(
     name: str,
 ) -> Any:
     geometry = geometry_of(workload, isa)
+    params = fitted(workload, isa, params, packed.facts.depths)
     plan = tile_plan(geometry, params)
     epilogue = workload.epilogue
     images = geometry.batch

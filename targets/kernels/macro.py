@@ -18,15 +18,19 @@ Hot loops as LLVM 22 emits them, one K-group, none with a vector on the stack:
 * AVX-VNNI 6x2 or 4x3: 12 `{vex} vpdpbusd ymm`, 6 or 4 broadcasts, 2 or 3 loads;
 * AVX2 4x2, safe: 8 each of `vpmaddubsw`, `vpmaddwd`, `vpaddd`, 4 broadcasts; exact: 16 `vpmaddwd`,
   16 `vpaddd`, and for each pixel a broadcast, `vpand` and `vpsrlw`;
+* AVX2 3x2 at depth D, D K-groups: 6 D `vpmaddubsw`, 6 (D - 1) `vpaddw`, 6 each of `vpmaddwd` and
+  `vpaddd`, 3 D broadcasts;
 * SSE2 2x3: 12 `pmaddwd`, 12 `paddd`, with `movdqa` copies since instructions overwrite an operand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry, TilePlan
@@ -211,7 +215,8 @@ class MacroKernel:
         a_steps = [r * g.sh * source.pitch + c * g.sw * g.c for r, c in pixels]
 
         dtype = "float32" if self.facts.dot == "float" else "int32"
-        acc = Accumulators(len(pixels), nv, lanes, dtype)
+        narrow = max(self.facts.depths) > 1
+        acc = Accumulators(len(pixels), nv, lanes, dtype, narrow=narrow)
         near_tile = bind(tile - source.first_tile)
         near_row = bind(row - source.first_row)
         for v in range(nv):
@@ -263,35 +268,52 @@ class MacroKernel:
             return
         step = Step(self.isa, self.facts.dot, self.constants["weight"], acc)
         first = bind(tile * (g.k_groups * step.weight_elements))
-        with serial(g.k_groups) as k:
-            offset = k * g.k_group if offsets is None else load(offsets, k, 1)
-            step.emit(
-                source.buffer, bind(a_index + offset), a_steps, first + k * step.weight_elements
-            )
+        (depth,) = self.facts.depths
+
+        def block(start: Expr, size: int) -> None:
+            at = [start + k for k in range(size)]
+            steps = [k * g.k_group if offsets is None else load(offsets, k, 1) for k in at]
+            step.emit(source.buffer, a_index, steps, a_steps, first + start * step.weight_elements)
+
+        with serial(g.k_groups // depth) as k:
+            block(k * depth, depth)
+        if g.k_groups % depth:
+            block(g.k_groups // depth * depth, g.k_groups % depth)
 
     def _mixed_loops(
         self, source: Source, a_index: Expr, a_steps: list[int], tile: Expr, acc: Accumulators
     ) -> None:
-        """Safe K-groups by the saturating instruction, then the others by int16 pairs."""
+        """The sections of the tile's list, from the deepest int16 sums to exact int16 pairs."""
         offsets, spans = self.constants["offsets"], self.constants["spans"]
+        depths = self.facts.depths
         table = bind(tile * self.geometry.k_groups)
-        for which, (kind, label) in enumerate((("maddubs", "weight"), ("exact", "weight_exact"))):
-            step = Step(self.isa, kind, self.constants[label], acc)
-            count = bind(load(spans, tile * 4 + which, 1))
-            first = bind(load(spans, tile * 4 + 2 + which, 1) * step.weight_elements)
+        span = bind(tile * (len(depths) + 2))
+        group = load(spans, span + len(depths), 1)
+        for section, depth in enumerate(depths):
+            if depth == EXACT:
+                step = Step(self.isa, "exact", self.constants["weight_exact"], acc)
+                group = load(spans, span + len(depths) + 1, 1)
+            else:
+                step = Step(self.isa, "maddubs", self.constants["weight"], acc)
+            size = max(depth, 1)
+            count = bind(load(spans, span + section, 1))
+            first = bind(group * step.weight_elements)
             with serial(count) as k:
-                index = bind(a_index + load(offsets, table + k, 1))
-                step.emit(source.buffer, index, a_steps, first + k * step.weight_elements)
-            table = bind(table + count)
+                steps = [load(offsets, table + k * size + i, 1) for i in range(size)]
+                begin = first + k * (size * step.weight_elements)
+                step.emit(source.buffer, a_index, steps, a_steps, begin)
+            table = bind(table + count * size)
+            group = bind(group + count * size)
 
 
 class Accumulators:
     """The register tile: `rows` x `nv` vectors."""
 
-    def __init__(self, rows: int, nv: int, lanes: int, dtype: str) -> None:
-        """Reserve the registers."""
+    def __init__(self, rows: int, nv: int, lanes: int, dtype: str, *, narrow: bool = False) -> None:
+        """Reserve the registers; with `narrow` also for int16 sums of two products each."""
         self.nv, self.lanes = nv, lanes
         self._buffer = registers(rows * nv * lanes, dtype)
+        self._narrow = registers(rows * nv * 2 * lanes, "int16") if narrow else None
 
     def get(self, m: int, v: int) -> Expr:
         """The vector of row m, column vector v."""
@@ -301,10 +323,18 @@ class Accumulators:
         """Replace it."""
         store(self._buffer, (m * self.nv + v) * self.lanes, value)
 
+    def get_narrow(self, m: int, v: int) -> Expr:
+        """The int16 sums of row m, column vector v."""
+        return load(self._narrow, (m * self.nv + v) * 2 * self.lanes, 2 * self.lanes)
+
+    def put_narrow(self, m: int, v: int, value: Expr) -> None:
+        """Replace them."""
+        store(self._narrow, (m * self.nv + v) * 2 * self.lanes, value)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One K-group of a register tile, multiplied in one of the ways of `plan.Dot`."""
+    """K-groups of a register tile, multiplied in one of the ways of `plan.Dot`."""
 
     isa: Isa
     kind: str
@@ -316,13 +346,55 @@ class Step:
         """Elements of the weight buffer that one K-group takes."""
         return self.acc.nv * self.acc.lanes * (1 if self.kind == "float" else 4)
 
-    def emit(self, source: Buffer, a_index: Expr, a_steps: list[int], w_index: Expr) -> None:
-        """Multiply the activations at `a_index` + each step by the weights at `w_index`."""
+    def emit(
+        self,
+        source: Buffer,
+        a_index: Expr,
+        k_steps: Sequence[Expr],
+        a_steps: Sequence[int],
+        w_index: Expr,
+    ) -> None:
+        """Multiply some K-groups; more than one are added in int16 before they are widened.
+
+        Args:
+            source: The activations.
+            a_index: Element of the first pixel's activations.
+            k_steps: Offset of each K-group's activations from there.
+            a_steps: Offset of each pixel from the first.
+            w_index: Element of the first K-group's weights; the others follow.
+        """
+        indices = [bind(a_index + step) for step in k_steps]
+        if len(indices) > 1:
+            self._emit_deep(source, indices, a_steps, w_index)
+            return
         weights = self.weights(w_index)
         for m, a_step in enumerate(a_steps):
-            parts = self._activations(source, a_index + a_step)
+            parts = self._activations(source, indices[0] + a_step)
             for v in range(self.acc.nv):
                 self.acc.put(m, v, self.multiply(self.acc.get(m, v), parts, weights[v]))
+
+    def _emit_deep(
+        self, source: Buffer, indices: list[Expr], a_steps: Sequence[int], w_index: Expr
+    ) -> None:
+        lanes = self.acc.lanes
+        for k, index in enumerate(indices):
+            weights = self.weights(w_index + k * self.weight_elements)
+            for m, a_step in enumerate(a_steps):
+                parts = self._activations(source, index + a_step)
+                for v in range(self.acc.nv):
+                    pairs = self._call("madd_u8s8", "int16", 2 * lanes, parts[0], weights[v][0])
+                    if k:
+                        pairs = self.acc.get_narrow(m, v) + pairs
+                    self.acc.put_narrow(m, v, pairs)
+        for m in range(len(a_steps)):
+            for v in range(self.acc.nv):
+                wide = self._widened(self.acc.get_narrow(m, v))
+                self.acc.put(m, v, self.acc.get(m, v) + wide)
+
+    def _widened(self, pairs: Expr) -> Expr:
+        """Neighbouring int16 sums added to int32."""
+        lanes = self.acc.lanes
+        return self._call("madd_i16", "int32", lanes, pairs, splat(1, "int16", 2 * lanes))
 
     def weights(self, index: Expr) -> list[list[Expr]]:
         """The weight vectors of one K-group: for each column vector one, or two halves."""
@@ -358,7 +430,7 @@ class Step:
             return self._call("dot_u8s8", "int32", lanes, acc, a[0], w[0])
         if self.kind == "maddubs":
             pairs = self._call("madd_u8s8", "int16", 2 * lanes, a[0], w[0])
-            return acc + self._call("madd_i16", "int32", lanes, pairs, splat(1, "int16", 2 * lanes))
+            return acc + self._widened(pairs)
         for even_or_odd, weight in zip(a, w, strict=True):
             acc = acc + self._call("madd_i16", "int32", lanes, even_or_odd, weight)
         return acc

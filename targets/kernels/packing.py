@@ -8,9 +8,11 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
 * one 8-bit dot kind: int8 `[T, Q, V, L, G]`;
 * exact: int16 `[T, Q, 2, V, L, 2]`: first the even, then the odd members of each group, as pairs
   for `vpmaddwd`, because the kernel splits a group of activation bytes into even and odd bytes;
-* mixed: the safe K-groups of each tile as int8 `[groups, V, L, G]`, the others as int16
-  `[groups, 2, V, L, 2]`, `offsets` int32 `[T, Q]` of the activations (safe groups first) and
-  `spans` int32 `[T, 4]` (number of safe groups, of others, index of the first of each).
+* mixed: each tile has its own order of K-groups, in sections by the depth of the int16 sums (see
+  `depth`); all but the exact section as int8 `[groups, V, L, G]`, that one as int16
+  `[groups, 2, V, L, 2]`; `offsets` int32 `[T, Q]` of the activations in that order; `spans` int32
+  `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
+  in the int16 weights).
 
 After the weights come `bias` `[T * V * L]` (with the zero point's correction), `multiplier` of the
 same shape, and eight `scalars` (see `SCALARS`).
@@ -26,6 +28,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.depth import EXACT, TileOrder, plan_depths
 from qcompiler.targets.kernels.plan import (
     Dot,
     Geometry,
@@ -34,7 +37,6 @@ from qcompiler.targets.kernels.plan import (
     geometry_of,
     tile_plan,
 )
-from qcompiler.targets.kernels.saturation import unsafe_groups
 from qcompiler.targets.kernels.workload import (
     ConvWorkload,
     Epilogue,
@@ -71,6 +73,9 @@ class Facts:
     """Whether an activation B's zero point calls for row sums of A."""
     residual_zero_point: bool = True
     """Whether the residual's zero point must be subtracted."""
+    depths: tuple[int, ...] = (1,)
+    """Dot "maddubs": the one depth to which int16 sums are proved; "mixed": those of the sections,
+    from the deepest to `depth.EXACT`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +184,7 @@ def _pack(
     spread = max(abs(a_max - a_zero_point), abs(a_min - a_zero_point))
     reach = np.abs(flat).sum(1) * spread + np.abs(bias)
     arrays: dict[str, Array] = {}
-    dot = _pack_weights(geometry, isa, tiles, largest, arrays)
+    dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
     if dot != "mixed" and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
@@ -194,6 +199,7 @@ def _pack(
         values.zero_point != 0,
         clip=False,
         residual_zero_point=values.residual_zero_point != 0,
+        depths=depths,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
@@ -304,32 +310,56 @@ def _float_constants(
 
 def _pack_weights(
     geometry: Geometry, isa: Isa, tiles: Array, a_max: int, arrays: dict[str, Array]
-) -> Dot:
-    """Put the weights of `[T, V, L, Q, G]` tiles in `arrays`; say how they will be multiplied."""
+) -> tuple[Dot, tuple[int, ...]]:
+    """Put the weights of `[T, V, L, Q, G]` tiles in `arrays`.
+
+    Returns:
+        How they will be multiplied, and to which depths.
+    """
     groups = tiles.transpose(0, 3, 1, 2, 4)  # [T, Q, V, L, G]
     if isa.dot == "vpdpbusd":
         arrays["weight"] = np.ascontiguousarray(groups)
-        return "vpdpbusd"
+        return "vpdpbusd", (1,)
     if isa.dot == "none":
         arrays["weight"] = _even_odd(groups)
-        return "exact"
-    unsafe = unsafe_groups(groups, a_max, tile_axes=(2, 3))  # [T, Q]
-    if not unsafe.any():
+        return "exact", (1,)
+    orders = plan_depths(groups, a_max)
+    if isinstance(orders, int):
         arrays["weight"] = np.ascontiguousarray(groups)
-        return "maddubs"
-    if unsafe.all():
+        return "maddubs", (orders,)
+    depths = sorted({depth for order in orders for depth in order.blocks}, reverse=True)
+    if depths == [EXACT]:
         arrays["weight"] = _even_odd(groups)
-        return "exact"
-    order = np.argsort(unsafe, axis=1, kind="stable")
-    safe = (~unsafe).sum(1)
-    exact = unsafe.sum(1)
-    arrays["weight"] = np.ascontiguousarray(groups[~unsafe])
-    arrays["weight_exact"] = _even_odd(groups[unsafe])
-    arrays["offsets"] = _offsets(geometry)[order].astype(np.int32)
-    arrays["spans"] = np.stack(
-        [safe, exact, np.cumsum(safe) - safe, np.cumsum(exact) - exact], axis=1
-    ).astype(np.int32)
-    return "mixed"
+        return "exact", (1,)
+    _pack_lists(geometry, groups, orders, depths, arrays)
+    return "mixed", tuple(depths)
+
+
+def _pack_lists(
+    geometry: Geometry,
+    groups: Array,
+    orders: list[TileOrder],
+    depths: list[int],
+    arrays: dict[str, Array],
+) -> None:
+    """Put weights `[T, Q, V, L, G]` in `arrays` in each tile's order, with its offsets and spans.
+
+    `depths` lists the sections: from the deepest to `EXACT`, if present.
+    """
+    none = np.empty((0, 1), np.int64)
+    lists = [[order.blocks.get(depth, none) for depth in depths] for order in orders]
+    flat = [np.concatenate([section.reshape(-1) for section in sections]) for sections in lists]
+    exact = [order.blocks.get(EXACT, none).size for order in orders]
+    safe = [len(order) - count for order, count in zip(flat, exact, strict=True)]
+    every = range(len(orders))
+    arrays["weight"] = np.concatenate([groups[t, flat[t][: safe[t]]] for t in every])
+    if EXACT in depths:
+        unsafe = np.concatenate([groups[t, flat[t][safe[t] :]] for t in every])
+        arrays["weight_exact"] = _even_odd(unsafe)
+    arrays["offsets"] = _offsets(geometry)[np.stack(flat)].astype(np.int32)
+    counts = np.asarray([[len(section) for section in sections] for sections in lists])
+    first = np.stack([np.cumsum(safe) - safe, np.cumsum(exact) - exact], axis=1)
+    arrays["spans"] = np.concatenate([counts, first], axis=1).astype(np.int32)
 
 
 def _even_odd(groups: Array) -> Array:

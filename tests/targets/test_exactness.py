@@ -69,9 +69,11 @@ def compare(built: Built, feeds: dict[str, Array], threads: int = 1) -> None:
             np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-def compile_all_values(path: Path, calibration: object, target: str) -> Built:
+def compile_all_values(
+    path: Path, calibration: object, target: str, precision: str = "w8a8"
+) -> Built:
     """Compile a model that also returns every integer tensor it computes."""
-    result = quantize_model(path, calibration=calibration)
+    result = quantize_model(path, calibration=calibration, precision=precision)
     graph = result.graph
     named = {v: name for name, v in graph.outputs}
     extra = [(f"value:{v.name}", v) for v in integer_values(graph) if v not in named]
@@ -96,6 +98,19 @@ def test_bundled_models(name: str, target: str) -> None:
     built = compile_all_values(folder / "model.onnx", calibration, target)
     for i in range(20):
         compare(built, sample(evaluation, built, i))
+
+
+@pytest.mark.skipif("x86-avx2" not in ROWS, reason="needs AVX2")
+@pytest.mark.parametrize("precision", ["w8a7", "w7a8", "w6a8", "w4a8"])
+def test_precisions_of_the_row_without_vnni(precision: str) -> None:
+    folder = MODELS / "digits_cnn"
+    calibration = dict(np.load(folder / "calib.npz"))
+    evaluation = dict(np.load(folder / "eval.npz"))
+    built = compile_all_values(folder / "model.onnx", calibration, "x86-avx2", precision)
+    for i in range(5):
+        compare(built, sample(evaluation, built, i))
+    assert precision in {p.value for p in get_target("x86-avx2").spec.precisions}
+    assert precision not in {p.value for p in get_target("x86-avxvnni").spec.precisions}
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import ISA_TABLE, Isa, runnable
+from qcompiler.targets.kernels.depth import EXACT, plan_depths
 from qcompiler.targets.kernels.gemm import (
     ConvWorkload,
     Epilogue,
@@ -31,7 +32,6 @@ from qcompiler.targets.kernels.gemm import (
     pack_matmul,
     space,
 )
-from qcompiler.targets.kernels.saturation import unsafe_groups
 
 _SPEC = importlib.util.spec_from_file_location(
     "gemm_reference", Path(__file__).with_name("gemm_reference.py")
@@ -315,11 +315,55 @@ def test_residual_products_are_rounded_before_the_addition() -> None:
 def test_the_proof_of_no_saturation_is_tight(a_max: int) -> None:
     limits = np.asarray([-128, -127, -65, -64, -1, 0, 1, 63, 64, 65, 127], np.int8)
     for pair in itertools.product(limits, limits):
-        group = np.asarray([*pair, 0, 0], np.int8).reshape(1, 1, 4)
+        group = np.asarray([*pair, 0, 0], np.int8).reshape(1, 1, 1, 1, 4)
         activations = np.asarray(list(itertools.product([0, a_max], repeat=2)), np.int64)
         sums = activations @ np.asarray(pair, np.int64)
         saturates = bool((sums > 32767).any() or (sums < -32768).any())
-        assert bool(unsafe_groups(group, a_max, tile_axes=(1,))[0]) == saturates
+        plan = plan_depths(group, a_max)
+        assert (not isinstance(plan, int) and EXACT in plan[0].blocks) == saturates
+
+
+@pytest.mark.parametrize("a_max", [255, 127])
+@pytest.mark.parametrize("largest", [4, 7, 15, 31, 63, 127])
+def test_added_groups_stay_within_int16(a_max: int, largest: int) -> None:
+    """For the worst activations of each lane: a_max on one sign's weights, 0 on the others."""
+    rng = np.random.default_rng(largest)
+    tiles, count = 3, 37
+    weight = np.clip(rng.laplace(0, largest / 5, (tiles, count, 2, 8, 4)), -largest, largest)
+    weight = weight.round().astype(np.int8)
+    weight[0, :4, 0, 0] = largest
+    plan = plan_depths(weight, a_max)
+    for tile in range(tiles):
+        if isinstance(plan, int):
+            every = np.arange(count)
+            blocks = {plan: [every[at : at + plan] for at in range(0, count, plan)]}
+        else:
+            blocks = {depth: list(rows) for depth, rows in plan[tile].blocks.items()}
+        seen = np.concatenate([g for depth in blocks for g in blocks[depth]])
+        assert sorted(seen) == list(range(count))
+        for depth, rows in blocks.items():
+            for groups in rows:
+                assert len(groups) <= max(depth, 1)
+                pairs = weight[tile, groups].astype(np.int64).reshape(len(groups), -1, 2)
+                high = np.maximum(pairs, 0).sum((0, 2)).max() * a_max
+                low = np.minimum(pairs, 0).sum((0, 2)).min() * a_max
+                assert (high <= 32767 and low >= -32768) == (depth != EXACT)
+
+
+def test_narrow_weights_and_activations_accumulate_deeper() -> None:
+    workload = ConvWorkload(1, 8, 8, 64, 32, 1, 1, Epilogue("uint8"))
+    rng = np.random.default_rng(0)
+    params = default_params(workload, AVX2)
+    depths = {}
+    for bits, a_qmax in ((8, 255), (8, 127), (7, 255), (6, 255), (4, 255)):
+        weight = rng.normal(size=workload.weight_shape)
+        weight = (weight / np.abs(weight).max() * (2 ** (bits - 1) - 1)).round().astype(np.int8)
+        packed = pack_conv(workload, AVX2, params, weight, GemmValues(a_qmax=a_qmax))
+        depths[bits, a_qmax] = packed.facts.depths[0]
+    assert depths[8, 255] <= 2
+    assert depths[8, 127] == depths[7, 255] == 2
+    assert depths[6, 255] in (4, 8)
+    assert depths[4, 255] == 8
 
 
 def test_the_activation_range_decides_how_a_layer_is_multiplied() -> None:
@@ -330,11 +374,14 @@ def test_the_activation_range_decides_how_a_layer_is_multiplied() -> None:
     for a_qmax, weights in itertools.product((127, 255), ("normal", "largest", "small")):
         weight = make_weights(weights, workload.weight_shape, rng)
         packed = pack_conv(workload, AVX2, params, weight, GemmValues(a_qmax=a_qmax))
-        kinds[a_qmax, weights] = packed.facts.dot
-    assert {kinds[127, weights] for weights in ("normal", "largest", "small")} == {"maddubs"}
-    assert kinds[255, "normal"] == "mixed"
-    assert kinds[255, "largest"] == "exact"
-    assert kinds[255, "small"] == "maddubs"
+        kinds[a_qmax, weights] = (packed.facts.dot, packed.facts.depths)
+    assert kinds[127, "normal"] == ("mixed", (2,))
+    assert kinds[127, "largest"] == ("maddubs", (1,))
+    assert kinds[127, "small"][1][0] >= 4
+    assert kinds[255, "normal"][0] == "mixed"
+    assert kinds[255, "normal"][1][-1] == EXACT
+    assert kinds[255, "largest"][0] == "exact"
+    assert kinds[255, "small"][1][0] >= 2
 
 
 def test_layers_of_one_shape_share_a_kernel() -> None:
