@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX models as graphs: opsets 7 to 25, external data, symbolic batch, quantized (QDQ) models.
+"""ONNX models as graphs: opsets 7 to 28, external data, symbolic batch, quantized (QDQ) models.
 
 Nodes are converted in topological order with all shapes known, so that shape arithmetic folds as
 it comes. Operators without a converter stay whole as `opaque` nodes. What cannot be imported is

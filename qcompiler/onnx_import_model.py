@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped,u
 from qcompiler.errors import ModelError
 
 MIN_OPSET = 7
-MAX_OPSET = 25
+MAX_OPSET = 28
 """Opsets of the default domain whose operators the converters know."""
 
 

@@ -3,7 +3,7 @@
 """Converters of ONNX operators that make, move or select elements.
 
 Operands that steer them (shapes, axes, pads...) become attributes; they must be constants by the
-time the operator is imported. Source: ONNX operator changelog, opsets 7 to 25.
+time the operator is imported. Source: ONNX operator changelog, opsets 7 to 28.
 """
 
 from __future__ import annotations

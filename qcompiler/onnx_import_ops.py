@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converters of ONNX operators that compute: elementwise, linear, pooling, norms, reductions.
 
-Opset differences are handled where they arise. Source: ONNX operator changelog, opsets 7 to 25.
+Opset differences are handled where they arise. Source: ONNX operator changelog, opsets 7 to 28.
 """
 
 from __future__ import annotations
