@@ -37,7 +37,6 @@ from qcompiler.targets.kernels.tir import (
     load,
     minimum,
     own_function,
-    parallel,
     registers,
     reinterpret,
     scratch,
@@ -57,7 +56,7 @@ def emit_batched(kernel: MacroKernel, workload: MatmulWorkload, b: Buffer) -> No
     plan = kernel.plan
     batch_shape = workload.batch_shape
     blocks = plan.row_blocks * plan.col_blocks
-    with parallel(kernel.tasks) as task:
+    with kernel.task_loop(workload.macs) as task:
         index = bind(task // blocks)
         block = bind(task % plan.col_blocks)
         first = bind(task // plan.col_blocks % plan.row_blocks * plan.row_block)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
@@ -34,6 +35,7 @@ from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry, TilePlan
+from qcompiler.targets.kernels.simd import worth_threads
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
@@ -92,10 +94,19 @@ class MacroKernel:
     tasks: int
     """Iterations of the loop over tasks."""
 
+    def task_loop(self, macs: int) -> Any:
+        """The loop over tasks, on the thread pool where the work pays for waking it."""
+        lanes = self.isa.lanes()
+        per_cycle = {"vpdpbusd": 8, "maddubs": 4, "none": 2}[self.isa.dot] * lanes
+        if self.geometry.a_dtype == "float32":
+            per_cycle = (2 if self.isa.fma else 1) * lanes
+        threads = self.tasks > 1 and worth_threads(macs / per_cycle)
+        return parallel(self.tasks) if threads else serial(self.tasks)
+
     def emit(self) -> None:
         """The loop over tasks."""
         plan = self.plan
-        with parallel(self.tasks) as task:
+        with self.task_loop(self.geometry.macs) as task:
             block = bind(task % plan.col_blocks)
             outer = bind(task // plan.col_blocks)
             image = bind(outer // plan.row_blocks)
