@@ -128,21 +128,30 @@ class Weights:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._made: dict[tuple[Value, bool], Value] = {}
+        self._made: dict[tuple[Value, bool], Value | None] = {}
 
-    def get(self, w: Value, transpose: bool) -> Value:
-        """Return the weights held as int8, the last two axes swapped if asked."""
+    def get(self, w: Value, transpose: bool) -> Value | None:
+        """Return the weights held as int8 around zero, the last two axes swapped if asked.
+
+        None where a zero point leaves weights that int8 cannot hold: the product stays float.
+        """
         key = (w, transpose)
         if key not in self._made:
             self._made[key] = self._make(w, transpose)
         return self._made[key]
 
-    def _make(self, w: Value, transpose: bool) -> Value:
+    def _make(self, w: Value, transpose: bool) -> Value | None:
         q, data = params(w), w.array()
-        if q.storage is DType.INT8 and not transpose:
+        if q.storage is DType.INT8 and q.is_symmetric and not transpose:
             return w
-        shift = 128 if q.storage is DType.UINT8 else 0  # the same grid, moved into int8
-        data = (data.astype(np.int16) - shift).astype(np.int8)
+        # The same grid, moved so that its zero is 0: kernels multiply the stored numbers.
+        shape = [1] * data.ndim
+        if isinstance(q.granularity, PerAxis):
+            shape[q.granularity.axis] = -1
+        moved = data.astype(np.int16) - q.zero_point.astype(np.int16).reshape(shape)
+        if moved.size and (moved.min() < -128 or moved.max() > 127):
+            return None
+        data = moved.astype(np.int8)
         granularity = q.granularity
         if transpose:
             data = np.ascontiguousarray(np.swapaxes(data, -1, -2))
@@ -151,10 +160,10 @@ class Weights:
                 granularity = PerAxis(axis.get(granularity.axis, granularity.axis))
         held = QuantParams(
             q.scale,
-            q.zero_point - shift,
+            np.zeros_like(q.zero_point),
             DType.INT8,
-            q.qmin - shift,
-            q.qmax - shift,
+            max(DType.INT8.min, q.qmin - int(q.zero_point.max())),
+            min(DType.INT8.max, q.qmax - int(q.zero_point.min())),
             granularity,
         )
         return self.graph.constant(data, w.name, held)
@@ -186,7 +195,10 @@ def product(node: Node | None, weights: Weights) -> Product | None:
             return None
         if not q.is_per_tensor and q.scale.shape != (w.shape[axis],):
             return None
-        w = weights.get(w, transpose)
+        held = weights.get(w, transpose)
+        if held is None:
+            return None
+        w = held
     elif node.op.name == "conv" or not _activation(w) or w.type.rank < 2:
         return None
     bias = node.optional(2)

@@ -25,6 +25,7 @@ from qcompiler import (
     onnx_import_movement,
     onnx_import_ops,
     onnx_import_qdq,
+    onnx_import_quantized,
 )
 from qcompiler.errors import ModelError, QCompilerError, ShapeError, UnsupportedOpError
 from qcompiler.ir import Graph, Value
@@ -62,7 +63,13 @@ from qcompiler.types import Array, Shape, TensorType
 
 __all__ = ["ModelSource", "OnnxModel", "load_onnx", "model_digest", "read_model"]
 
-CONVERTER_MODULES = (onnx_import_ops, onnx_import_movement, onnx_import_qdq, onnx_import_einsum)
+CONVERTER_MODULES = (
+    onnx_import_ops,
+    onnx_import_movement,
+    onnx_import_qdq,
+    onnx_import_quantized,
+    onnx_import_einsum,
+)
 """Modules whose import fills the table of converters."""
 
 _CONTROL_FLOW = frozenset({"Loop", "Scan", "SequenceMap"})

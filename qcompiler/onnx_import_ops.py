@@ -394,12 +394,16 @@ def _max_pool(ctx: OpContext) -> Results:
 
 @converter("AveragePool")
 def _average_pool(ctx: OpContext) -> Results:
-    x = ctx.input(0)
+    return [average_pool(ctx, ctx.input(0))]
+
+
+def average_pool(ctx: OpContext, x: Value) -> Value:
+    """Emit an average pooling with the attributes of the node."""
     attrs = _pool_attrs(ctx, x)
     attrs["count_include_pad"] = bool(ctx.attr("count_include_pad", 0))
     if attrs["ceil_mode"] and not attrs["count_include_pad"]:
         attrs = _without_ceil(x, attrs)
-    return [ctx.emit("average_pool", x, **attrs)]
+    return ctx.emit("average_pool", x, **attrs)
 
 
 @converter("GlobalAveragePool", "GlobalMaxPool")

@@ -1,9 +1,8 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Converters of quantized operators: scale and zero point move into the type.
+"""Converters of QuantizeLinear and DequantizeLinear: scale and zero point move into the type.
 
-QLinearConv and QLinearMatMul become the same three steps that a QDQ model spells out: dequantize
-the operands, compute, quantize the result.
+A scale or zero point that is computed at run time leaves plain integers, scaled by arithmetic.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import numpy as np
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError, UsageError
 from qcompiler.ir import Value
-from qcompiler.onnx_import_context import OpContext, converter, normal_axis
-from qcompiler.onnx_import_ops import conv, matmul
+from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import (
     Array,
@@ -32,7 +30,9 @@ from qcompiler.types import (
 Results = Sequence[Value] | None
 
 
-def _qparams(ctx: OpContext, at: int, shape: Shape, storage: DType, axis: int = 1) -> QuantParams:
+def static_qparams(
+    ctx: OpContext, at: int, shape: Shape, storage: DType, axis: int = 1
+) -> QuantParams:
     """Return the parameters from operands `at` (scale) and `at + 1` (zero point).
 
     Source: ONNX QuantizeLinear-21: a scalar is one scale, a vector one per index of `axis`,
@@ -56,12 +56,17 @@ def _qparams(ctx: OpContext, at: int, shape: Shape, storage: DType, axis: int = 
             raise ShapeError(f"{scale.size} scales do not fit axis {axis} of {list(shape)}")
     else:
         granularity = _blocked(ctx, shape, scale, normal_axis(axis, len(shape)))
-    return _checked(scale, zero_point, storage, granularity)
+    return checked(scale, zero_point, storage, granularity)
 
 
-def _checked(
+def checked(
     scale: Array, zero_point: Array, storage: DType, granularity: Granularity
 ) -> QuantParams:
+    """Return parameters that use the whole range of the storage.
+
+    Raises:
+        ModelError: A scale or zero point that no quantization can have.
+    """
     try:
         return QuantParams(scale, zero_point, storage, storage.min, storage.max, granularity)
     except UsageError as error:
@@ -79,6 +84,69 @@ def _blocked(ctx: OpContext, shape: Shape, scale: Array, axis: int) -> Granulari
     return PerGroup(axis, size)
 
 
+def _is_static(ctx: OpContext, at: int) -> bool:
+    """Whether scale and zero point at `at` are known at compile time."""
+    return all(v is None or v.is_constant for v in (ctx.get(at), ctx.get(at + 1)))
+
+
+def _run_time_grid(
+    ctx: OpContext, at: int, shape: Shape, axis: int
+) -> tuple[Value, Value | None, Shape]:
+    """Return (scale, zero point, shape) as float32, to broadcast against data of that shape.
+
+    Blocks become an axis of their own, which must divide the data evenly.
+    """
+    scale, zero = ctx.input(at), ctx.get(at + 1)
+    inner, wide = shape, shape
+    if scale.type.size == 1:
+        wide = ()
+    elif scale.type.rank == 1:
+        axis = normal_axis(axis, len(shape))
+        wide = tuple(d if i == axis else 1 for i, d in enumerate(shape))
+    else:
+        axis = normal_axis(axis, len(shape))
+        blocks = scale.shape[axis] if scale.type.rank == len(shape) else 0
+        if not blocks or shape[axis] % blocks:
+            raise UnsupportedOpError("its scales are computed, and its blocks are not all full")
+        inner = (*shape[:axis], blocks, shape[axis] // blocks, *shape[axis + 1 :])
+        wide = (*scale.shape[: axis + 1], 1, *scale.shape[axis + 1 :])
+
+    def laid_out(v: Value) -> Value:
+        v = v if v.dtype is DType.FLOAT32 else ctx.emit("cast", v, to="float32")
+        return reshape(ctx, v, wide if v.type.size > 1 else ())
+
+    return laid_out(scale), None if zero is None else laid_out(zero), inner
+
+
+def _by_arithmetic(ctx: OpContext, x: Value, at: int, storage: DType, axis: int) -> Value:
+    """Quantize with a scale or zero point that is computed at run time."""
+    scale, zero, inner = _run_time_grid(ctx, at, x.shape, axis)
+    t = ctx.emit("round", ctx.emit("div", reshape(ctx, x, inner), scale))
+    t = ctx.emit("add", t, zero) if zero is not None else t
+    return as_integers(ctx, reshape(ctx, t, x.shape), storage)
+
+
+def as_integers(ctx: OpContext, x: Value, storage: DType) -> Value:
+    """Round and clamp floats to integers, held on the grid of scale 1 that integer kernels take."""
+    grid = unit_grid(storage, 0)
+    return ctx.builder.emit(
+        "quantize", [x], {}, ctx.name, types=[TensorType(x.shape, storage, grid)]
+    )[0]
+
+
+def unit_grid(storage: DType, zero_point: int) -> QuantParams:
+    """Return the parameters under which an integer q stands for q - zero_point."""
+    one, zero = np.asarray(1, np.float32), np.asarray(zero_point, np.int32)
+    return checked(one, zero, storage, PerTensor())
+
+
+def as_float(ctx: OpContext, q: Value) -> Value:
+    """Return stored integers as float32, whatever they stand for."""
+    if q.qparams is None:
+        return ctx.emit("cast", q, to="float32")
+    return _affine(ctx, q, unit_grid(q.dtype, 0))
+
+
 @converter("QuantizeLinear")
 def _quantize(ctx: OpContext) -> Results:
     zero_point = ctx.get(2)
@@ -87,33 +155,41 @@ def _quantize(ctx: OpContext) -> Results:
     else:
         declared = int(ctx.attr("output_dtype", 0))
         storage = dtype_of(declared) if declared else DType.UINT8
-    return [_quantized(ctx, ctx.input(0), 1, storage, int(ctx.attr("axis", 1)))]
+    return [quantized(ctx, ctx.input(0), 1, storage, int(ctx.attr("axis", 1)))]
 
 
-def _quantized(ctx: OpContext, x: Value, at: int, storage: DType, axis: int = 1) -> Value:
+def quantized(ctx: OpContext, x: Value, at: int, storage: DType, axis: int = 1) -> Value:
     """Emit a quantize with the parameters from operands `at` and `at + 1`."""
     if not storage.is_integer:
         raise UnsupportedOpError(f"quantization to {storage.value} is not supported")
     if x.dtype is not DType.FLOAT32:
         x = ctx.emit("cast", x, to="float32")
-    result = TensorType(x.shape, storage, _qparams(ctx, at, x.shape, storage, axis))
+    if not _is_static(ctx, at):
+        return _by_arithmetic(ctx, x, at, storage, axis)
+    result = TensorType(x.shape, storage, static_qparams(ctx, at, x.shape, storage, axis))
     return ctx.builder.emit("quantize", [x], {}, ctx.name, types=[result])[0]
 
 
 @converter("DequantizeLinear")
 def _dequantize(ctx: OpContext) -> Results:
     q, want = ctx.input(0), ctx.input(1).dtype
-    y = _dequantized(ctx, q, 1, int(ctx.attr("axis", 1)))
+    y = dequantized(ctx, q, 1, int(ctx.attr("axis", 1)))
     return [y if want is DType.FLOAT32 else ctx.emit("cast", y, to=want.value)]
 
 
-def _dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1) -> Value:
+def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1) -> Value:
     """Emit a dequantize with the parameters from operands `at` and `at + 1`."""
     if not q.dtype.is_integer:
         raise UnsupportedOpError(f"dequantization of {q.dtype.value} is not supported")
-    qparams = _qparams(ctx, at, q.shape, q.dtype, axis)
+    if not _is_static(ctx, at):
+        scale, zero, inner = _run_time_grid(ctx, at, q.shape, axis)
+        x = as_float(ctx, q)
+        x = reshape(ctx, x, inner)
+        x = ctx.emit("sub", x, zero) if zero is not None else x
+        return reshape(ctx, ctx.emit("mul", x, scale), q.shape)
+    qparams = static_qparams(ctx, at, q.shape, q.dtype, axis)
     if q.data is not None and q.qparams is None:
-        return _constant(ctx, q, qparams)
+        return constant_dequantized(ctx, q, qparams)
     if q.producer is None and q.qparams is None and not q.uses:
         # A quantized graph input: its type takes the parameters.
         ctx.builder.graph.set_type(q, TensorType(q.shape, q.dtype, qparams))
@@ -122,7 +198,7 @@ def _dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1) -> Value:
     return _affine(ctx, q, qparams)
 
 
-def _constant(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
+def constant_dequantized(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
     """Emit the dequantize of a constant that gets the parameters into its type."""
     name = ctx.builder.unique(f"{q.name}.quantized")
     stored = ctx.builder.graph.constant(q.array(), name, qparams)
@@ -140,6 +216,8 @@ def _affine(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
         shape = []
     scale, zero = qparams.scale.reshape(shape), qparams.zero_point.reshape(shape)
     if q.qparams is not None:
+        if q.qparams.same_grid(qparams):
+            return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
         if not q.qparams.is_per_tensor:
             raise UnsupportedOpError("its operand is quantized with other parameters")
         # q = x / s + z with the operand's own s and z, then s' * (q - z').
@@ -151,33 +229,3 @@ def _affine(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
         return ctx.emit("add", y, ctx.constant(shift.astype(np.float32)))
     wide = ctx.emit("sub", ctx.emit("cast", q, to="int32"), ctx.constant(zero.astype(np.int32)))
     return ctx.emit("mul", ctx.emit("cast", wide, to="float32"), ctx.constant(scale))
-
-
-@converter("QLinearConv")
-def _qlinear_conv(ctx: OpContext) -> Results:
-    """Operands: x, its scale and zero point; w, its; scale and zero point of y; int32 bias."""
-    x, w = _dequantized(ctx, ctx.input(0), 1), _dequantized(ctx, ctx.input(3), 4, axis=0)
-    bias = ctx.get(8)
-    if bias is not None:
-        # ONNX: the bias has scale x_scale * w_scale and no zero point.
-        scale = np.asarray(ctx.static(1, "scale"), np.float64).reshape(()) * np.asarray(
-            ctx.static(4, "scale"), np.float64
-        ).reshape(-1)
-        granularity: Granularity = PerAxis(0)
-        if scale.size == 1:
-            scale, granularity = scale.reshape(()), PerTensor()
-        zero = np.zeros(scale.shape, np.int32)
-        qparams = _checked(scale.astype(np.float32), zero, DType.INT32, granularity)
-        if not bias.is_constant:
-            raise UnsupportedOpError("its bias is computed at run time; it must be a constant")
-        bias = _constant(ctx, bias, qparams)
-    y = conv(ctx, x, w, bias)
-    return [_quantized(ctx, y, 6, ctx.input(7).dtype)]
-
-
-@converter("QLinearMatMul")
-def _qlinear_matmul(ctx: OpContext) -> Results:
-    """Operands: a, its scale and zero point; b, its; scale and zero point of y."""
-    a = _dequantized(ctx, ctx.input(0), 1, axis=-2)
-    b = _dequantized(ctx, ctx.input(3), 4, axis=-1)
-    return [_quantized(ctx, matmul(ctx, a, b), 6, ctx.input(7).dtype)]

@@ -266,6 +266,34 @@ def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> Precis
     return PrecisionPlan(nodes, digest(graph))
 
 
+def edges_in_eight_bits(graph: Graph, plan: PrecisionPlan) -> PrecisionPlan:
+    """Return the plan with 8-bit weights in the first and last products.
+
+    The first ones read what no product made, the last ones lead to no product: they hold few of the
+    weights and, unlike all others, no neighbour makes up for their errors.
+    """
+    products = [n for n in graph.nodes if plan.precision(n.name).weight_bits < 8
+                and plan.precision(n.name).is_integer and n.op.kind is OpKind.COMPUTE]  # fmt: skip
+    every = {n for n in graph.nodes if n.op.kind is OpKind.COMPUTE}
+    after: set[Node] = set()
+    for node in graph.nodes:
+        made = [v.producer for v in node.operands if v.producer is not None]
+        if any(p in every or p in after for p in made):
+            after.add(node)
+    before: set[Node] = set()
+    for node in reversed(graph.nodes):
+        readers = [r for v in node.outputs for r in v.users]
+        if any(r in every or r in before for r in readers):
+            before.add(node)
+    changes: dict[str, Decision] = {}
+    for node in products:
+        where = [w for w, inner in (("first", after), ("last", before)) if node not in inner]
+        if where:
+            reason = f"{' and '.join(where)} product: 8-bit weights"
+            changes[node.name] = Decision(Precision.W8A8, reason)
+    return plan.replaced(changes)
+
+
 def _words(precision: Precision) -> str:
     w, a = precision.weight_bits, precision.activation_bits
     return f"int{w}" if w == a else f"int{w} weights, int{a} activations"
@@ -293,6 +321,7 @@ def found_in(graph: Graph) -> PrecisionPlan:
         if precision.is_integer:
             decision = Decision(precision, "quantized in the model: its scales are kept")
         else:
-            decision = Decision(precision, f"float in the model: {node.op.name}")
+            reason = f"no integer form of {node.op.name} fits what the model says"
+            decision = Decision(precision, reason)
         nodes[node.name] = decision
     return PrecisionPlan(nodes)
