@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcompiler.plan import PrecisionPlan
     from qcompiler.registry import get_target, target_names
     from qcompiler.runtime import CompiledModel, load
+    from qcompiler.tuning import Tuning
 
 _HOME = {
     "Budget": "qcompiler.data",
@@ -29,6 +30,7 @@ _HOME = {
     "Evaluation": "qcompiler.data",
     "PrecisionPlan": "qcompiler.plan",
     "QCompilerError": "qcompiler.errors",
+    "Tuning": "qcompiler.tuning",
     "compile": "qcompiler.driver",
     "get_target": "qcompiler.registry",
     "load": "qcompiler.runtime",
@@ -42,6 +44,7 @@ __all__ = [
     "Evaluation",
     "PrecisionPlan",
     "QCompilerError",
+    "Tuning",
     "compile",
     "get_target",
     "load",

@@ -8,34 +8,50 @@ ONNX -> Graph[FLOAT] -> canonicalize -> calibrate -> insert_qdq -> fuse -> Graph
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qcompiler.artifact import Artifact, ParamBlock
+from qcompiler.cpu import host_cpu
 from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
-from qcompiler.errors import DataError, InfeasibleBudgetError, UnsupportedByTargetError, UsageError
+from qcompiler.errors import (
+    DataError,
+    InfeasibleBudgetError,
+    TuningError,
+    UnsupportedByTargetError,
+    UsageError,
+)
 from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
 from qcompiler.manifest import TargetInfo, TensorSpec
 from qcompiler.ops import Stage
 from qcompiler.passmanager import (
     Instrument,
+    Pass,
     PassContext,
     PassManager,
     ProgressFn,
     TimeInstrument,
     no_progress,
 )
-from qcompiler.plan import PrecisionPlan, found_in, uniform
+from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, found_in, uniform
 from qcompiler.printer import digest
+from qcompiler.records import RecordFile
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.base import Backend, Built, TargetSpec, TuningBudget
+from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import Array, Precision
+
+_STAND_INS = 4
 
 if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
@@ -71,7 +87,8 @@ def compile(
     budget: Budget | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
-    tuning: object | None = None,
+    tuning: Tuning | None = None,
+    methods: str | Sequence[Pass] = (),
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> CompiledModel:
@@ -82,13 +99,17 @@ def compile(
         target: Target name ("host" picks the best row for this CPU) or a TargetSpec.
         calibration: Representative samples (see `qcompiler.data.load_samples`); needed for integer
             precisions unless the model is already quantized.
-        precision: "w8a8", "fp32", a PrecisionPlan, or the path of a saved plan.
+        precision: "w8a8", "w4a8" (first and last products keep 8 bits; where the target has it),
+            "fp32", a PrecisionPlan, or the path of a saved plan.
         evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
             is better); measures what compilation costs.
         budget: Limits that the result must keep.
         input_shapes: Shapes of inputs with symbolic dimensions, by name.
         freeze: Inputs bound to constants, by name.
-        tuning: Tuning records and limits; None uses the analytic defaults.
+        tuning: Tuning records to use, and limits of further tuning; None uses the analytic
+            defaults.
+        methods: Post-training methods that keep accuracy, as passes or as text:
+            "equalize,adaround"; what held-out calibration samples do not approve is undone.
         seed: Seed of everything random.
         progress: Called with (what is going on, units done, units in total).
 
@@ -102,9 +123,6 @@ def compile(
         UnsupportedByTargetError: The target lacks what was asked for.
         InfeasibleBudgetError: The budget is not kept; its `best` is the compiled model.
     """
-    if tuning is not None:
-        raise UsageError("this version compiles with its analytic kernel parameters only",
-                         hint="leave tuning out")  # fmt: skip
     started = time.perf_counter()
     report_progress = progress or no_progress
     backend = get_target(target if isinstance(target, str) else target.name)
@@ -116,11 +134,13 @@ def compile(
         precision=precision,
         input_shapes=input_shapes,
         freeze=freeze,
+        methods=methods,
         seed=seed,
         progress=report_progress,
         instruments=(clock,),
     )
-    built = build_graph(result.graph, backend, report_progress)
+    built = build_graph(result.graph, backend, report_progress, tuning=tuning, seed=seed)
+    result.log.extend(built.notes)
     compiled = assemble(built, backend.spec, result)
     from qcompiler.measure import measured_report
 
@@ -147,6 +167,7 @@ def quantize_model(
     precision: str | PrecisionPlan | os.PathLike[str] = "w8a8",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
+    methods: str | Sequence[Pass] = (),
     seed: int = 0,
     progress: ProgressFn = no_progress,
     instruments: Sequence[Instrument] = (),
@@ -161,6 +182,9 @@ def quantize_model(
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import quantize_passes
+    from qcompiler.passes.methods import parse_methods
+
+    wanted = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
 
     progress("import", 0, 1)
     samples = None if calibration is None else load_samples(calibration)
@@ -170,6 +194,7 @@ def quantize_model(
     progress("import", 1, 1)
     ctx = PassContext(seed=seed, progress=progress)
     imported_qdq = graph.stage is Stage.QDQ
+    _check_methods(wanted, imported_qdq)
     graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
     if imported_qdq:
         integer = PassManager([Fuse()], instruments).run(graph, ctx)
@@ -178,10 +203,13 @@ def quantize_model(
         graph = integer if stage is Stage.INTEGER else graph
         return Quantized(None, graph, plan, sources, 0, ctx.log)
     plan = _plan(precision, graph, spec)
+    if wanted and not plan.has_integers:
+        raise UsageError("the methods serve integer precisions; the plan has none",
+                         hint="leave them out, or ask for an integer precision")  # fmt: skip
     sources["graph"] = digest(graph)
     ctx.put(plan)
     count = 0
-    passes = [p for p in quantize_passes(plan) if stage is Stage.INTEGER or not isinstance(p, Fuse)]
+    passes = [p for p in quantize_passes(plan, wanted) if stage is Stage.INTEGER or not isinstance(p, Fuse)]
     if plan.has_integers:
         if samples is None:
             raise DataError(
@@ -199,6 +227,12 @@ def quantize_model(
     return Quantized(graph, integer, plan, sources, count, ctx.log)
 
 
+def _check_methods(methods: Sequence[Pass], quantized: bool) -> None:
+    if methods and quantized:
+        raise UsageError("the model is quantized already: its weights and scales are kept",
+                         hint="leave the methods out, or start from the float model")  # fmt: skip
+
+
 def _plan(
     precision: str | PrecisionPlan | os.PathLike[str], graph: Graph, spec: TargetSpec | None
 ) -> PrecisionPlan:
@@ -211,15 +245,97 @@ def _plan(
             raise UnsupportedByTargetError(
                 f"target {spec.name} has no kernels for precision {wanted.value}: it has {known}"
             )
-        return uniform(graph, wanted)
+        plan = uniform(graph, wanted)
+        if wanted.is_integer and wanted.weight_bits < 8:
+            return edges_in_eight_bits(graph, plan)
+        return plan
     return PrecisionPlan.load(pathlib.Path(precision))
 
 
-def build_graph(graph: Graph, backend: Backend, progress: ProgressFn = no_progress) -> Built:
-    """Run the target's passes on Graph[INTEGER], lower and build it."""
+def build_graph(
+    graph: Graph,
+    backend: Backend,
+    progress: ProgressFn = no_progress,
+    *,
+    tuning: Tuning | None = None,
+    seed: int = 0,
+) -> Built:
+    """Run the target's passes on Graph[INTEGER], tune if asked to, lower and build it."""
     with interruptible():
         shaped = PassManager(backend.passes()).run(graph, PassContext(progress=progress))
+        if tuning is not None:
+            backend = _tuned(shaped, backend, tuning, seed, progress)
         return backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
+
+
+def _tuned(
+    graph: Graph, backend: Backend, tuning: Tuning, seed: int, progress: ProgressFn
+) -> Backend:
+    """Return the backend with the parameters that the records, and more tuning, choose."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-records-") as folder:
+        if tuning.records is None:
+            tuning = dataclasses.replace(tuning, records=folder)
+        file = RecordFile(os.fspath(tuning.records or folder), backend.spec.name)
+        if tuning.searches:
+            backend.tune(graph, tuning, seed=seed, progress=progress)
+        elif not file.path.exists():
+            raise TuningError(
+                f"there are no tuning records at {file.path}",
+                hint="make some with `qcompile tune`, or give a limit for tuning now",
+            )
+        return backend.with_records(file.read(host_cpu().name))
+
+
+def tune(
+    model: ModelSource,
+    tuning: Tuning,
+    *,
+    target: str | TargetSpec = "host",
+    calibration: SampleSource | None = None,
+    precision: str | PrecisionPlan | os.PathLike[str] = "w8a8",
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    freeze: Mapping[str, Array | float | bool] | None = None,
+    seed: int = 0,
+    progress: ProgressFn | None = None,
+) -> TuningOutcome:
+    """Search the kernel parameters of a model by measuring; the records hold what is found.
+
+    Args and errors: as `compile`. Without calibration samples, random ones stand in: the shapes of
+    kernels do not depend on them, and only a few of the facts that their code depends on do.
+    """
+    from qcompiler.onnx_import import load_onnx
+
+    report = progress or no_progress
+    backend = get_target(target if isinstance(target, str) else target.name)
+    if calibration is None:
+        graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze)
+        calibration = _stand_in(graph, seed)
+    result = quantize_model(
+        model,
+        spec=backend.spec,
+        calibration=calibration,
+        precision=precision,
+        input_shapes=input_shapes,
+        freeze=freeze,
+        seed=seed,
+        progress=report,
+    )
+    with interruptible():
+        shaped = PassManager(backend.passes()).run(result.graph, PassContext(progress=report))
+        return backend.tune(shaped, tuning, seed=seed, progress=report)
+
+
+def _stand_in(graph: Graph, seed: int) -> list[dict[str, Array]]:
+    """Return a few random samples that fit a graph's inputs."""
+    rng = np.random.default_rng(seed)
+    samples: list[dict[str, Array]] = [{} for _ in range(_STAND_INS)]
+    for v in graph.inputs:
+        for sample in samples:
+            if v.dtype.is_float:
+                sample[v.name] = rng.standard_normal(v.shape).astype(v.dtype.numpy)
+            else:  # 0 and 1 are valid as indices and flags alike
+                sample[v.name] = rng.integers(0, 2, v.shape).astype(v.dtype.numpy)
+    return samples
 
 
 def assemble(built: Built, spec: TargetSpec, result: Quantized) -> CompiledModel:

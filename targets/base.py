@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph, Node
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
+from qcompiler.records import Records
+from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import Array, Precision
 
 
@@ -85,6 +88,7 @@ class Built:
         members: Extra artifact members by name.
         executor: "vm", or "interpreter" for targets without a library.
         tvm_target: Text of the TVM target, for the manifest.
+        notes: What the user should know of how it was built, one sentence each.
     """
 
     library: bytes | None
@@ -95,6 +99,7 @@ class Built:
     members: Mapping[str, bytes] = field(default_factory=dict)
     executor: str = "vm"
     tvm_target: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class Backend(ABC):
@@ -118,6 +123,37 @@ class Backend(ABC):
         Raises:
             UnsupportedByTargetError: All nodes that cannot be lowered, in one message.
         """
+
+    def with_records(self, records: Records) -> Backend:
+        """Return this backend with kernel parameters chosen by tuning records.
+
+        Raises:
+            UnsupportedByTargetError: The target's kernels have no parameters.
+        """
+        del records
+        raise UnsupportedByTargetError(
+            f"target {self.spec.name} has no kernels to tune", hint="leave the tuning options out"
+        )
+
+    def tune(
+        self,
+        graph: Graph,
+        tuning: Tuning,
+        *,
+        seed: int = 0,
+        progress: ProgressFn = no_progress,
+    ) -> TuningOutcome:
+        """Search kernel parameters for a shaped graph by measuring; the records hold the result.
+
+        Raises:
+            UnsupportedByTargetError: The target's kernels have no parameters, or nothing here can
+                run them.
+            TuningError: The records cannot be read or written.
+        """
+        del graph, tuning, seed, progress
+        raise UnsupportedByTargetError(
+            f"target {self.spec.name} has no kernels to tune", hint="leave the tuning options out"
+        )
 
     @abstractmethod
     def build(

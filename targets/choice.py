@@ -171,6 +171,12 @@ class RecordedChoice:
     missing: int = 0
     notes: list[str] = dataclasses.field(default_factory=list)
 
+    def summary(self) -> list[str]:
+        """Return what happened, for the report."""
+        total = self.used + self.missing
+        found = f"tuning records were found for {self.used} of {total} kernels"
+        return [*self.records.notes, found, *self.notes]
+
     def __call__(self, tunable: Tunable) -> tuple[Params, Packed]:
         """Return the parameters of a kernel, and its constants packed for them."""
         params, packed = default_choice(tunable)

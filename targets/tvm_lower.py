@@ -66,6 +66,7 @@ class Lowered:
         parameter_names: Their names.
         regions: Kernel calls in order.
         graph: The graph that was lowered.
+        notes: What the user should know, one sentence each.
     """
 
     module: Any
@@ -73,6 +74,7 @@ class Lowered:
     parameter_names: list[str]
     regions: list[Region]
     graph: Graph
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

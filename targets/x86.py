@@ -11,8 +11,10 @@ from qcompiler.passes.contiguous_reductions import ContiguousReductions
 from qcompiler.passes.split_to_slices import SplitToSlices
 from qcompiler.passes.unsigned_activations import UnsignedActivations
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
+from qcompiler.records import Records
 from qcompiler.targets.base import Backend, Built, Support, TargetSpec, TuningBudget
 from qcompiler.targets.isa import ISA_TABLE, Isa, isa_named, runnable
+from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import Precision
 
 _DESCRIPTIONS = {
@@ -26,9 +28,10 @@ _DESCRIPTIONS = {
 class X86Backend(Backend):
     """Generates TIR kernels from a row of the ISA table and builds them with TVM's LLVM."""
 
-    def __init__(self, spec: TargetSpec, isa: Isa) -> None:
+    def __init__(self, spec: TargetSpec, isa: Isa, records: Records | None = None) -> None:
         super().__init__(spec)
         self.isa = isa
+        self.records = records
 
     def supports(self, node: Node) -> Support:
         """Say whether one of our kernels serves the node; other float nodes go through TVM."""
@@ -42,11 +45,35 @@ class X86Backend(Backend):
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> object:
         """Return the IRModule and its parameters (`tvm_lower.Lowered`)."""
+        from qcompiler.targets.choice import RecordedChoice
         from qcompiler.targets.cpu_lowering import CpuLowering
         from qcompiler.targets.isa import tvm_target
         from qcompiler.targets.tvm_lower import lower_graph
 
-        return lower_graph(graph, CpuLowering(self.isa), tvm_target(self.isa), progress)
+        target = tvm_target(self.isa)
+        if self.records is None:
+            return lower_graph(graph, CpuLowering(self.isa), target, progress)
+        choose = RecordedChoice(self.records, self.spec.name)
+        lowered = lower_graph(graph, CpuLowering(self.isa, choose), target, progress)
+        lowered.notes += choose.summary()
+        return lowered
+
+    def with_records(self, records: Records) -> X86Backend:
+        """Return this backend with kernel parameters chosen by tuning records."""
+        return X86Backend(self.spec, self.isa, records)
+
+    def tune(
+        self,
+        graph: Graph,
+        tuning: Tuning,
+        *,
+        seed: int = 0,
+        progress: ProgressFn = no_progress,
+    ) -> TuningOutcome:
+        """Search kernel parameters by measuring (`tvm_tune`)."""
+        from qcompiler.targets.tvm_tune import tune_graph
+
+        return tune_graph(graph, self.isa, self.spec.name, tuning, seed=seed, progress=progress)
 
     def build(
         self, lowered: object, tuning: TuningBudget, progress: ProgressFn = no_progress
@@ -68,6 +95,7 @@ class X86Backend(Backend):
             graph=lowered.graph,
             regions=tuple(lowered.regions),
             tvm_target=str(target),
+            notes=tuple(lowered.notes),
         )
 
 

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,13 @@ import numpy as np
 import pytest
 
 from qcompiler import driver
+from qcompiler.cpu import host_cpu
+from qcompiler.errors import TuningError, UnsupportedByTargetError, UsageError
 from qcompiler.ir import Graph
 from qcompiler.passmanager import PassContext, PassManager
-from qcompiler.records import Record, Records
+from qcompiler.records import Record, RecordFile, Records
 from qcompiler.registry import get_target
+from qcompiler.targets import tvm_tune
 from qcompiler.targets.base import TuningBudget
 from qcompiler.targets.choice import (
     RecordedChoice,
@@ -26,7 +32,10 @@ from qcompiler.targets.choice import (
 )
 from qcompiler.targets.cpu_lowering import CpuLowering
 from qcompiler.targets.isa import isa_named, tvm_target
+from qcompiler.targets.tune_process import WorkerCrashedError, WorkerError, WorkerTimeoutError
 from qcompiler.targets.tvm_lower import lower_graph
+from qcompiler.targets.tvm_tune import collect_tasks, neighbours, shares_evenly, tune_graph
+from qcompiler.tuning import Tuning, TuningOutcome
 
 MODELS = Path(__file__).parents[2] / "models"
 ISA = isa_named("x86-avx2")
@@ -116,3 +125,200 @@ def test_keys_name_all_that_changes_the_code(graph: Graph) -> None:
         assert "Workload(" in key.workload
         assert "Facts(" in key.workload
         assert "\n" not in key.workload
+
+
+# --- what is searched ----------------------------------------------------------------------------
+
+
+def test_tasks_are_the_distinct_kernels_with_all_their_nodes(graph: Graph) -> None:
+    tasks = collect_tasks(graph, ISA, ISA.name)
+    nodes = [name for task in tasks for name in task.nodes]
+    assert sorted(nodes) == sorted(t.node.name for t in tunables(graph))
+    assert len({task.key for task in tasks}) == len(tasks)
+    assert {task.tunable.kernel for task in tasks} == {"conv", "depthwise", "matmul"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    size: int
+    order: str
+
+
+def test_neighbours_are_counted_in_steps_of_the_values_that_occur() -> None:
+    space = [Point(size, order) for size in (1, 2, 64) for order in "mn"]
+    found = neighbours(space, Point(64, "m"))
+    assert found[0] == Point(64, "m")
+    assert set(found[1:3]) == {Point(64, "n"), Point(2, "m")}
+    assert found[-1] == Point(1, "n")
+
+
+def test_candidates_that_threads_cannot_share_are_left_out(graph: Graph) -> None:
+    for task in collect_tasks(graph, ISA, ISA.name):
+        if task.tunable.kernel != "conv":
+            continue
+        whole = dataclasses.replace(task.default, m_block=10_000, n_block=10_000)
+        assert not shares_evenly(task.tunable, whole, task.default)
+        assert shares_evenly(task.tunable, task.default, task.default)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"records": "r", "seconds": 1, "trials": 1}, "got both"),
+        ({"records": "r", "seconds": 0}, "seconds must be a number above 0"),
+        ({"records": "r", "seconds": float("nan")}, "seconds must be a number above 0"),
+        ({"records": "r", "trials": 0}, "trials must be a positive integer"),
+        ({}, "neither records nor a limit"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Tuning(**fields)
+
+
+def test_backends_without_parameters_say_so(graph: Graph) -> None:
+    backend = get_target("reference")
+    with pytest.raises(UnsupportedByTargetError, match="reference has no kernels to tune"):
+        backend.with_records(Records())
+    with pytest.raises(UnsupportedByTargetError, match="reference has no kernels to tune"):
+        backend.tune(graph, Tuning(seconds=1))
+
+
+def test_a_cpu_that_lacks_the_features_is_named(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tvm_tune, "missing_features", lambda wanted: ("avx9",))
+    with pytest.raises(UnsupportedByTargetError, match="this CPU lacks avx9"):
+        tune_graph(graph, ISA, ISA.name, Tuning(records="r.jsonl", trials=1))
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    graph: Graph, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RecordFile, TuningOutcome, list[tuple[str, int, int]]]:
+    """The bundled model after 20 trials, with the progress that was shown."""
+    file = RecordFile(tmp_path_factory.mktemp("tuned"), ISA.name)
+    shown: list[tuple[str, int, int]] = []
+    outcome = tune_graph(
+        graph,
+        ISA,
+        ISA.name,
+        Tuning(records=file.path, trials=20),
+        progress=lambda *step: shown.append(step),
+    )
+    return file, outcome, shown
+
+
+@pytest.mark.isa("x86-avx2")
+def test_a_search_keeps_its_limit_and_is_never_worse_than_the_default(tuned: Any) -> None:
+    file, outcome, shown = tuned
+    found = outcome.to_json()
+    assert found["trials"] == 20
+    assert found["unmeasured"] == 0
+    assert 0 < found["latency_ms"]["best"] <= found["latency_ms"]["default"]
+    for task in outcome.tasks:
+        assert task.trials >= 1
+        assert task.ratio == 1 or task.ratio < 0.98
+        assert not task.failures
+    records = file.read(host_cpu().name)
+    assert sum(r.stage == "trial" for r in records) == 20
+    assert all(r.status == "ok" for r in records)
+    assert shown[-1][1:] == (20, 20)
+    assert all("current" in label and "best" in label for label, _, _ in shown)
+
+
+@pytest.mark.isa("x86-avx2")
+def test_a_second_run_goes_on_where_the_first_stopped(tuned: Any, graph: Graph) -> None:
+    file, outcome, _ = tuned
+    before = file.path.read_text()
+    again = tune_graph(graph, ISA, ISA.name, Tuning(records=file.path, trials=20))
+    assert file.path.read_text() == before
+    assert again.tasks == outcome.tasks
+
+
+@pytest.fixture(scope="module")
+def session(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tvm_tune._Session]:
+    """A session on one small kernel whose default is measured and loaded."""
+    folder = tmp_path_factory.mktemp("session")
+    tasks = [t for t in collect_tasks(graph, ISA, ISA.name) if t.tunable.kernel == "conv"][:1]
+    file = RecordFile(folder, ISA.name)
+    with tvm_tune.WorkerPool(1) as pool:
+        made = tvm_tune._Session(
+            tasks, file, file.read("cpu"), pool, folder, Tuning(trials=99), 0, lambda *_: None
+        )
+        made.baseline(tasks)
+        assert made.open(tasks[0])
+        yield made
+        made.bench.worker.stop()
+
+
+_LOOPS = 'int __tvm_ffi_main(void *h, void *a, int n, void *r) { for (;;) __asm__(""); }'
+_CRASHES = "int __tvm_ffi_main(void *h, void *a, int n, void *r) { __builtin_trap(); }"
+
+
+def _library(folder: Path, name: str, code: str) -> str:
+    (folder / f"{name}.c").write_text(code)
+    path = folder / f"{name}.so"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-o", str(path), str(folder / f"{name}.c")], check=True
+    )
+    return str(path)
+
+
+@pytest.mark.isa("x86-avx2")
+def test_bad_candidates_are_recorded_and_never_chosen(
+    session: tvm_tune._Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = session.tasks[0]
+    candidates = task.untried()[:5]
+    assert len(candidates) == 5
+    path, arrays = session.build([(task, candidates[0])])[0]  # type: ignore[misc]
+    session.trial(task, candidates[0], (path, [np.zeros_like(a) for a in arrays]))
+    session.trial(task, candidates[1], WorkerError("no such intrinsic"))
+    session.trial(task, candidates[2], (_library(tmp_path, "crash", _CRASHES), arrays))
+    assert not session.bench.worker.alive
+    assert session.open(task)
+    monkeypatch.setattr(tvm_tune, "_RUN_SECONDS", 0.5)
+    session.trial(task, candidates[3], (_library(tmp_path, "loop", _LOOPS), arrays))
+    monkeypatch.undo()
+    # The next candidate gets a new worker, which knows the default again.
+    session.trial(task, candidates[4], session.build([(task, candidates[4])])[0])
+    statuses = [task.trials[tvm_tune._identity(p)].status for p in candidates]
+    assert statuses == ["wrong result", "build failed", "crashed", "timeout", "ok"]
+    notes = [task.trials[tvm_tune._identity(p)].note for p in candidates[:4]]
+    assert "differs from the interpreter" in notes[0]
+    assert "no such intrinsic" in notes[1]
+    assert "ended with status" in notes[2]
+    assert "more than 0.5 s" in notes[3]
+    ranked = [p for _, p in task.ranked()]
+    assert set(ranked) == {task.default, candidates[4]}
+    assert not set(candidates) & set(task.untried())
+    session.choose(task)
+    assert task.choice is not None
+    assert params_from(task.tunable, task.choice.params) in ranked
+    assert len(session.file.read("cpu")) == len(task.trials) + 1
+
+
+def test_a_worker_that_cannot_build_says_why() -> None:
+    worker = tvm_tune.Worker()
+    try:
+        with pytest.raises(WorkerError, match="TypeError"):
+            worker.call("build", timeout=60)
+        with pytest.raises(WorkerTimeoutError, match="more than 0 s"):
+            worker.call("build", timeout=0)
+        assert not worker.alive
+        assert worker._start().stdin is not None
+        assert worker._process is not None
+        worker._process.kill()
+        with pytest.raises(WorkerCrashedError, match="ended with status -9"):
+            worker.call("build", timeout=60)
+    finally:
+        worker.stop()
+
+
+def test_tuning_needs_a_file(graph: Graph, tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match="needs a file"):
+        tune_graph(graph, ISA, ISA.name, Tuning(seconds=1))
