@@ -28,7 +28,6 @@ from qcompiler.passes.recognize_layer_norm import RecognizeLayerNorm
 from qcompiler.passes.simplify_arithmetic import SimplifyArithmetic
 from qcompiler.passes.simplify_movement import SimplifyMovement
 from qcompiler.passes.sink_transposes import SinkTransposes
-from qcompiler.passes.undo_dynamic_quantization import UndoDynamicQuantization
 from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.passmanager import Pass
 
@@ -41,7 +40,6 @@ def canonicalize_passes() -> tuple[Pass, ...]:
         FoldConstants(),
         # Patterns compare values by identity, so equal subexpressions must be one value first.
         EliminateCommonSubexpressions(),
-        UndoDynamicQuantization(),
         SinkTransposes(),
         FoldBatchNorm(),
         SimplifyMovement(),
