@@ -173,7 +173,9 @@ def measure(
     evaluator = module.mod.time_evaluator("kernel", tvm.cpu(), number=number, repeat=repeats)
     times = evaluator(*tensors).results
     tiling = f"{params.mt}x{params.nv}x{params.lanes} {packed.facts.dot}"
-    if packed.facts.dot in ("maddubs", "mixed"):
+    if packed.facts.dot == "winograd":
+        tiling = "winograd"
+    elif packed.facts.dot in ("maddubs", "mixed"):
         tiling += " " + ",".join(map(str, packed.facts.depths))
     return statistics.median(times), min(times), tiling, compiled
 

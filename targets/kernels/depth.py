@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXACT", "TileOrder", "plan_depths"]
+__all__ = ["EXACT", "TileOrder", "group_time", "plan_depths"]
 
 Array = npt.NDArray[Any]
 
@@ -40,6 +40,11 @@ _TABLE = 1.03
 """Factor on the time of a tile that looks its offsets up."""
 _ROUNDS = 4
 """Attempts to pair what did not pair before."""
+
+
+def group_time(depth: int) -> float:
+    """Time of one K-group of a depth class, relative to depth 1."""
+    return _COST[depth]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,6 +31,8 @@ from qcompiler.targets.kernels.packing import Packed, pack_conv, pack_matmul
 from qcompiler.targets.kernels.params import default_params, fitted, space
 from qcompiler.targets.kernels.plan import geometry_of, tile_plan
 from qcompiler.targets.kernels.tir import PrimFuncBuilder, flat
+from qcompiler.targets.kernels.winograd import WinogradKernel
+from qcompiler.targets.kernels.winograd_plan import winograd_plan
 from qcompiler.targets.kernels.workload import (
     ConvWorkload,
     Epilogue,
@@ -125,7 +127,10 @@ def _build(
             name=name,
             tasks=images * plan.row_blocks * plan.col_blocks,
         )
-        if b is None:
+        if packed.facts.dot == "winograd" and isinstance(workload, ConvWorkload):
+            sizes = winograd_plan(workload, isa)
+            WinogradKernel(isa, workload, sizes, flat(a), flats, writer, name).emit()
+        elif b is None:
             kernel.emit()
         elif isinstance(workload, MatmulWorkload):
             emit_batched(kernel, workload, flat(b))

@@ -18,8 +18,8 @@ Hot loops as LLVM 22 emits them, one K-group, none with a vector on the stack:
 * AVX-VNNI 6x2 or 4x3: 12 `{vex} vpdpbusd ymm`, 6 or 4 broadcasts, 2 or 3 loads;
 * AVX2 4x2, safe: 8 each of `vpmaddubsw`, `vpmaddwd`, `vpaddd`, 4 broadcasts; exact: 16 `vpmaddwd`,
   16 `vpaddd`, and for each pixel a broadcast, `vpand` and `vpsrlw`;
-* AVX2 3x2 at depth D, D K-groups: 6 D `vpmaddubsw`, 6 (D - 1) `vpaddw`, 6 each of `vpmaddwd` and
-  `vpaddd`, 3 D broadcasts;
+* AVX2 3x2 at depth 2: 12 `vpmaddubsw`, 6 `vpaddw`, 6 each of `vpmaddwd` and `vpaddd`, 6
+  broadcasts; 2x2 at depth D: 4 D `vpmaddubsw`, 4 (D - 1) `vpaddw`, 4 each of the others;
 * SSE2 2x3: 12 `pmaddwd`, 12 `paddd`, with `movdqa` copies since instructions overwrite an operand.
 """
 

@@ -12,7 +12,8 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   `depth`); all but the exact section as int8 `[groups, V, L, G]`, that one as int16
   `[groups, 2, V, L, 2]`; `offsets` int32 `[T, Q]` of the activations in that order; `spans` int32
   `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
-  in the int16 weights).
+  in the int16 weights);
+* winograd: int16 `[blocks, 16, C / 2, V, L, 2]` (see `winograd_plan`).
 
 After the weights come `bias` `[T * V * L]` (with the zero point's correction), `multiplier` of the
 same shape, and eight `scalars` (see `SCALARS`).
@@ -20,7 +21,7 @@ same shape, and eight `scalars` (see `SCALARS`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.depth import EXACT, TileOrder, plan_depths
+from qcompiler.targets.kernels.depth import EXACT, TileOrder, group_time, plan_depths
 from qcompiler.targets.kernels.plan import (
     Dot,
     Geometry,
@@ -36,6 +37,12 @@ from qcompiler.targets.kernels.plan import (
     column_index,
     geometry_of,
     tile_plan,
+)
+from qcompiler.targets.kernels.winograd_plan import (
+    NV,
+    applies,
+    prefers_winograd,
+    transform_weights,
 )
 from qcompiler.targets.kernels.workload import (
     ConvWorkload,
@@ -120,7 +127,26 @@ def pack_conv(
     ohwi = weight.transpose(0, 2, 3, 1).reshape(
         geometry.groups, geometry.n, geometry.k_rows * geometry.k_cols, geometry.run
     )
-    return _pack(geometry, workload.epilogue, isa, params, ohwi, values)
+    if params.algorithm != "winograd":
+        packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
+        if params.algorithm == "direct" or not prefers_winograd(workload, isa, _time(packed)):
+            return packed
+    if not applies(workload, isa):
+        raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
+    natural = replace(params, lanes=isa.lanes(), nv=NV)
+    transformed = transform_weights(weight, isa.lanes())
+    return _pack(geometry, workload.epilogue, isa, natural, ohwi, values, transformed)
+
+
+def _time(packed: Packed) -> float:
+    """Estimated time of a K-group, relative to one that is multiplied by `vpmaddubsw` alone."""
+    facts = packed.facts
+    if facts.dot != "mixed":
+        return group_time(EXACT if facts.dot == "exact" else facts.depths[0])
+    spans = packed.arrays[packed.names.index("spans")]
+    counts = spans[:, : len(facts.depths)].sum(0) * np.maximum(facts.depths, 1)
+    times = [group_time(depth) for depth in facts.depths]
+    return float((counts * times).sum() / counts.sum())
 
 
 def pack_matmul(
@@ -156,16 +182,17 @@ def _pack(
     params: GemmParams,
     weight: Array,
     values: GemmValues,
+    transformed: Array | None = None,
 ) -> Packed:
-    """Pack weights `[groups, n, runs, run]` and the values."""
+    """Pack weights `[groups, n, runs, run]` and the values; `transformed` weights for Winograd."""
     is_float = geometry.a_dtype == "float32"
     expected = "float32" if is_float else "int8"
     if weight.dtype.name != expected:
         raise CodegenError(f"weights are {weight.dtype.name}, the kernel takes {expected}")
     plan = tile_plan(geometry, params)
     columns = column_index(geometry.n, plan.lanes, plan.nv)
-    tiles = _tiles(geometry, plan, weight, columns)
     if is_float:
+        tiles = _tiles(geometry, plan, weight, columns)
         return _float_constants(geometry, tiles[..., 0], columns, values)
 
     shift = 128 if geometry.a_dtype == "int8" else 0  # the kernel adds it to the stored bytes
@@ -184,8 +211,14 @@ def _pack(
     spread = max(abs(a_max - a_zero_point), abs(a_min - a_zero_point))
     reach = np.abs(flat).sum(1) * spread + np.abs(bias)
     arrays: dict[str, Array] = {}
-    dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
-    if dot != "mixed" and geometry.k_rows * geometry.k_cols > 1:
+    dot: Dot = "winograd"
+    depths: tuple[int, ...] = (1,)
+    if transformed is not None:
+        arrays["weight"] = transformed
+    else:
+        tiles = _tiles(geometry, plan, weight, columns)
+        dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
+    if dot not in ("mixed", "winograd") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
     scalars, saturating = _requantization(epilogue, values, reach, multiplier)

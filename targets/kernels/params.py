@@ -15,6 +15,7 @@ from typing import Literal
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
+from qcompiler.targets.kernels.winograd_plan import applies
 from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
 
 __all__ = ["default_params", "fitted", "space"]
@@ -40,6 +41,11 @@ def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams
         for m_block in (base.m_block // 2, base.m_block * 2, rows):
             for order in orders:
                 found[replace(base, m_block=max(1, min(m_block, rows)), order=order)] = None
+    if isinstance(workload, ConvWorkload) and isa.dot != "vpdpbusd" and applies(workload, isa):
+        base, *others = found
+        algorithms = [replace(base, algorithm="winograd"), replace(base, algorithm="direct")]
+        others = [replace(params, algorithm="direct") for params in others]
+        return (base, *algorithms, *others)
     return tuple(found)
 
 
@@ -48,11 +54,13 @@ def fitted(
 ) -> GemmParams:
     """The tiling for sums that packing proved to be as deep as `depths` in int16.
 
-    Deep sums need a register for int16 beside each accumulator, so the tile gets fewer pixels:
-    three of two vectors on 16 registers.  Without deep sums four pixels share more of the fixed
-    cost of a tile (measured on Zen 5: 4 % for 64 input channels).
+    Deep sums need a register for int16 beside each accumulator, so the tile gets fewer pixels: on
+    16 registers three of two vectors, or two from depth 4 on, where LLVM spills with three (2 to
+    8 % slower).  Without deep sums four pixels share more of the fixed cost of a tile (4 % for 64
+    input channels).  Measured on Zen 5.
     """
-    most = max(1, (isa.vector_registers - 4) // 2 // params.nv)
+    beside = 4 if max(depths) < 4 else 8
+    most = max(1, (isa.vector_registers - beside) // 2 // params.nv)
     if max(depths) < 2 or params.mt <= most:
         return params
     geometry = geometry_of(workload, isa)

@@ -22,9 +22,9 @@ from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulW
 
 __all__ = ["Axis", "Geometry", "TilePlan", "column_index", "geometry_of", "split", "tile_plan"]
 
-Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed"]
+Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd"]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
-"mixed" by a list of K-groups of either kind for each tile."""
+"mixed" by a list of K-groups of either kind for each tile, "winograd" by transformed operands."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,3 +248,6 @@ class GemmParams:
     """Register-tile columns that one task computes."""
     order: Literal["n", "m"] = "n"
     """The outer loop inside a task: over columns (weights stay near) or rows (activations do)."""
+    algorithm: Literal["auto", "direct", "winograd"] = "auto"
+    """How a convolution is computed; "auto" leaves it to packing, which knows the weights.
+    "winograd" tiles by itself and ignores the other fields."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def assembly(workload: ConvWorkload, isa: Isa, weights: str = "small") -> str:
     else:
         largest = 40 if weights == "small" else 127
         weight = rng.integers(-largest, largest + 1, workload.weight_shape).astype(np.int8)
-    params = default_params(workload, isa)
+    params = replace(default_params(workload, isa), algorithm="direct")
     packed = pack_conv(workload, isa, params, weight, GemmValues(multiplier=1e-3))
     function = build_conv(workload, isa, params, packed, "kernel")
     module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
@@ -108,6 +109,26 @@ def test_unprovable_weights_are_multiplied_by_int16_pairs() -> None:
     pairs = [b for b in innermost_loops(text, "vpmaddwd") if not any("maddubs" in x for x in b)]
     assert pairs
     assert all(any("vpsrlw" in line for line in body) for body in pairs)
+
+
+@pytest.mark.parametrize(("largest", "depth"), [(32, 2), (16, 4), (8, 8)])
+def test_deep_sums_widen_once(largest: int, depth: int) -> None:
+    """All weights at the limit of a depth: D K-groups take D + 1 products for each accumulator."""
+    isa = ISA_TABLE["x86-avx2"]
+    workload = ConvWorkload(n=1, epilogue=Epilogue("uint8"), **SHAPES["pointwise"])  # type: ignore[arg-type]
+    weight = np.full(workload.weight_shape, largest, np.int8)
+    params = default_params(workload, isa)
+    packed = pack_conv(workload, isa, params, weight, GemmValues(multiplier=1e-3))
+    assert packed.facts.depths == (depth,)
+    function = build_conv(workload, isa, params, packed, "kernel")
+    module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
+    loops = innermost_loops(module.mod.inspect_source("asm"), "vpmaddubsw")
+    assert loops
+    for body in loops:
+        narrow = sum("vpmaddubsw" in line for line in body)
+        assert narrow == depth * sum("vpmaddwd" in line for line in body)
+        spills = [line for line in body if "mm" in line and "%rsp" in line]
+        assert not spills, "\n".join(body)
 
 
 def test_the_residual_addition_is_not_contracted() -> None:
