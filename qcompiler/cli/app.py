@@ -19,6 +19,7 @@ from qcompiler.cli.export import export
 from qcompiler.cli.inspect import inspect
 from qcompiler.cli.machine import doctor, targets
 from qcompiler.cli.run import run
+from qcompiler.cli.tune import tune
 
 app = typer.Typer(
     name="qcompile",
@@ -54,6 +55,7 @@ app.command("analyze")(shell.command(analyze))
 app.command("run")(shell.command(run))
 app.command("check")(shell.command(check))
 app.command("bench")(shell.command(bench))
+app.command("tune")(shell.command(tune))
 app.command("export")(shell.command(export))
 app.command("inspect")(shell.command(inspect))
 app.command("targets")(shell.command(targets))

@@ -41,6 +41,22 @@ def compile_(
     ] = None,
     input_shape: options.InputShapeOption = None,
     freeze: options.FreezeOption = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            "--records",
+            metavar="R",
+            help="Tuning records that choose kernel parameters: a file, or a folder of them.",
+        ),
+    ] = None,
+    tune_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--tune-seconds",
+            metavar="S",
+            help="Tune for so long first; what is found goes to --records where given.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -58,14 +74,22 @@ def compile_(
     for name, value in (("--max-latency", max_latency), ("--max-size", max_size)):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} {value}: expected a number above 0")
+    if tune_seconds is not None and not 0 < tune_seconds < float("inf"):
+        raise UsageError(f"--tune-seconds {tune_seconds}: expected a number above 0")
     shapes = options.parse_shapes(input_shape or ())
     constants = options.parse_constants(freeze or ())
     shell.input_file(model, "model")
     shell.output_file(output, "artifact")
     if report is not None:
         shell.output_file(report, "report")
+    if records is not None and tune_seconds is None and not records.is_dir():
+        shell.input_file(records, "tuning records")
 
     import qcompiler
+
+    tuning = None
+    if records is not None or tune_seconds is not None:
+        tuning = qcompiler.Tuning(records=records, seconds=tune_seconds)
 
     budget = qcompiler.Budget(max_drop=max_drop, max_latency_ms=max_latency, max_size_mb=max_size)
     evaluation = None
@@ -83,6 +107,7 @@ def compile_(
                 budget=budget,
                 input_shapes=shapes,
                 freeze=constants,
+                tuning=tuning,
                 seed=seed,
                 progress=bars,
             )

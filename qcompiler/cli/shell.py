@@ -371,15 +371,20 @@ class ProgressBars:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show that `done` of `total` units of `stage` are done."""
-        new = stage != self._stage
-        self._stage = stage
-        if self._lines and (new or done == total):
+        """Show that `done` of `total` units of `stage` are done.
+
+        What follows a colon in `stage` are figures: they replace those shown before.
+        """
+        new = stage.partition(":")[0] != self._stage.partition(":")[0]
+        if self._lines and (stage != self._stage or done == total):
             print(f"{stage} {done}/{total}", file=sys.stderr, flush=True)
+        self._stage = stage
         if self._bars is None:
             return
         if new:
             if self._task is not None:
                 self._bars.update(self._task, visible=False)
             self._task = self._bars.add_task(escape(stage), total=total or None)
-        self._bars.update(self._task, completed=done, total=total or None)
+        self._bars.update(
+            self._task, description=escape(stage), completed=done, total=total or None
+        )
