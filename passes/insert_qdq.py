@@ -12,7 +12,8 @@ chain of elementwise functions that becomes one table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import networkx as nx
@@ -42,6 +43,17 @@ S16_HEADROOM = 1.25
 beyond the calibrated ones then do not saturate the residual stream."""
 
 Form = tuple[Value, Kind]
+
+
+@dataclass(frozen=True)
+class WeightGrids:
+    """Grids of weights that lie on them already, by name of the product.
+
+    A method that rounds weights itself (`adaround`) provides them: the grid chosen anew from
+    rounded weights could differ.
+    """
+
+    nodes: Mapping[str, QuantParams] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,14 +93,25 @@ class InsertQdq(Pass):
             )
         if use_depthwise(graph, regions):
             regions = analyse(graph, plan, integer_scores=self.integer_scores)
-        _Insertion(graph, plan, regions, table).run()
+        grids = ctx.find(WeightGrids) or WeightGrids()
+        _Insertion(graph, plan, regions, table, grids).run()
         return True
 
 
-def quantize_passes(plan: PrecisionPlan) -> list[Pass]:
-    """Return the passes from Graph[FLOAT] to Graph[INTEGER] for a plan."""
+def quantize_passes(plan: PrecisionPlan, methods: Sequence[Pass] = ()) -> list[Pass]:
+    """Return the passes from Graph[FLOAT] to Graph[INTEGER] for a plan.
+
+    Args:
+        plan: Precision per node.
+        methods: Methods that keep accuracy (`qcompiler.passes.methods`); those that need the
+            calibration table run after calibration, the others before it, in the given order.
+    """
     passes: list[Pass] = [InsertQdq(), Fuse()]
-    return [Calibrate(), *passes] if plan.has_integers else passes
+    if not plan.has_integers:
+        return passes
+    late = [m for m in methods if CalibrationTable in m.requires]
+    early = [m for m in methods if CalibrationTable not in m.requires]
+    return [*early, Calibrate(), *late, *passes]
 
 
 def _explained(graph: Graph, plan: PrecisionPlan, regions: Regions) -> PrecisionPlan:
@@ -114,12 +137,18 @@ class _Insertion:
     """One run of the pass."""
 
     def __init__(
-        self, graph: Graph, plan: PrecisionPlan, regions: Regions, table: CalibrationTable
+        self,
+        graph: Graph,
+        plan: PrecisionPlan,
+        regions: Regions,
+        table: CalibrationTable,
+        grids: WeightGrids,
     ) -> None:
         self.graph = graph
         self.plan = plan
         self.regions = regions
         self.table = table
+        self.grids = grids
         self.qparams = self._choose()
         self.pairs: dict[Form, Value] = {}
 
@@ -282,7 +311,9 @@ class _Insertion:
                 axis = 1
             least = 0.0 if bias is None else least_weight_scale(bias.array(), x.s)
             precision = self.plan.precision(node.name)
-            weights = weight_qparams(data, axis, precision.weight_bits, least)
+            weights = self.grids.nodes.get(node.name)
+            if weights is None:
+                weights = weight_qparams(data, axis, precision.weight_bits, least)
             held = self.graph.constant(quantize(data, weights), f"{w.name}_q", weights)
             real = self.graph.add("dequantize", [held], name=f"{w.name}_dequantize")
             self.graph.set_input(node, 1, real.output)

@@ -154,7 +154,7 @@ def measure_sensitivity(
     """
     how = settings or Settings()
     data = _Data(graph, samples, evaluation, how.samples)
-    heads = {name: _head(graph, v, how.loss, data.metric) for name, v in graph.outputs}
+    heads = {name: head_of(graph, v, how.loss, data.metric) for name, v in graph.outputs}
     found = units(graph)
     key = _key(graph, data, table, how)
     done = _State(state, key)
@@ -375,7 +375,7 @@ def _read(graph: Graph, found: tuple[Unit, ...]) -> set[str]:
     return {v.name for u in found for v in graph.node(u.node).operands[:2]}
 
 
-def _head(graph: Graph, v: Value, loss: str, metric: Metric | None) -> Head:
+def head_of(graph: Graph, v: Value, loss: str, metric: Metric | None) -> Head:
     """Return how differences of an output are measured."""
     origin = v.producer
     while origin is not None and origin.op.name in ("reshape", "transpose", "reduce_mean"):

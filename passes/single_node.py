@@ -116,6 +116,13 @@ def suffix_of(graph: Graph, unit: Unit) -> Suffix:
     )
 
 
+def prefix_model(graph: Graph, wanted: Sequence[Value]) -> bytes:
+    """Return the serialized model that computes some values of a FLOAT or QDQ graph."""
+    needed = _needed(graph.nodes, wanted)
+    model: bytes = subgraph_to_onnx(needed, outputs=wanted).SerializeToString()
+    return model
+
+
 def _needed(nodes: Sequence[Node], wanted: Sequence[Value]) -> list[Node]:
     """Return those of the nodes that the wanted values depend on, in order."""
     open_values = set(wanted)

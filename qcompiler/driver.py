@@ -35,6 +35,7 @@ from qcompiler.manifest import TargetInfo, TensorSpec
 from qcompiler.ops import Stage
 from qcompiler.passmanager import (
     Instrument,
+    Pass,
     PassContext,
     PassManager,
     ProgressFn,
@@ -87,6 +88,7 @@ def compile(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
     tuning: Tuning | None = None,
+    methods: str | Sequence[Pass] = (),
     seed: int = 0,
     progress: ProgressFn | None = None,
 ) -> CompiledModel:
@@ -106,6 +108,8 @@ def compile(
         freeze: Inputs bound to constants, by name.
         tuning: Tuning records to use, and limits of further tuning; None uses the analytic
             defaults.
+        methods: Post-training methods that keep accuracy, as passes or as text:
+            "equalize,adaround"; what held-out calibration samples do not approve is undone.
         seed: Seed of everything random.
         progress: Called with (what is going on, units done, units in total).
 
@@ -130,6 +134,7 @@ def compile(
         precision=precision,
         input_shapes=input_shapes,
         freeze=freeze,
+        methods=methods,
         seed=seed,
         progress=report_progress,
         instruments=(clock,),
@@ -162,6 +167,7 @@ def quantize_model(
     precision: str | PrecisionPlan | os.PathLike[str] = "w8a8",
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
+    methods: str | Sequence[Pass] = (),
     seed: int = 0,
     progress: ProgressFn = no_progress,
     instruments: Sequence[Instrument] = (),
@@ -176,6 +182,9 @@ def quantize_model(
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import quantize_passes
+    from qcompiler.passes.methods import parse_methods
+
+    wanted = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
 
     progress("import", 0, 1)
     samples = None if calibration is None else load_samples(calibration)
@@ -185,6 +194,7 @@ def quantize_model(
     progress("import", 1, 1)
     ctx = PassContext(seed=seed, progress=progress)
     imported_qdq = graph.stage is Stage.QDQ
+    _check_methods(wanted, imported_qdq)
     graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
     if imported_qdq:
         integer = PassManager([Fuse()], instruments).run(graph, ctx)
@@ -193,10 +203,17 @@ def quantize_model(
         graph = integer if stage is Stage.INTEGER else graph
         return Quantized(None, graph, plan, sources, 0, ctx.log)
     plan = _plan(precision, graph, spec)
+    if wanted and not plan.has_integers:
+        raise UsageError("the methods serve integer precisions; the plan has none",
+                         hint="leave them out, or ask for an integer precision")  # fmt: skip
     sources["graph"] = digest(graph)
     ctx.put(plan)
     count = 0
-    passes = [p for p in quantize_passes(plan) if stage is Stage.INTEGER or not isinstance(p, Fuse)]
+    passes = [
+        p
+        for p in quantize_passes(plan, wanted)
+        if stage is Stage.INTEGER or not isinstance(p, Fuse)
+    ]
     if plan.has_integers:
         if samples is None:
             raise DataError(
@@ -212,6 +229,12 @@ def quantize_model(
     plan = ctx.get(PrecisionPlan)
     sources["plan"] = plan.digest()
     return Quantized(graph, integer, plan, sources, count, ctx.log)
+
+
+def _check_methods(methods: Sequence[Pass], quantized: bool) -> None:
+    if methods and quantized:
+        raise UsageError("the model is quantized already: its weights and scales are kept",
+                         hint="leave the methods out, or start from the float model")  # fmt: skip
 
 
 def _plan(

@@ -191,7 +191,7 @@ def print_summary(
     changes = list(dict.fromkeys(k for n in shown for k in effects_of(n)))
     kinds = ", ".join(dict.fromkeys("MSE" if k == "mse" else "KL" for k in found.losses.values()))
     table = Table(title=f"{model.name}: loss at the outputs ({kinds}) when one product is rounded")
-    table.add_column("product")
+    table.add_column("product", overflow="fold")
     for key in changes:
         table.add_column(key, justify="right")
     table.add_column("SQNR in w8a8, dB", justify="right")

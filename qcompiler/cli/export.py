@@ -19,6 +19,7 @@ def export(
     ],
     calibration: options.CalibrationOption = None,
     precision: options.PrecisionOption = "w8a8",
+    methods: options.MethodsOption = "",
     input_shape: options.InputShapeOption = None,
     freeze: options.FreezeOption = None,
     seed: options.SeedOption = 0,
@@ -41,6 +42,7 @@ def export(
             model,
             calibration=calibration,
             precision=precision,
+            methods=methods,
             input_shapes=shapes,
             freeze=constants,
             seed=seed,
@@ -58,7 +60,10 @@ def export(
         "quantize_nodes": pairs,
         "precision": result.plan.to_json()["nodes"],
         "sources": result.sources,
+        "notes": list(result.log),
     }
+    for line in result.log:
+        shell.say(line)
     shell.emit(found)
     if not json_output:
         shell.say(f"wrote {output}: {output.stat().st_size} bytes, {pairs} tensors quantized")

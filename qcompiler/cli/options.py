@@ -65,7 +65,19 @@ ProgressOption = Annotated[
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        "--precision", metavar="P", help="w8a8, fp32, or the path of a saved plan (.json)."
+        "--precision",
+        metavar="P",
+        help="w8a8, fp32, w4a8 (target reference, and export), "
+        "or the path of a saved plan (.json).",
+    ),
+]
+MethodsOption = Annotated[
+    str,
+    typer.Option(
+        "--methods",
+        metavar="M,M",
+        help="Post-training methods that keep accuracy: equalize, smooth, adaround, correct_bias; "
+        "options in braces, as in adaround{iterations=2000}.",
     ),
 ]
 InputShapeOption = Annotated[

@@ -1,0 +1,333 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that keep accuracy: what they change, what they keep, what they undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompiler.data import SampleSet, load_samples
+from qcompiler.driver import quantize_model
+from qcompiler.errors import UsageError
+from qcompiler.interpreter import run
+from qcompiler.ir import Graph
+from qcompiler.ops import Stage
+from qcompiler.passes.adaround import AdaRound, _collect, _matrix
+from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.channel_scales import input_range, joints, output_range
+from qcompiler.passes.correct_bias import CorrectBias
+from qcompiler.passes.equalize import Equalize
+from qcompiler.passes.held_out import Judge, Share, quantized, shares, verdict, weighted_products
+from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
+from qcompiler.passes.methods import METHODS, parse_methods
+from qcompiler.passes.single_node import units
+from qcompiler.passes.smooth import Smooth
+from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager
+from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, uniform
+from qcompiler.types import Array, Precision
+
+MODELS = Path(__file__).resolve().parents[2] / "models" / "digits_cnn"
+
+NET = """(float[1,4,8,8] x) => (float[1,6] y) {
+  a = Conv <pads = [1,1,1,1]> (x, w1, b1)
+  r = Relu(a)
+  c = Conv <pads = [1,1,1,1], group = 2> (r, w2)
+  s = Add(c, r)
+  t = Relu(s)
+  d = Conv <pads = [1,0,2,1], strides = [2,1], dilations = [1,2]> (t, w3, b3)
+  q = Relu(d)
+  p = GlobalAveragePool(q)
+  f = Flatten(p)
+  y = Gemm(f, w4, b4)
+}"""
+
+
+@pytest.fixture
+def net(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
+    def w(*shape: int) -> Array:
+        return (0.3 * rng.standard_normal(shape)).astype(np.float32)
+
+    return load_text(
+        NET,
+        w1=w(8, 4, 3, 3),
+        b1=w(8),
+        w2=w(8, 4, 3, 3),
+        w3=w(8, 8, 3, 3),
+        b3=w(8),
+        w4=w(8, 6),
+        b4=w(6),
+    )
+
+
+def prepared(graph: Graph, arrays: dict[str, Array], precision: str = "w4a8") -> PassContext:
+    """Return a context with samples, plan and table."""
+    samples: SampleSet = load_samples(arrays)
+    ctx = PassContext()
+    ctx.put(uniform(graph, precision))
+    ctx.put(CalibrationSet.of(samples, graph))
+    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
+    return ctx
+
+
+def apply(p: Pass, graph: Graph, ctx: PassContext) -> Graph:
+    return PassManager([p], [ModifiedInstrument()], given=tuple(ctx.artifacts)).run(graph, ctx)
+
+
+@pytest.fixture
+def samples(rng: np.random.Generator) -> dict[str, Array]:
+    return {"x": rng.standard_normal((32, 4, 8, 8)).astype(np.float32)}
+
+
+# ------------------------------------------------------------------------------------ adaround
+
+
+SHORT = AdaRound(iterations=300, runs=16, patches=1024)
+
+
+def test_patches_are_the_rows_of_the_product(net: Graph, samples: dict[str, Array]) -> None:
+    """Groups, strides, pads and dilations: x @ w + b is the convolution."""
+    ctx = prepared(net, samples, "w8a8")
+    qdq = quantized(net, ctx.get(PrecisionPlan), ctx.get(CalibrationTable))
+    batches = list(ctx.get(CalibrationSet))[:3]
+    for unit in units(net):
+        node = net.node(unit.node)
+        got = _collect(net, qdq, unit, batches, 10, np.random.default_rng(0))
+        w = _matrix(node, node.input(1).array())
+        assert got.x.shape[0] == got.y.shape[0] == w.shape[0]
+        z = got.x @ w
+        bias = node.optional(2)
+        if bias is not None:
+            z = z + bias.array().reshape(w.shape[0], 1, -1)
+        z = np.clip(got.residual(z), *got.clamp)
+        scale = np.abs(got.y).max()
+        assert np.abs(z - got.y).max() < 0.05 * scale  # the operands are rounded, the aim is not
+        assert (got.add is not None) == (len(unit.members) == 3)
+
+
+def test_adaround_beats_rounding_to_nearest(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    after = apply(SHORT, net, ctx)
+    assert ctx.log[-1].startswith("adaround: kept")
+    plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
+    grids = ctx.get(WeightGrids)
+    assert set(grids.nodes) == set(weighted_products(net, plan))
+    judge = Judge(net, list(shares(ctx.get(CalibrationSet), 8)[1]))
+    nearest = judge.error(quantized(net, plan, table))
+    learned = judge.error(quantized(after, plan, table, grids))
+    assert learned < 0.7 * nearest
+    qdq = PassManager([InsertQdq()], given=tuple(ctx.artifacts)).run(after, ctx)
+    for name in grids.nodes:
+        held = qdq.node(name).input(1).producer
+        assert held is not None
+        q = held.input(0).qparams
+        assert q is not None
+        assert (q.qmin, q.qmax) == (-7, 7)
+        node = after.node(name)
+        w, old = node.input(1).array(), net.node(name).input(1).array()
+        shape = [-1 if i == q.granularity.axis else 1 for i in range(w.ndim)]  # type: ignore[union-attr]
+        s = q.scale.reshape(shape)
+        np.testing.assert_array_equal(held.input(0).array() * s, w)  # on the grid, unchanged
+        inside = np.abs(old / s) < 7
+        assert np.abs(w - old)[inside].max() <= s.max() * 1.001
+
+
+def test_adaround_is_reproducible(net: Graph, samples: dict[str, Array]) -> None:
+    short = AdaRound(iterations=20, runs=4, patches=64)
+    first, second = (str(apply(short, net, prepared(net, samples))) for _ in range(2))
+    assert first == second
+
+
+def test_adaround_stops_in_time(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    assert apply(AdaRound(seconds=-1.0), net, ctx).nodes
+    assert "4 were not reached" in ctx.log[-1]
+    with pytest.raises(UsageError, match="at least 1"):
+        AdaRound(iterations=0)
+
+
+# -------------------------------------------------------------------------------- correct_bias
+
+
+def test_correct_bias_restores_the_means(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    w = rng.uniform(0.2, 1.0, (8, 4, 3, 3)).astype(np.float32)
+    v = rng.standard_normal((8, 5)).astype(np.float32)
+    graph = load_text(
+        """(float[1,4,6,6] x) => (float[1,5] y) {
+        a = Conv (x, w) r = Relu(a) p = GlobalAveragePool(r) f = Flatten(p) y = Gemm(f, v) }""",
+        w=w,
+        v=v,
+    )
+    x = rng.uniform(0, 1, (32, 4, 6, 6)).astype(np.float32)
+    ctx = prepared(graph, {"x": x})
+    after = apply(CorrectBias(), graph, ctx)
+    assert ctx.log[-1].startswith("correct_bias: kept")
+    assert all(after.node(n).optional(2) is not None for n in weighted_products(graph, ctx.get(
+        PrecisionPlan)))  # fmt: skip
+    plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
+    want = np.mean([run(graph, {"x": x[i : i + 1]})["y"] for i in range(32)], 0)
+    means = [
+        np.mean([run(q, {"x": x[i : i + 1]})["y"] for i in range(32)], 0)
+        for q in (quantized(graph, plan, table), quantized(after, plan, table))
+    ]
+    assert np.abs(means[1] - want).max() < 0.3 * np.abs(means[0] - want).max()
+
+
+# --------------------------------------------------------------------------- equalize, smooth
+
+
+@pytest.fixture
+def uneven(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
+    """Two convolutions whose channels between them differ by up to 100."""
+    factor = (10.0 ** rng.uniform(-1, 1, 8)).astype(np.float32)
+    w1 = 0.3 * rng.standard_normal((8, 4, 3, 3)) * factor[:, None, None, None]
+    w2 = 0.3 * rng.standard_normal((6, 8, 3, 3)) / factor[:, None, None]
+    b1 = 0.1 * rng.standard_normal(8) * factor
+    return load_text(
+        """(float[1,4,8,8] x) => (float[1,6,1,1] y) {
+        a = Conv (x, w1, b1) r = Relu(a) c = Conv (r, w2) y = GlobalAveragePool(c) }""",
+        w1=w1.astype(np.float32),
+        b1=b1.astype(np.float32),
+        w2=w2.astype(np.float32),
+    )
+
+
+def test_equalize(uneven: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(uneven, samples, "w8a8")
+    after = apply(Equalize(), uneven, ctx)
+    assert ctx.log == [ctx.log[0]]
+    assert ctx.log[0].startswith("equalize: kept")
+    first, second = (n for n in after.nodes if n.op.name == "conv")
+    np.testing.assert_allclose(output_range(first), input_range(second), rtol=0.02)
+    feed = {"x": samples["x"][:1]}
+    np.testing.assert_allclose(run(after, feed)["y"], run(uneven, feed)["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_equalize_leaves_a_clip_at_6_alone(
+    load_text: Callable[..., Graph], rng: np.random.Generator, samples: dict[str, Array]
+) -> None:
+    w = rng.standard_normal((4, 4, 1, 1)).astype(np.float32)
+    graph = load_text(
+        """(float[1,4,8,8] x) => (float[1,4,8,8] y) {
+        lo = Constant <value = float {0.0}> () hi = Constant <value = float {6.0}> ()
+        a = Conv (x, w) r = Clip(a, lo, hi) y = Conv (r, w) }""",
+        w=w,
+    )
+    ctx = prepared(graph, samples, "w8a8")
+    assert str(apply(Equalize(), graph, ctx)) == str(graph)
+    assert "no two products follow each other" in ctx.log[0]
+
+
+def test_smooth(load_text: Callable[..., Graph], rng: np.random.Generator) -> None:
+    gamma = np.ones(16, np.float32)
+    gamma[[3, 11]] = 40.0
+    graph = load_text(
+        """(float[1,5,16] x) => (float[1,5,8] y, float[1,5,4] z) {
+        n = LayerNormalization <axis = -1> (x, gamma, beta)
+        y = MatMul(n, w) z = MatMul(n, v) }""",
+        gamma=gamma,
+        beta=rng.standard_normal(16).astype(np.float32),
+        w=(rng.standard_normal((16, 8)) / gamma[:, None]).astype(np.float32),
+        v=(rng.standard_normal((16, 4)) / gamma[:, None]).astype(np.float32),
+    )
+    x = rng.standard_normal((24, 5, 16)).astype(np.float32)
+    ctx = prepared(graph, {"x": x}, "w8a8")
+    (joint,) = joints(graph)
+    assert [n.op.name for n in (joint.producer, *joint.readers)] == [
+        "layer_norm",
+        "matmul",
+        "matmul",
+    ]
+    after = apply(Smooth(), graph, ctx)
+    assert ctx.log[0].startswith("smooth: kept")
+    norm = next(n for n in after.nodes if n.op.name == "layer_norm")
+    scale = np.abs(norm.input(1).array())
+    assert scale.max() / scale.min() < 15
+    for name in ("y", "z"):
+        got, want = (run(g, {"x": x[:1]})[name] for g in (after, graph))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_not_better_is_undone(
+    uneven: Graph, samples: dict[str, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([0.1, 0.2])
+    monkeypatch.setattr(Judge, "error", lambda self, qdq: next(errors))
+    ctx = prepared(uneven, samples, "w8a8")
+    assert str(apply(Equalize(), uneven, ctx)) == str(uneven)
+    assert ctx.log == [verdict("equalize", 0.1, 0.2)[1]]
+    assert "discarded: not better" in ctx.log[0]
+
+
+# ------------------------------------------------------------------------------------ together
+
+
+def test_shares_are_disjoint(net: Graph, samples: dict[str, Array]) -> None:
+    work, held_out = shares(prepared(net, samples).get(CalibrationSet), 1000)
+    assert isinstance(work, Share)
+    parts = [{b.inputs["x"].tobytes() for b in share} for share in (work, held_out)]
+    assert [len(p) for p in parts] == [24, 8]
+    assert not parts[0] & parts[1]
+    few, same = shares(prepared(net, {"x": samples["x"][:2]}).get(CalibrationSet), 1000)
+    assert len(list(few)) == len(list(same)) == 2
+
+
+def test_methods_by_text() -> None:
+    found = parse_methods("equalize, adaround{iterations=5 runs=2},correct_bias")
+    assert found == (Equalize(), AdaRound(iterations=5, runs=2), CorrectBias())
+    assert parse_methods("") == ()
+    with pytest.raises(UsageError, match="unknown pass 'brecq': known are adaround"):
+        parse_methods("brecq")
+    with pytest.raises(UsageError, match="named once"):
+        parse_methods("smooth,smooth")
+    assert sorted(METHODS) == ["adaround", "correct_bias", "equalize", "smooth"]
+
+
+def test_pipeline_order(net: Graph) -> None:
+    methods = parse_methods("correct_bias,equalize")
+    names = [p.name for p in quantize_passes(uniform(net), methods)]
+    assert names == ["equalize", "calibrate", "correct_bias", "insert_qdq", "fuse"]
+    assert [p.name for p in quantize_passes(uniform(net, "fp32"), methods)] == [
+        "insert_qdq",
+        "fuse",
+    ]
+
+
+def test_first_and_last_products_keep_eight_bits(net: Graph) -> None:
+    plan = edges_in_eight_bits(net, uniform(net, "w4a8"))
+    bits = [plan.precision(u.node).weight_bits for u in units(net)]
+    assert bits == [8, 4, 4, 8]
+    assert plan.reason(units(net)[0].node) == "first product: 8-bit weights"
+    assert edges_in_eight_bits(net, uniform(net)).nodes == uniform(net).nodes
+
+
+def test_the_bundled_model_in_four_bits() -> None:
+    """Compile, with methods, for the reference target; the same seed gives the same bytes."""
+    calib = dict(np.load(MODELS / "calib.npz"))
+    few = {k: v[:12] for k, v in calib.items()}
+    text = "equalize,adaround{iterations=10 runs=4 patches=64},correct_bias{runs=4}"
+    graphs = []
+    for _ in range(2):
+        found = quantize_model(
+            str(MODELS / "model.onnx"), calibration=few, precision="w4a8", methods=text
+        )
+        graphs.append(str(found.graph))
+        assert [line.split(":")[0] for line in found.log] == [
+            "equalize",
+            "adaround",
+            "correct_bias",
+        ]
+    assert graphs[0] == graphs[1]
+    four = [d for d in found.plan.nodes.values() if d.precision is Precision.W4A8]
+    assert len(four) >= 6
+
+
+def test_methods_need_integers() -> None:
+    model = str(MODELS / "model.onnx")
+    with pytest.raises(UsageError, match="the plan has none"):
+        quantize_model(model, precision="fp32", methods="equalize", stage=Stage.QDQ)
