@@ -14,7 +14,6 @@ import pickle
 import struct
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -75,39 +74,17 @@ def build(
 
 
 class Bench:
-    """Runs kernels of one workload on this machine's CPU or on a remote one."""
+    """Runs kernels of one workload on this machine's CPU."""
 
     def __init__(self) -> None:
-        self.remote: Any = None
         self.expected: Array | None = None
         self.inputs: list[Any] = []
         self.kernels: dict[int, tuple[Any, list[Any]]] = {}
 
-    def connect(self, host: str, port: int, key: str) -> str:
-        """Get a session with a free server from an RPC tracker; return the tracker's summary."""
-        from tvm import rpc
-
-        tracker = rpc.connect_tracker(host, port)
-        summary = str(tracker.text_summary())
-        self.remote = tracker.request(key, session_timeout=0)
-        self.remote.get_function("runtime.config_threadpool")(1, 1)
-        return summary
-
-    def probe(self, host: str, port: int) -> str:
-        """Return the tracker's summary of its servers."""
-        from tvm import rpc
-
-        return str(rpc.connect_tracker(host, port).text_summary())
-
-    def _device(self) -> Any:
-        import tvm
-
-        return tvm.cpu() if self.remote is None else self.remote.cpu(0)
-
     def _tensor(self, array: Array) -> Any:
         import tvm
 
-        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape), self._device())
+        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape))
 
     def open(self, inputs: Sequence[Array], expected: Array) -> None:
         """Start with a workload: its activations, and the result that every kernel must give."""
@@ -125,11 +102,7 @@ class Bench:
         expected = self.expected
         if expected is None:
             raise RuntimeError("no workload is open")
-        if self.remote is None:
-            module = tvm.runtime.load_module(path)
-        else:
-            self.remote.upload(path)
-            module = self.remote.load_module(Path(path).name)
+        module = tvm.runtime.load_module(path)
         # Never written elements must show, so the output starts with a pattern.
         start = np.frombuffer(b"\xa5" * expected.nbytes, expected.dtype).reshape(expected.shape)
         arguments = [*self.inputs, *map(self._tensor, constants), self._tensor(start)]
@@ -144,9 +117,11 @@ class Bench:
         return right, self._once(number, 1, 3)
 
     def _once(self, number: int, calls: int, repeat: int = 1) -> float:
+        import tvm
+
         module, arguments = self.kernels[number]
         evaluator = module.time_evaluator(
-            SYMBOL, self._device(), number=calls, repeat=repeat, cache_flush_bytes=_FLUSH_BYTES
+            SYMBOL, tvm.cpu(), number=calls, repeat=repeat, cache_flush_bytes=_FLUSH_BYTES
         )
         return float(min(evaluator(*arguments).results))
 

@@ -194,7 +194,7 @@ def random_operand(v: Value, rng: np.random.Generator) -> Array:
 
 
 class _Bench:
-    """Runs one task's kernels in a worker: here, or behind an RPC tracker."""
+    """Runs one task's kernels in a worker."""
 
     def __init__(self) -> None:
         self.worker = Worker()

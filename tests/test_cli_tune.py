@@ -79,6 +79,21 @@ def test_files_that_are_no_records_are_refused(
     assert wrong.read_text() == "hello\n"
 
 
+def test_an_interrupted_run_says_that_it_can_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qcompiler import driver
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "tune", interrupted)
+    status, _, err = run(capsys, *TUNE, "--records", "r.jsonl")
+    assert status == 130
+    assert "what was measured is in r.jsonl" in err
+    assert "goes on from there" in err
+
+
 def test_figures_after_a_colon_are_the_same_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBars(True) as bars:
         for done in (1, 2):

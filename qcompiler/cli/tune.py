@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.cli import options, shell
-from qcompiler.errors import TuningError, UsageError
+from qcompiler.errors import InterruptedCompileError, TuningError, UsageError
 
 if TYPE_CHECKING:
     from qcompiler.tuning import TuningOutcome
@@ -70,18 +70,24 @@ def tune(
     from qcompiler import driver
 
     tuning = qcompiler.Tuning(records=records, seconds=seconds, trials=trials)
-    with shell.ProgressBars(progress) as bars:
-        outcome = driver.tune(
-            model,
-            tuning,
-            target=target,
-            calibration=calibration,
-            precision=precision,
-            input_shapes=shapes,
-            freeze=constants,
-            seed=seed,
-            progress=bars,
-        )
+    try:
+        with shell.ProgressBars(progress) as bars:
+            outcome = driver.tune(
+                model,
+                tuning,
+                target=target,
+                calibration=calibration,
+                precision=precision,
+                input_shapes=shapes,
+                freeze=constants,
+                seed=seed,
+                progress=bars,
+            )
+    except KeyboardInterrupt as error:
+        raise InterruptedCompileError(
+            f"interrupted; what was measured is in {records}",
+            hint="the same command goes on from there",
+        ) from error
     if not outcome.tasks:
         raise TuningError(f"no kernel of {model} has parameters to tune for {outcome.target}")
     shell.emit(outcome.to_json())

@@ -199,14 +199,14 @@ def test_a_cpu_that_lacks_the_features_is_named(
 def tuned(
     graph: Graph, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RecordFile, TuningOutcome, list[tuple[str, int, int]]]:
-    """The bundled model after 20 trials, with the progress that was shown."""
+    """The bundled model after 12 trials, with the progress that was shown."""
     file = RecordFile(tmp_path_factory.mktemp("tuned"), ISA.name)
     shown: list[tuple[str, int, int]] = []
     outcome = tune_graph(
         graph,
         ISA,
         ISA.name,
-        Tuning(records=file.path, trials=20),
+        Tuning(records=file.path, trials=12),
         progress=lambda *step: shown.append(step),
     )
     return file, outcome, shown
@@ -216,7 +216,7 @@ def tuned(
 def test_a_search_keeps_its_limit_and_is_never_worse_than_the_default(tuned: Any) -> None:
     file, outcome, shown = tuned
     found = outcome.to_json()
-    assert found["trials"] == 20
+    assert found["trials"] == 12
     assert found["unmeasured"] == 0
     assert 0 < found["latency_ms"]["best"] <= found["latency_ms"]["default"]
     for task in outcome.tasks:
@@ -224,9 +224,9 @@ def test_a_search_keeps_its_limit_and_is_never_worse_than_the_default(tuned: Any
         assert task.ratio == 1 or task.ratio < 0.98
         assert not task.failures
     records = file.read(host_cpu().name)
-    assert sum(r.stage == "trial" for r in records) == 20
+    assert sum(r.stage == "trial" for r in records) == 12
     assert all(r.status == "ok" for r in records)
-    assert shown[-1][1:] == (20, 20)
+    assert shown[-1][1:] == (12, 12)
     assert all("current" in label and "best" in label for label, _, _ in shown)
 
 
@@ -234,7 +234,7 @@ def test_a_search_keeps_its_limit_and_is_never_worse_than_the_default(tuned: Any
 def test_a_second_run_goes_on_where_the_first_stopped(tuned: Any, graph: Graph) -> None:
     file, outcome, _ = tuned
     before = file.path.read_text()
-    again = tune_graph(graph, ISA, ISA.name, Tuning(records=file.path, trials=20))
+    again = tune_graph(graph, ISA, ISA.name, Tuning(records=file.path, trials=12))
     assert file.path.read_text() == before
     assert again.tasks == outcome.tasks
 
