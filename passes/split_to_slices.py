@@ -42,4 +42,5 @@ class SplitToSlices(Pass):
                 start = end
             graph.replace_node(node, *results)
             changed = True
+        graph.eliminate_dead()  # pieces that nothing reads
         return changed

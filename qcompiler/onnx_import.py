@@ -37,6 +37,7 @@ from qcompiler.onnx_import_context import (
     attributes_of,
     check_folded_size,
 )
+from qcompiler.onnx_import_function import function_body
 from qcompiler.onnx_import_inputs import Declared, bind_inputs, declared_shape, mark_batch
 from qcompiler.onnx_import_model import (
     NodeChecker,
@@ -322,6 +323,9 @@ class _Importer:
             return self._inline_if(ctx, scope)
         results: Sequence[Value | None] | None = self._converted(ctx, domain)
         if results is None:
+            expanded = self._expanded(ctx, domain, scope)
+            if expanded is not None:
+                return expanded
             results = self._opaque(ctx, domain)
         self._take_names(ctx, results)
         return results
@@ -361,6 +365,44 @@ class _Importer:
         inner = _Scope({}, {t.name: t for t in branch.initializer}, scope)
         self._convert_all(branch, inner)
         return [self._lookup(inner, o.name) for o in branch.output]
+
+    # -------------------------------------------------------------------------------- functions
+
+    def _expanded(
+        self, ctx: OpContext, domain: str, scope: _Scope
+    ) -> Sequence[Value | None] | None:
+        """Import an operator that ONNX defines as a function by its body.
+
+        None where it has no body, or something in the body cannot be imported: the operator can
+        still stay opaque.
+        """
+        schema = _schema(ctx.proto.op_type, domain, ctx.version)
+        if schema is None or all(v is None or v.is_constant for v in ctx.inputs):
+            return None
+        types = [onnx.TypeProto() if v is None else make_type(v.type) for v in ctx.inputs]
+        body = function_body(schema, ctx.proto, ctx.version, types)
+        if body is None:
+            return None
+        inner = _Scope(dict(zip(body.input, ctx.inputs, strict=False)), {})
+        outputs = [onnx.ValueInfoProto(name=o) for o in body.output[: len(ctx.proto.output)]]
+        proto = onnx.GraphProto(node=body.node, output=outputs)
+        kept = self.unsupported, self.opsets, self.checker
+        self.unsupported = {}
+        self.opsets = {**self.opsets, **{normal_domain(o.domain): o.version
+                                         for o in body.opset_import}}  # fmt: skip
+        self.checker = NodeChecker(self.opsets, int(self.model.proto.ir_version))
+        try:
+            self._convert_all(proto, inner)
+            if self.unsupported:
+                return None
+            return [
+                self._lookup(inner, o.name) if wanted else None
+                for o, wanted in zip(outputs, ctx.wanted, strict=False)
+            ]
+        except ModelError:
+            return None
+        finally:
+            self.unsupported, self.opsets, self.checker = kept
 
     # ------------------------------------------------------------------------------ opaque nodes
 

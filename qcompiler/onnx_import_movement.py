@@ -334,7 +334,16 @@ def _depth_to_space(ctx: OpContext) -> Results:
 
 @converter("SpaceToDepth")
 def _space_to_depth(ctx: OpContext) -> Results:
-    return [ctx.emit("space_to_depth", ctx.input(0), blocksize=int(ctx.attr("blocksize")))]
+    x, block = ctx.input(0), int(ctx.attr("blocksize"))
+    if ctx.attr("mode", "DCR") == "DCR" or x.type.rank != 4 or block < 1:
+        return [ctx.emit("space_to_depth", x, blocksize=block)]
+    # CRD (opset 28): channels outermost, then the place inside the block.
+    n, c, h, w = x.shape
+    if h % block or w % block:
+        raise ShapeError(f"blocks of {block} do not divide data of shape {list(x.shape)}")
+    y = reshape(ctx, x, (n, c, h // block, block, w // block, block))
+    y = ctx.emit("transpose", y, perm=(0, 1, 3, 5, 2, 4))
+    return [reshape(ctx, y, (n, c * block * block, h // block, w // block))]
 
 
 @converter("Upsample")

@@ -156,6 +156,11 @@ class _Emitter:
 
     def run(self, plan: _Plan) -> Lowered:
         relax = self.relax
+        for name, v in self.graph.outputs:
+            if v.type.size == 0:
+                raise UnsupportedByTargetError(
+                    f"the output {name!r} of shape {list(v.shape)} has no elements"
+                )
         self.float_regions = _import_regions(plan, self.graph, self.target)
         inputs = [self._var(f"input{i}", v.shape, v) for i, v in enumerate(self.graph.inputs)]
         self.env.update(zip(self.graph.inputs, inputs, strict=True))

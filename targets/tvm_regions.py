@@ -16,6 +16,7 @@ from typing import Any
 
 from qcompiler.errors import QCompilerError, UnsupportedByTargetError, UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
+from qcompiler.types import DType
 
 _INLINE_BYTES = 4096  # constants up to this size may live in the library
 _PARALLEL_FROM = 1 << 15  # elements; below that starting the thread pool costs more than it gains
@@ -110,6 +111,7 @@ def _import(nodes: tuple[Node, ...], graph: Graph, target: Any) -> FloatRegion:
     from qcompiler.onnx_export import subgraph_to_onnx
 
     inputs, outputs = region_values(nodes, graph)
+    _check_forms(nodes, inputs)
     model = subgraph_to_onnx(nodes, inputs, outputs)
     _check_operators(nodes, model)
     try:
@@ -144,6 +146,50 @@ def _import(nodes: tuple[Node, ...], graph: Graph, target: Any) -> FloatRegion:
         ) from error
     _check_results(module, outputs)
     return FloatRegion(schedule_module(module), tuple(inputs), tuple(outputs))
+
+
+_HELD_WIDER = (DType.INT4, DType.UINT4, DType.BFLOAT16)
+
+
+def _check_forms(nodes: tuple[Node, ...], inputs: list[Value]) -> None:
+    """Refuse forms that TVM compiles to other values than ONNX defines, or to code that fails.
+
+    Raises:
+        UnsupportedByTargetError: Such a form.
+    """
+    for node in nodes:
+        reason = _wrong_form(node)
+        for v in node.operands:
+            if v in inputs and v.dtype in _HELD_WIDER:
+                reason = f"{v.dtype.value} tensors are held wider than TVM expects"
+        if reason:
+            raise UnsupportedByTargetError(f"{_label(node)} ({node.name!r}): {reason}",
+                                           node=node.name)  # fmt: skip
+
+
+def _wrong_form(node: Node) -> str:
+    """Return what is wrong with TVM's code for a node, or an empty text."""
+    x = node.operands[0] if node.operands else None
+    if x is None:
+        return ""
+    if node.op.name == "resize" and node.attr("coordinate_mode") == "align_corners":
+        pairs = zip(x.shape, node.attr("scales"), strict=True)
+        if any(d * s != int(d * s) for d, s in pairs):
+            return "TVM rounds the size that align_corners resizes to"
+    if node.op.name != "opaque":
+        return ""
+    from qcompiler.onnx_export_ops import opaque_proto
+
+    proto = opaque_proto(node)
+    text = {a.name: a.s.decode("utf-8", "replace") for a in proto.attribute if a.s}
+    left = proto.op_type == "BitShift" and text.get("direction") == "LEFT"
+    if left and x.dtype.value.startswith("int"):
+        return "TVM shifts signed integers otherwise than ONNX where the shift is out of range"
+    if proto.op_type == "RoiAlign" and text.get("mode") == "max":
+        return "TVM takes the greatest sample before interpolating, ONNX after"
+    if proto.op_type == "TopK" and x.dtype is DType.UINT64:
+        return "TVM sorts no uint64"
+    return ""
 
 
 def _check_operators(nodes: tuple[Node, ...], model: Any) -> None:
