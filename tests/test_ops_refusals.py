@@ -157,7 +157,7 @@ REFUSALS: list[tuple[str, list[TensorType | None], dict[str, Any], str]] = [
     ),
     ("table", [u8(3), fp(255)], {}, r"shape \[255\], expected \[256\]"),
     ("table", [TensorType((3,), DType.INT16, qp(storage=DType.INT16)), fp(256)], {}, "8-bit"),
-    ("qsoftmax", [TensorType((3,), DType.INT16, qp(storage=DType.INT16))], {}, "expected float32 or 8-bit"),
+    ("qsoftmax", [TensorType((3,), DType.INT16, qp(storage=DType.INT16))], {}, "float32 or 8-bit"),
     ("qlayer_norm", [u8(2, 3), fp(2), fp(3)], {}, r"'scale' has shape \[2\], expected \[3\]"),
 ]
 
