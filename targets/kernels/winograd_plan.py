@@ -123,8 +123,10 @@ def prefers_winograd(workload: ConvWorkload, isa: Isa, direct: float) -> bool:
     """Whether Winograd is estimated faster than the direct kernel; never with VNNI.
 
     The estimates count cycles of the multiplication ports for one patch: products, transforms, the
-    weights where they come from beyond level 2, and what the direct kernel's epilogue costs more.
-    They are within 15 % of what a Zen 5 core measured for 16 to 512 channels.
+    weights where they come from beyond level 2, and the direct kernel's cost of a pixel.  Measured
+    on one Zen 5 core, GMAC/s as if direct, Winograd against direct at depth 1 (at most 144): 253
+    to 124 for 56x56x64, 262 to 126 for 28x28x128, 246 to 130 for 14x14x256, 187 to 134 for
+    7x7x512, 189 to 110 for 32x32x16, 254 to 117 for 8x8x64, 42 to 103 for 1x1x64.
 
     Args:
         workload: The convolution.
@@ -139,6 +141,8 @@ def prefers_winograd(workload: ConvWorkload, isa: Isa, direct: float) -> bool:
     task = plan.rows * plan.patch_cols
     pixels = workload.oh * workload.ow / (plan.patch_rows * plan.patch_cols)
     products = c * co / 2 * plan.patches / task
-    streamed = 0.0 if 32 * c * co <= 2 * _V_BYTES else 2.5 * c * co / task
+    # 3.6 times the direct kernel's weights: beyond level 2 they must be worth their memory too.
+    # ResNet-50's two layers of 512 channels at 7x7 gain 1 % of the model for 11 MB: not taken.
+    streamed = 0.0 if 32 * c * co <= 2 * _V_BYTES else 5.0 * c * co / task
     winograd = products + streamed + 2 * c * plan.splits + 4 * co
     return 1.05 * winograd < pixels * (c * co * 9 / 32 * direct + co)

@@ -147,7 +147,8 @@ def test_packing_chooses_by_the_rule() -> None:
         with pytest.raises(CodegenError, match="no Winograd kernel"):
             pack_conv(other, AVX2, winograd(other, AVX2), weight, GemmValues())
     assert not prefers_winograd(conv(1, 64, 64), AVX2, 1.0)  # one output in a patch of four
-    assert not prefers_winograd(conv(2, 512, 512), AVX2, 1.0)  # weights weigh more than products
+    assert not prefers_winograd(conv(7, 512, 512), AVX2, 1.0)  # weights weigh more than products
+    assert prefers_winograd(conv(14, 256, 256), AVX2, 0.77)
 
 
 def test_the_tuner_sees_both_algorithms() -> None:
