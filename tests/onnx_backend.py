@@ -29,7 +29,7 @@ import numpy as np
 import onnx
 
 NOTES = (
-    "# Known as wrong: Mish and Softplus lose relative precision near zero (log(1 + exp x) in TVM);",
+    "# Known as wrong: Mish and Softplus lose relative precision near 0 (log(1 + exp x) in TVM);",
     "# align_corners with a size that scales do not divide evenly, where ONNX takes the fractional",
     "# size and this compiler the rounded one.",
 )
@@ -67,8 +67,7 @@ SHAPE_OPERANDS["MaxUnpool"] = (2,)
 SHAPE_OPERANDS["OneHot"] = (1,)
 
 REFUSALS = ("cannot have the shape", "NaN or infinite", "opsets 7 to")
-"""Refusals of the data or the model as a whole that count as such: inputs without elements, NaN or
-infinity as data, opsets out of range."""
+"""Refusals of the whole model or its data: empty inputs, NaN or infinity, opsets out of range."""
 
 _FORWARDS = frozenset(
     {
