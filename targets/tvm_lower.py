@@ -157,7 +157,7 @@ class _Emitter:
     def run(self, plan: _Plan) -> Lowered:
         relax = self.relax
         for name, v in self.graph.outputs:
-            if v.type.size == 0:
+            if v.type.size == 0 and not v.is_constant:
                 raise UnsupportedByTargetError(
                     f"the output {name!r} of shape {list(v.shape)} has no elements"
                 )

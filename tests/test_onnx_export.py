@@ -482,7 +482,7 @@ def test_opaque_nodes_are_written_where_they_mean_the_same(opset: int) -> None:
 def test_opaque_nodes_that_changed_their_meaning_are_refused() -> None:
     node = onnx.helper.make_node("Hardmax", ["x"], ["y"], name="hard")
     graph = load_onnx(one_node(node, 11))
-    with pytest.raises(UnsupportedOpError, match=r"from 17 to 25 has the model's versions of Hard"):
+    with pytest.raises(UnsupportedOpError, match=r"has the model's versions of Hard"):
         to_onnx(graph)
     assert node_to_onnx(graph.nodes[0]).opset_import[0].version == 11
 
