@@ -27,8 +27,18 @@ class Tuning:
     """Wall-clock limit of the search."""
     trials: int | None = None
     """Limit of measured candidates of the whole model; those in the records count."""
+    tracker: str | None = None
+    """Address of a tracker of TVM's RPC, "HOST:PORT": kernels are measured on the devices that it
+    lends instead of on this machine."""
+    key: str | None = None
+    """Which of the tracker's devices."""
 
     def __post_init__(self) -> None:
+        if (self.tracker is None) != (self.key is None):
+            raise UsageError("a tracker and a key of its devices go together",
+                             hint="--tracker HOST:PORT --key K")  # fmt: skip
+        if self.tracker is not None:
+            tracker_address(self.tracker)
         if self.seconds is not None and self.trials is not None:
             raise UsageError("tuning takes a limit in seconds or in trials, got both")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
@@ -45,6 +55,18 @@ class Tuning:
     def searches(self) -> bool:
         """Whether anything is to be measured."""
         return self.seconds is not None or self.trials is not None
+
+
+def tracker_address(text: str) -> tuple[str, int]:
+    """Return host and port of "HOST:PORT", where an IPv6 host is in brackets.
+
+    Raises:
+        UsageError: Not such a text.
+    """
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        raise UsageError(f"the tracker's address is HOST:PORT, got {text!r}")
+    return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True, slots=True)

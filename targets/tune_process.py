@@ -38,6 +38,14 @@ class WorkerFailedError(WorkerError):
     """The worker answered with an error and lives on."""
 
 
+class DeviceLostError(WorkerError):
+    """The remote device that ran kernels for the worker answers no more."""
+
+
+class TrackerError(WorkerError):
+    """The tracker that lends devices does not answer, or has none to lend."""
+
+
 class WorkerTimeoutError(WorkerError):
     """The worker did not answer in time and was ended."""
 
@@ -46,6 +54,9 @@ class WorkerTimeoutError(WorkerError):
 
 class WorkerCrashedError(WorkerError):
     """The worker's process ended."""
+
+
+_KINDS = {"failed": WorkerFailedError, "lost": DeviceLostError, "tracker": TrackerError}
 
 
 @final
@@ -85,6 +96,8 @@ class Worker:
 
         Raises:
             WorkerFailedError: It raised.
+            DeviceLostError: The remote device does not answer.
+            TrackerError: No remote device can be had.
             WorkerTimeoutError: No answer within `timeout` seconds.
             WorkerCrashedError: The process ended.
         """
@@ -104,9 +117,9 @@ class Worker:
         except BaseException:
             self.stop()  # the pipe holds half an answer
             raise
-        good, value = pickle.loads(reply)
-        if not good:
-            raise WorkerFailedError(value)
+        kind, value = pickle.loads(reply)
+        if kind != "ok":
+            raise _KINDS[kind](value)
         return value
 
     @staticmethod

@@ -80,11 +80,23 @@ class Bench:
         self.expected: Array | None = None
         self.inputs: list[Any] = []
         self.kernels: dict[int, tuple[Any, list[Any]]] = {}
+        self.machine = "this machine"
+
+    def _device(self) -> Any:
+        import tvm
+
+        return tvm.cpu()
 
     def _tensor(self, array: Array) -> Any:
         import tvm
 
-        return tvm.runtime.tensor(np.ascontiguousarray(array).reshape(array.shape))
+        shaped = np.ascontiguousarray(array).reshape(array.shape)
+        return tvm.runtime.tensor(shaped, self._device())
+
+    def _module(self, path: str) -> Any:
+        import tvm
+
+        return tvm.runtime.load_module(path)
 
     def open(self, inputs: Sequence[Array], expected: Array) -> None:
         """Start with a workload: its activations, and the result that every kernel must give."""
@@ -97,12 +109,10 @@ class Bench:
 
         Integers must be equal; floats may differ as sums in another order do.
         """
-        import tvm
-
         expected = self.expected
         if expected is None:
             raise RuntimeError("no workload is open")
-        module = tvm.runtime.load_module(path)
+        module = self._module(path)
         # Never written elements must show, so the output starts with a pattern.
         start = np.frombuffer(b"\xa5" * expected.nbytes, expected.dtype).reshape(expected.shape)
         arguments = [*self.inputs, *map(self._tensor, constants), self._tensor(start)]
@@ -117,17 +127,15 @@ class Bench:
         return right, self._once(number, 1, 3)
 
     def _once(self, number: int, calls: int, repeat: int = 1) -> float:
-        import tvm
-
         module, arguments = self.kernels[number]
         evaluator = module.time_evaluator(
-            SYMBOL, tvm.cpu(), number=calls, repeat=repeat, cache_flush_bytes=_FLUSH_BYTES
+            SYMBOL, self._device(), number=calls, repeat=repeat, cache_flush_bytes=_FLUSH_BYTES
         )
         return float(min(evaluator(*arguments).results))
 
-    def drop(self, number: int) -> None:
-        """Forget a kernel."""
-        self.kernels.pop(number, None)
+    def blame(self) -> str:
+        """Return the kind of an error: "failed" is the kernel's, "lost" the device's."""
+        return "failed"
 
     def compare(self, numbers: Sequence[int], rounds: int) -> dict[int, list[float]]:
         """Time kernels in interleaved rounds; return the seconds of each by round."""
@@ -149,11 +157,18 @@ def main() -> None:
     while header := requests.read(HEADER.size):
         name, arguments = pickle.loads(requests.read(HEADER.unpack(header)[0]))
         try:
-            function = build if name == "build" else getattr(bench, name)
-            reply = (True, function(*arguments))
+            if name == "connect":
+                from qcompiler.targets.tune_remote import RemoteBench
+
+                bench = RemoteBench(*arguments)
+                reply: tuple[str, object] = ("ok", bench.machine)
+            else:
+                function = build if name == "build" else getattr(bench, name)
+                reply = ("ok", function(*arguments))
         except Exception as error:  # whatever a candidate does wrong is an answer, not our end
             lines = str(error).strip().splitlines() or [""]
-            reply = (False, f"{type(error).__name__}: {lines[-1]}"[:300])
+            said = f"{type(error).__name__}: {lines[-1]}"[:300]
+            reply = (getattr(error, "kind", None) or bench.blame(), said)
         send(replies, reply)
 
 

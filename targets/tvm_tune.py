@@ -24,10 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.cpu import default_threads, host_cpu, missing_features
+from qcompiler.cpu import default_threads, missing_features
 from qcompiler.errors import TuningError, UnsupportedByTargetError
-from qcompiler.interpreter import evaluate
-from qcompiler.ir import Graph, Value
+from qcompiler.ir import Graph
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.records import Record, RecordFile, Records, Status, WorkloadKey, now
 from qcompiler.targets.choice import (
@@ -39,14 +38,13 @@ from qcompiler.targets.choice import (
 )
 from qcompiler.targets.cpu_lowering import CpuLowering
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.tune_process import Worker, WorkerError, WorkerPool
-from qcompiler.tuning import TaskOutcome, Tuning, TuningOutcome
-from qcompiler.types import Array, DType
+from qcompiler.targets.tune_bench import Remote, TaskBench, machine_of
+from qcompiler.targets.tune_process import WorkerError, WorkerPool
+from qcompiler.tuning import TaskOutcome, Tuning, TuningOutcome, tracker_address
 
 __all__ = ["Task", "collect_tasks", "neighbours", "tune_graph"]
 
 _BUILD_SECONDS = 60.0
-_RUN_SECONDS = 60.0
 _FIRST = 6
 """Candidates measured in the order of the cost model, before the search goes by neighbours."""
 _BATCH = 4
@@ -183,67 +181,6 @@ def _order(value: int | str) -> tuple[bool, int, str]:
     return (not number, int(value) if number else 0, str(value))
 
 
-def random_operand(v: Value, rng: np.random.Generator) -> Array:
-    """Return random data in a value's range, which kernels may rely on."""
-    if v.dtype is DType.FLOAT32:
-        return rng.standard_normal(v.shape, np.float32)
-    low, high = v.dtype.min, v.dtype.max
-    if v.qparams is not None:
-        low, high = int(v.qparams.qmin), int(v.qparams.qmax)
-    return rng.integers(low, high, v.shape, v.dtype.numpy, endpoint=True)
-
-
-class _Bench:
-    """Runs one task's kernels in a worker."""
-
-    def __init__(self) -> None:
-        self.worker = Worker()
-        self.task: Task | None = None
-        self.inputs: list[Array] = []
-        self.expected: Array | None = None
-        self.default: tuple[str, Sequence[Array]] | None = None
-
-    def open(self, task: Task, seed: int) -> None:
-        """Make a task's operands and its right result, by the interpreter."""
-        rng = np.random.default_rng(seed)
-        operands = {
-            v: v.array() if v.is_constant else random_operand(v, rng)
-            for v in task.tunable.node.inputs
-            if v is not None
-        }
-        read = [None if v is None else operands[v] for v in task.tunable.node.inputs]
-        (self.expected,) = evaluate(task.tunable.node, read)
-        self.inputs = [operands[v] for v in task.tunable.inputs]
-        self.task, self.default = task, None
-        self.start()
-
-    def start(self) -> None:
-        """Give the worker the task."""
-        self.worker.call("open", self.inputs, self.expected, timeout=_RUN_SECONDS)
-
-    def load(self, number: int, path: str, constants: Sequence[Array]) -> tuple[bool, float]:
-        """Run a kernel once; number 0 is the default, which a new worker gets again first.
-
-        Raises:
-            WorkerError: It did not run.
-        """
-        if not self.worker.alive:
-            self.start()
-            if number and self.default is not None:
-                self.worker.call("load", 0, *self.default, timeout=_RUN_SECONDS)
-        if not number:
-            self.default = (path, constants)
-        right, rough = self.worker.call("load", number, path, constants, timeout=_RUN_SECONDS)
-        return bool(right), float(rough)
-
-    def compare(self, numbers: Sequence[int], rounds: int) -> dict[int, list[float]]:
-        """Time loaded kernels side by side."""
-        found: dict[int, list[float]] = self.worker.call(
-            "compare", list(numbers), rounds, timeout=_RUN_SECONDS
-        )
-        return found
-
-
 class _Session:
     """One run of the tuner."""
 
@@ -257,6 +194,7 @@ class _Session:
         tuning: Tuning,
         seed: int,
         progress: ProgressFn,
+        remote: Remote | None = None,
     ) -> None:
         self.tasks = tasks
         self.file = file
@@ -265,7 +203,7 @@ class _Session:
         self.folder = folder
         self.seed = seed
         self.progress = progress
-        self.bench = _Bench()
+        self.bench = TaskBench(remote)
         self.started = time.monotonic()
         self.seconds = tuning.seconds
         self.trials = tuning.trials
@@ -369,7 +307,7 @@ class _Session:
                     self.record(task, task.default, _build_status(built), note=str(built))
                     continue
                 try:
-                    self.bench.open(task, self.seed)
+                    self.bench.open(task.tunable, self.seed)
                     right, rough = self.bench.load(0, *built)
                     if not right:
                         self.record(task, task.default, "wrong result")
@@ -407,7 +345,7 @@ class _Session:
         if isinstance(built, WorkerError):
             return False
         try:
-            self.bench.open(task, self.seed)
+            self.bench.open(task.tunable, self.seed)
             right, _ = self.bench.load(0, *built)
         except WorkerError:
             return False
@@ -548,19 +486,20 @@ def tune_graph(
         progress: Called after every trial.
 
     Raises:
-        TuningError: The records cannot be read or written.
+        TuningError: The records cannot be read or written, or a tracker lends no device.
         UnsupportedByTargetError: This machine cannot run the target's code.
     """
     if tuning.records is None:
         raise TuningError("tuning needs a file for its records, got none")
-    missing = missing_features(isa.cpu_features)
+    remote = _remote(tuning)
+    missing = missing_features(isa.cpu_features) if remote is None else ()
     if missing:
         raise UnsupportedByTargetError(
             f"cannot tune for {target} here: this CPU lacks {', '.join(missing)}",
-            hint="tune on a machine that has them; records are portable",
+            hint="tune on a machine that has them, or over a tracker; records are portable",
         )
     file = RecordFile(tuning.records, target)
-    records = file.read(host_cpu().name)
+    records = file.read(machine_of(remote))
     tasks = collect_tasks(graph, isa, target)
     for task in tasks:
         task.trials = {tuple(sorted(r.params.items())): r for r in records.of(task.key, "trial")}
@@ -572,8 +511,9 @@ def tune_graph(
         tempfile.TemporaryDirectory(prefix="qcompiler-tune-") as folder,
         WorkerPool(min(default_threads(), _BATCH)) as pool,
     ):
-        session = _Session(tasks, file, records, pool, Path(folder), tuning, seed, progress)
+        session = _Session(tasks, file, records, pool, Path(folder), tuning, seed, progress, remote)
         try:
+            session.bench.connect()  # a tracker that does not answer shows before the builds
             session.run()
         finally:
             session.bench.worker.stop()
@@ -585,6 +525,12 @@ def tune_graph(
         seconds=time.monotonic() - started,
         notes=tuple(records.notes),
     )
+
+
+def _remote(tuning: Tuning) -> Remote | None:
+    if tuning.tracker is None or tuning.key is None:
+        return None
+    return (*tracker_address(tuning.tracker), tuning.key)
 
 
 def _outcome(task: Task) -> TaskOutcome:

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""`qcompile tune`: search the kernels' parameters for a model on this machine."""
+"""`qcompile tune`: search the kernels' parameters for a model, here or on remote devices."""
 
 from __future__ import annotations
 
@@ -44,6 +44,18 @@ def tune(
         int | None,
         typer.Option("--trials", metavar="N", help="Limit in measured kernels; those in R count."),
     ] = None,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            "--tracker",
+            metavar="HOST:PORT",
+            help="Measure on the devices of a tracker of TVM's RPC instead of on this machine.",
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", metavar="K", help="Which of the tracker's devices."),
+    ] = None,
     input_shape: options.InputShapeOption = None,
     freeze: options.FreezeOption = None,
     seed: options.SeedOption = 0,
@@ -69,7 +81,9 @@ def tune(
     import qcompiler
     from qcompiler import driver
 
-    tuning = qcompiler.Tuning(records=records, seconds=seconds, trials=trials)
+    tuning = qcompiler.Tuning(
+        records=records, seconds=seconds, trials=trials, tracker=tracker, key=key
+    )
     try:
         with shell.ProgressBars(progress) as bars:
             outcome = driver.tune(

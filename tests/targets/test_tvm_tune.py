@@ -21,7 +21,7 @@ from qcompiler.ir import Graph
 from qcompiler.passmanager import PassContext, PassManager
 from qcompiler.records import Record, RecordFile, Records
 from qcompiler.registry import get_target
-from qcompiler.targets import tvm_tune
+from qcompiler.targets import tune_bench, tvm_tune
 from qcompiler.targets.base import TuningBudget
 from qcompiler.targets.choice import (
     RecordedChoice,
@@ -33,7 +33,12 @@ from qcompiler.targets.choice import (
 )
 from qcompiler.targets.cpu_lowering import CpuLowering
 from qcompiler.targets.isa import isa_named, tvm_target
-from qcompiler.targets.tune_process import WorkerCrashedError, WorkerError, WorkerTimeoutError
+from qcompiler.targets.tune_process import (
+    Worker,
+    WorkerCrashedError,
+    WorkerError,
+    WorkerTimeoutError,
+)
 from qcompiler.targets.tvm_lower import lower_graph
 from qcompiler.targets.tvm_tune import collect_tasks, neighbours, shares_evenly, tune_graph
 from qcompiler.tuning import Tuning, TuningOutcome
@@ -282,7 +287,7 @@ def test_bad_candidates_are_recorded_and_never_chosen(
     session.trial(task, candidates[2], (_library(tmp_path, "crash", _CRASHES), arrays))
     assert not session.bench.worker.alive
     assert session.open(task)
-    monkeypatch.setattr(tvm_tune, "_RUN_SECONDS", 0.5)
+    monkeypatch.setattr(tune_bench, "_RUN_SECONDS", 0.5)
     session.trial(task, candidates[3], (_library(tmp_path, "loop", _LOOPS), arrays))
     monkeypatch.undo()
     # The next candidate gets a new worker, which knows the default again.
@@ -304,7 +309,7 @@ def test_bad_candidates_are_recorded_and_never_chosen(
 
 
 def test_a_worker_that_cannot_build_says_why() -> None:
-    worker = tvm_tune.Worker()
+    worker = Worker()
     try:
         with pytest.raises(WorkerError, match="TypeError"):
             worker.call("build", timeout=60)
