@@ -26,6 +26,7 @@ import numpy as np
 
 from qcompiler.errors import DataError, UsageError
 from qcompiler.metrics import Metric, metric_of
+from qcompiler.slices import MINIMUM, score_slices, worst
 from qcompiler.types import Array, DType, Shape
 
 Chunk = Mapping[str, Array]
@@ -370,20 +371,23 @@ class Budget:
             for top1 and top5, the metric's own unit otherwise.
         max_latency_ms: Greatest median latency of one run, ms.
         max_size_mb: Greatest size of the artifact, in millions of bytes.
+        max_slice_drop: Greatest loss of any one class or named slice of at least
+            `qcompiler.slices.MINIMUM` samples, in points of the metric.
     """
 
     max_drop: float | None = None
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
+    max_slice_drop: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_drop", "max_latency_ms", "max_size_mb"):
+        for name in ("max_drop", "max_latency_ms", "max_size_mb", "max_slice_drop"):
             value = getattr(self, name)
             if value is None:
                 continue
             if not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise UsageError(f"budget {name} is {value!r}, expected a finite number")
-            if value < 0 or (value == 0 and name != "max_drop"):
+            if value < 0 or (value == 0 and not name.endswith("_drop")):
                 raise UsageError(f"budget {name} is {value!r}, expected a number above 0")
 
 
@@ -428,7 +432,8 @@ def compare(
 
     Returns:
         `name` of the metric, scores `float` and `compiled`, `drop` in points, and `samples`;
-        `float` and `drop` are None without a reference.
+        `float` and `drop` are None without a reference. `slices` has the same per group of
+        samples (see `qcompiler.slices`), `worst_slice` the one with the largest drop, or None.
 
     Raises:
         DataError, UsageError: As `evaluate`.
@@ -438,12 +443,17 @@ def compare(
         raise UsageError("there is no model to evaluate")
     after = metric.score(ours, extras, theirs)
     before = None if theirs is None else metric.score(theirs, extras, theirs)
+    slices = score_slices(metric, extras, ours, theirs)
+    least = worst(slices)
     return {
         "name": metric.name,
         "float": before,
         "compiled": after,
         "drop": None if before is None else metric.drop(before, after),
         "samples": max((len(a) for a in ours.values() if a.ndim), default=0),
+        "slices": [s.to_json() for s in slices],
+        "worst_slice": None if least is None else least.to_json(),
+        "slice_minimum": MINIMUM,
     }
 
 

@@ -47,6 +47,7 @@ from qcompiler.printer import digest
 from qcompiler.records import RecordFile
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
+from qcompiler.slices import MINIMUM
 from qcompiler.targets.base import Backend, Built, TargetSpec, TuningBudget
 from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import Array, Precision
@@ -389,6 +390,12 @@ def _check_budget(compiled: CompiledModel, budget: Budget | None) -> None:
         "max_drop": (report.get("metric") or {}).get("drop"),
         "max_latency_ms": (report.get("latency_ms") or {}).get("compiled"),
         "max_size_mb": (report.get("size_bytes") or {}).get("artifact", 0) / 1e6,
+        "max_slice_drop": ((report.get("metric") or {}).get("worst_slice") or {}).get("drop"),
+    }
+    hints = {
+        "max_drop": "give evaluate=... (--evaluate and --metric)",
+        "max_slice_drop": "give evaluation samples with an array 'slice' or 'label', at least "
+        f"{MINIMUM} of one group",
     }
     broken = []
     least = {}
@@ -399,7 +406,7 @@ def _check_budget(compiled: CompiledModel, budget: Budget | None) -> None:
         if found is None:
             raise UsageError(
                 f"budget {name} cannot be checked: nothing measures it",
-                hint="give evaluate=... (--evaluate and --metric)" if name == "max_drop" else None,
+                hint=hints.get(name),
             )
         if not found <= limit:
             broken.append(f"{name} is {found:.4g}, allowed are {limit:g}")

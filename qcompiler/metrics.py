@@ -33,6 +33,7 @@ class Metric:
         higher_is_better: Direction.
         points: Factor from a difference to points of a budget: 100 for shares (percentage points).
         needs_reference: Whether it compares with the float model's outputs.
+        built_in: Whether it is one of ours, not a function of the user's.
         score: Outputs, extra sample arrays and reference outputs -> score.
     """
 
@@ -41,6 +42,7 @@ class Metric:
     points: float
     needs_reference: bool
     score: Callable[[Outputs, Mapping[str, Array], Outputs | None], float]
+    built_in: bool = True
 
     def drop(self, before: float, after: float) -> float:
         """Return by how many points `after` is worse than `before` (negative: better)."""
@@ -67,7 +69,7 @@ def metric_of(name: str) -> Metric:
     if ":" in name:
         custom = _imported(name)
         higher = not getattr(custom, "lower_is_better", False)
-        return Metric(name, higher, 1.0, False, lambda o, s, r: _called(name, custom, o, s))
+        return Metric(name, higher, 1.0, False, lambda o, s, r: _called(name, custom, o, s), False)
     raise UsageError(
         f"unknown metric {name!r}: expected top1, top5, mse, cosine, sqnr or module:function"
     )

@@ -66,12 +66,6 @@ def _accuracy(report: Report) -> Comparison | None:
     if before is None and after is None:
         return None
     percent = name in _PERCENT
-
-    def text(value: float | None) -> str:
-        if value is None:
-            return "–"
-        return f"{100 * value:.2f} %" if percent else f"{value:.4g}"
-
     change = "–"
     good = None
     if drop is not None:
@@ -79,7 +73,7 @@ def _accuracy(report: Report) -> Comparison | None:
         change = f"{gain:+.2f} points" if percent else f"{gain:+.4g}"
         limit = _number((report.get("budget") or {}).get("max_drop"))
         good = drop <= limit if limit is not None else (True if drop <= 0 else None)
-    return Comparison(name, before, after, text(before), text(after), change, good)
+    return Comparison(name, before, after, score_text(name, before), score_text(name, after), change, good)
 
 
 def _size(report: Report) -> Comparison | None:
@@ -131,6 +125,30 @@ def latency_caption(report: Report) -> str | None:
     beside = f"float in {runners.get(runner, runner)}, " if runner else ""
     noun = "thread" if threads == 1 else "threads"
     return f"latency: {beside}{threads} {noun}, medians of interleaved runs"
+
+
+def worst_slice(report: Report) -> str | None:
+    """Return the class or named group that lost most, as one sentence; None without groups."""
+    metric = report.get("metric") or {}
+    slices = list(metric.get("slices") or ())
+    if not slices:
+        return None
+    worst, least = metric.get("worst_slice"), metric.get("slice_minimum")
+    if worst is None:
+        return f"none of the {len(slices)} groups has {least} samples and a drop"
+    name = str(metric.get("name"))
+    binding = sum(bool(s.get("binds")) for s in slices)
+    return (
+        f"{worst['kind']} {worst['name']}, {score_text(name, worst['float'])} to "
+        f"{score_text(name, worst['compiled'])} ({worst['samples']} samples; worst of {binding})"
+    )
+
+
+def score_text(metric: str, value: float | None) -> str:
+    """Return a score as text: shares as percentages; a dash for None."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.2f} %" if metric in _PERCENT else f"{value:.4g}"
 
 
 def precision_counts(report: Report) -> dict[str, int]:

@@ -5,43 +5,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from xml.etree import ElementTree
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.cli import options, shell
+from qcompiler.cli.junit import Verdict, to_junit
 from qcompiler.errors import DataError, QCompilerError, UsageError
 
 if TYPE_CHECKING:
     from qcompiler.data import Evaluation
     from qcompiler.runtime import CompiledModel
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One check.
-
-    Attributes:
-        name: "accuracy" or "latency".
-        passed: Whether the limit is kept; True where there is no limit.
-        found: The figure that is held against the limit.
-        limit: The limit, or None.
-        message: The figures as a sentence.
-        seconds: How long the check took.
-    """
-
-    name: str
-    passed: bool
-    found: float
-    limit: float | None
-    message: str
-    seconds: float
 
 
 def check(
@@ -50,6 +28,7 @@ def check(
     evaluate: options.EvaluateOption = None,
     metric: options.MetricOption = None,
     max_drop: options.MaxDropOption = None,
+    max_slice_drop: options.MaxSliceDropOption = None,
     max_latency_ratio: Annotated[
         float | None,
         typer.Option(
@@ -72,7 +51,7 @@ def check(
 
     Exit status 1 if a limit is not kept. Without limits the figures are printed and nothing fails.
     """
-    options.require_metric(evaluate, metric, max_drop)
+    options.require_metric(evaluate, metric, max_drop, max_slice_drop)
     if evaluate is None and max_latency_ratio is None:
         raise UsageError(
             "nothing to check", hint="give --evaluate and --metric, or --max-latency-ratio, or both"
@@ -88,38 +67,85 @@ def check(
     from qcompiler.data import Evaluation
 
     compiled = qcompiler.load(artifact)
-    if _other_model(compiled, model):
+    same = not _other_model(compiled, model)
+    if not same:
         shell.say(f"note: {artifact} was compiled from another model than {model}")
-    found: dict[str, Any] = {"artifact": str(artifact), "model": str(model), "metric": None}
+    found: dict[str, Any] = {
+        "artifact": str(artifact),
+        "model": str(model),
+        "same_model": same,
+        "metric": None,
+        "latency_ms": None,
+    }
     verdicts: list[Verdict] = []
-    with shell.ProgressBars(progress) as bars:
-        if evaluate is not None and metric is not None:
-            with shell.Stopwatch() as watch:
-                bars("evaluate", 0, 1)
-                found["metric"] = accuracy(compiled, model, Evaluation(evaluate, metric))
-                bars("evaluate", 1, 1)
-            verdicts.append(_accuracy_verdict(found["metric"], max_drop, watch.seconds))
-        if max_latency_ratio is not None:
-            with shell.Stopwatch() as watch:
-                found["latency_ms"] = latency(compiled, artifact, model, threads, bars)
-            verdicts.append(_latency_verdict(found["latency_ms"], max_latency_ratio, watch.seconds))
-    passed = all(v.passed for v in verdicts)
-    found.update(passed=passed, checks=[asdict(v) for v in verdicts], versions=shell.versions())
-    shell.emit(found)
-    if junit is not None:
+
+    def measure_accuracy() -> list[Verdict]:
+        if evaluate is None or metric is None:
+            return []
+        with shell.Stopwatch() as watch:
+            bars("evaluate", 0, 1)
+            figures = accuracy(compiled, model, Evaluation(evaluate, metric))
+            bars("evaluate", 1, 1)
+        found["metric"] = figures
+        return accuracy_verdicts(figures, max_drop, max_slice_drop, watch.seconds)
+
+    def measure_latency() -> list[Verdict]:
+        if max_latency_ratio is None:
+            return []
+        with shell.Stopwatch() as watch:
+            found["latency_ms"] = latency(compiled, artifact, model, threads, bars)
+        return [latency_verdict(found["latency_ms"], max_latency_ratio, watch.seconds)]
+
+    def write_junit() -> None:
+        if junit is None:
+            return
         from qcompiler.artifact import atomic_write
 
+        properties = {
+            "model": model,
+            "artifact.sha256": shell.sha256(artifact),
+            "target": compiled.target.name,
+            **({} if evaluate is None else {"evaluate": evaluate, "metric": metric}),
+            **{f"version.{name}": version for name, version in shell.versions().items()},
+        }
         with atomic_write(junit) as file:
-            file.write(to_junit(verdicts, str(artifact)))
+            file.write(to_junit(verdicts, str(artifact), properties))
+
+    with shell.ProgressBars(progress) as bars:
+        for name, measure in (("accuracy", measure_accuracy), ("latency", measure_latency)):
+            try:
+                verdicts += measure()
+            except QCompilerError as error:
+                # A gate that ends without a file of results looks like one that never ran.
+                verdicts.append(Verdict(name, False, None, None, "", 0.0, problem=str(error)))
+                write_junit()
+                raise
+    passed = all(v.passed for v in verdicts)
+    checks = [{**asdict(v), "details": list(v.details)} for v in verdicts]
+    found.update(passed=passed, checks=checks, versions=shell.versions())
+    shell.emit(found)
+    write_junit()
     if not json_output:
-        table = Table(title=f"{artifact} against {model}")
-        for heading in ("check", "", "figures"):
-            table.add_column(heading)
-        for verdict in verdicts:
-            mark = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
-            table.add_row(verdict.name, mark, escape(verdict.message))
-        shell.out_console().print(table)
+        print_verdicts(verdicts, f"{artifact} against {model}")
     return shell.DONE if passed else shell.NOT_MET
+
+
+def print_verdicts(verdicts: list[Verdict], title: str) -> None:
+    """Print one row per verdict, and under the table what a failure is about."""
+    table = Table(title=title)
+    for heading in ("check", "", "figures"):
+        table.add_column(heading, overflow="fold")
+    for verdict in verdicts:
+        mark = "[green]passed[/]" if verdict.passed else "[red]failed[/]"
+        if verdict.limit is None:
+            mark = "no limit"
+        table.add_row(verdict.name, mark, escape(verdict.message))
+    console = shell.out_console()
+    console.print(table)
+    for verdict in verdicts:
+        if not verdict.passed:
+            for line in verdict.details:
+                console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
 def accuracy(compiled: CompiledModel, model: Path, evaluation: Evaluation) -> dict[str, Any]:
@@ -155,56 +181,70 @@ def latency(
     }
 
 
-def _accuracy_verdict(metric: dict[str, Any], max_drop: float | None, seconds: float) -> Verdict:
+def accuracy_verdicts(
+    metric: dict[str, Any], max_drop: float | None, max_slice_drop: float | None, seconds: float
+) -> list[Verdict]:
+    """Return the verdict on all samples, and with a limit the one on the slices."""
     drop = metric["drop"]
     if drop is None or not math.isfinite(drop):
         raise DataError(f"metric {metric['name']} gives no number on these samples: {metric}")
-    before = metric.get("float")
-    message = f"{metric['name']} {metric['compiled']:.4g}"
-    if before is not None:
-        message += f", float {before:.4g}"
-    message += f", drop {drop:.4g}"
+    name, unit = metric["name"], _unit(metric["name"])
+    message = f"{name} {metric['compiled']:.4g}"
+    if metric.get("float") is not None:
+        message += f", float {metric['float']:.4g}"
+    message += f", drop {drop:.4g}{unit}"
     if max_drop is not None:
         message += f", allowed {max_drop:g}"
+    details = () if metric.get("samples") is None else (f"on {metric['samples']} samples",)
     passed = max_drop is None or drop <= max_drop
-    return Verdict("accuracy", passed, float(drop), max_drop, message, seconds)
+    verdicts = [Verdict("accuracy", passed, float(drop), max_drop, message, seconds, details)]
+    if max_slice_drop is not None:
+        verdicts.append(_slice_verdict(metric, max_slice_drop, unit))
+    return verdicts
 
 
-def _latency_verdict(figures: dict[str, Any], limit: float, seconds: float) -> Verdict:
+def _slice_verdict(metric: dict[str, Any], limit: float, unit: str) -> Verdict:
+    slices, least = metric["slices"], metric["slice_minimum"]
+    worst = metric["worst_slice"]
+    if worst is None:
+        what = f"none of the {len(slices)} groups has {least} samples" if slices else "no groups"
+        raise DataError(
+            f"--max-slice-drop: {what} in the evaluation samples",
+            hint="add an array 'slice' (a name per sample) or 'label' (a class id per sample), "
+            f"with at least {least} samples of a group",
+        )
+    binding = [s for s in slices if s["binds"]]
+    message = (
+        f"worst of {len(binding)}: {worst['kind']} {worst['name']} ({worst['samples']} samples), "
+        f"drop {worst['drop']:.4g}{unit}, allowed {limit:g}"
+    )
+    over = sorted((s for s in binding if s["drop"] > limit), key=lambda s: -s["drop"])
+    details = [
+        f"{s['kind']} {s['name']}: {metric['name']} {s['compiled']:.4g}, float {s['float']:.4g}, "
+        f"drop {s['drop']:.4g}{unit}, allowed {limit:g}, {s['samples']} samples"
+        for s in over
+    ]
+    small = len(slices) - len(binding)
+    if small:
+        details.append(f"{small} groups of fewer than {least} samples do not bind")
+    return Verdict("slices", not over, float(worst["drop"]), limit, message, 0.0, tuple(details))
+
+
+def _unit(metric: str) -> str:
+    return " points" if metric in ("top1", "top5") else ""
+
+
+def latency_verdict(figures: dict[str, Any], limit: float, seconds: float) -> Verdict:
+    """Return the verdict on the latency relative to float."""
     ratio = float(figures["ratio"])
     message = (
         f"{figures['compiled']:.3g} ms, float {figures['float']:.3g} ms ({figures['threads']} "
-        f"thread), ratio {ratio:.3g}, allowed {limit:g}"
+        f"thread{'s' * (figures['threads'] != 1)}), ratio {ratio:.3g}, allowed {limit:g}"
     )
-    return Verdict("latency", ratio <= limit, ratio, limit, message, seconds)
+    details = (f"float: {figures['float_runner']}; medians of interleaved runs",)
+    return Verdict("latency", ratio <= limit, ratio, limit, message, seconds, details)
 
 
 def _other_model(compiled: CompiledModel, model: Path) -> bool:
     source = compiled.artifact.sources.get("model")
     return source is not None and source != shell.sha256(model)
-
-
-def to_junit(verdicts: Sequence[Verdict], suite: str) -> bytes:
-    """Return the verdicts as a JUnit XML document in UTF-8."""
-    failures = sum(not v.passed for v in verdicts)
-    root = ElementTree.Element("testsuites", tests=str(len(verdicts)), failures=str(failures))
-    group = ElementTree.SubElement(
-        root,
-        "testsuite",
-        name="qcompile check",
-        tests=str(len(verdicts)),
-        failures=str(failures),
-        errors="0",
-        skipped="0",
-        time=f"{sum(v.seconds for v in verdicts):.3f}",
-    )
-    for verdict in verdicts:
-        case = ElementTree.SubElement(
-            group, "testcase", classname=suite, name=verdict.name, time=f"{verdict.seconds:.3f}"
-        )
-        if verdict.passed:
-            ElementTree.SubElement(case, "system-out").text = verdict.message
-        else:
-            ElementTree.SubElement(case, "failure", message=verdict.message, type="limit")
-    ElementTree.indent(root)
-    return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)) + b"\n"

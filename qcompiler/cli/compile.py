@@ -32,6 +32,7 @@ def compile_(
     evaluate: options.EvaluateOption = None,
     metric: options.MetricOption = None,
     max_drop: options.MaxDropOption = None,
+    max_slice_drop: options.MaxSliceDropOption = None,
     max_latency: Annotated[
         float | None,
         typer.Option("--max-latency", metavar="MS", help="Largest latency of one call, in ms."),
@@ -71,7 +72,7 @@ def compile_(
     json_output: options.JsonOption = False,
 ) -> int:
     """Compile MODEL to an artifact; with --evaluate, measure what it costs in accuracy."""
-    options.require_metric(evaluate, metric, max_drop)
+    options.require_metric(evaluate, metric, max_drop, max_slice_drop)
     for name, value in (("--max-latency", max_latency), ("--max-size", max_size)):
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} {value}: expected a number above 0")
@@ -92,7 +93,12 @@ def compile_(
     if records is not None or tune_seconds is not None:
         tuning = qcompiler.Tuning(records=records, seconds=tune_seconds)
 
-    budget = qcompiler.Budget(max_drop=max_drop, max_latency_ms=max_latency, max_size_mb=max_size)
+    budget = qcompiler.Budget(
+        max_drop=max_drop,
+        max_latency_ms=max_latency,
+        max_size_mb=max_size,
+        max_slice_drop=max_slice_drop,
+    )
     evaluation = None
     if evaluate is not None and metric is not None:
         evaluation = qcompiler.Evaluation(evaluate, metric)
@@ -121,13 +127,14 @@ def compile_(
     compiled.save(output)
 
     found = finish_report(compiled.report or {}, model, output)
-    problems = budget_problems(found, max_drop, max_latency, max_size)
+    problems = budget_problems(found, max_drop, max_latency, max_size, max_slice_drop)
     if infeasible is not None and not problems:
         problems = [infeasible.message]
     found["budget"] = {
         "max_drop": max_drop,
         "max_latency_ms": max_latency,
         "max_size_mb": max_size,
+        "max_slice_drop": max_slice_drop,
         "kept": not problems,
         "problems": problems,
     }
@@ -163,6 +170,7 @@ def budget_problems(
     max_drop: float | None,
     max_latency: float | None,
     max_size: float | None,
+    max_slice_drop: float | None = None,
 ) -> list[str]:
     """Return one sentence per limit that the report exceeds, or could not be held against."""
     problems = []
@@ -182,6 +190,15 @@ def budget_problems(
             problems.append(f"one call takes {latency:.3g} ms, allowed are {max_latency:g}")
     if max_size is not None and not size <= max_size:
         problems.append(f"the artifact has {size:.3f} MB, allowed are {max_size:g}")
+    if max_slice_drop is not None:
+        worst = metric.get("worst_slice")
+        if worst is None:
+            problems.append("the drop of no slice could be measured")
+        elif not worst["drop"] <= max_slice_drop:
+            problems.append(
+                f"the metric drops by {worst['drop']:.4g} on {worst['kind']} {worst['name']} "
+                f"({worst['samples']} samples), allowed are {max_slice_drop:g}"
+            )
     return problems
 
 
@@ -213,6 +230,9 @@ def print_summary(report: Mapping[str, Any], output: Path, page: Path | None) ->
             for part, text in pages.size_parts(report):
                 table.add_row(f"  {part}", "", text, "")
     console.print(table)
+    slices = pages.worst_slice(report)
+    if slices is not None:
+        console.print(f"Worst slice: {slices}", markup=False)
     counts = pages.precision_counts(report)
     if counts:
         shares = ", ".join(f"{n} {name}" for name, n in counts.items())

@@ -51,6 +51,15 @@ MaxDropOption = Annotated[
         help="Largest drop of the metric; percentage points for top1 and top5.",
     ),
 ]
+MaxSliceDropOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-slice-drop",
+        metavar="X",
+        help="Largest drop of any class (array 'label') or named group (array 'slice') of at "
+        "least 10 samples.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output.")
 ]
@@ -148,7 +157,12 @@ def parse_constants(texts: Sequence[str]) -> dict[str, Any] | None:
     return constants or None
 
 
-def require_metric(evaluate: Path | None, metric: str | None, max_drop: float | None) -> None:
+def require_metric(
+    evaluate: Path | None,
+    metric: str | None,
+    max_drop: float | None,
+    max_slice_drop: float | None = None,
+) -> None:
     """Check that the accuracy options come together.
 
     Raises:
@@ -156,8 +170,10 @@ def require_metric(evaluate: Path | None, metric: str | None, max_drop: float | 
     """
     if evaluate is not None and metric is None:
         raise UsageError("--evaluate needs --metric", hint="for labelled classes: --metric top1")
-    if evaluate is None and (metric is not None or max_drop is not None):
-        given = "--metric" if metric is not None else "--max-drop"
-        raise UsageError(f"{given} needs --evaluate with the samples to measure on")
-    if max_drop is not None and not 0 <= max_drop < float("inf"):
-        raise UsageError(f"--max-drop {max_drop}: expected a number that is not negative")
+    limits = {"--max-drop": max_drop, "--max-slice-drop": max_slice_drop}
+    for given, value in {"--metric": metric, **limits}.items():
+        if evaluate is None and value is not None:
+            raise UsageError(f"{given} needs --evaluate with the samples to measure on")
+    for given, limit in limits.items():
+        if limit is not None and not 0 <= limit < float("inf"):
+            raise UsageError(f"{given} {limit}: expected a number that is not negative")
