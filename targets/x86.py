@@ -102,11 +102,12 @@ class X86Backend(Backend):
 def _precisions(isa: Isa) -> tuple[Precision, ...]:
     """Return what the row has a reason to compute in.
 
-    Where `vpmaddubsw` multiplies, fewer bits let more products share one widening instruction
-    (`kernels.depth`); the other rows take the same time for any 8-bit operands.
+    4-bit weights take half the memory on every row. Where `vpmaddubsw` multiplies, fewer bits also
+    let more products share one widening instruction (`kernels.depth`); the other rows take the
+    same time for any 8-bit operands.
     """
     if isa.dot != "maddubs":
-        return (Precision.W8A8, Precision.FP32)
+        return (Precision.W8A8, Precision.W4A8, Precision.FP32)
     narrow = (Precision.W8A7, Precision.W7A8, Precision.W6A8, Precision.W4A8)
     return (Precision.W8A8, *narrow, Precision.FP32)
 

@@ -26,7 +26,7 @@ Hot loops as LLVM 22 emits them, one K-group, none with a vector on the stack:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompiler.errors import CodegenError
@@ -34,7 +34,7 @@ from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.packing import Facts
-from qcompiler.targets.kernels.plan import Geometry, TilePlan
+from qcompiler.targets.kernels.plan import Geometry, Storage, TilePlan
 from qcompiler.targets.kernels.simd import worth_threads
 from qcompiler.targets.kernels.tir import (
     Buffer,
@@ -42,6 +42,7 @@ from qcompiler.targets.kernels.tir import (
     bind,
     cast,
     intrinsic,
+    lanes_of,
     load,
     maximum,
     minimum,
@@ -55,6 +56,7 @@ from qcompiler.targets.kernels.tir import (
     store,
     when,
 )
+from qcompiler.targets.kernels.unpack import unpacks_ahead, weight_vectors
 from qcompiler.targets.kernels.workload import GemmParams
 
 __all__ = ["MacroKernel", "Source", "Step", "copy_elements", "fill_elements"]
@@ -76,6 +78,8 @@ class Source:
     """int32 added to every sum of an output row (products of two activations)."""
     first_row: Expr = 0
     """Output row that `row_terms` begins with."""
+    weight_tile: Expr | None = None
+    """Column tile that the weights begin with, where it differs from `first_tile`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +122,38 @@ class MacroKernel:
 
     def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
         """All register tiles of the tile rows and column tiles in the two half-open ranges."""
-        if self.params.order == "n":
+        if unpacks_ahead(self.facts.storage, self.plan, self.params.order):
+            self._emit_unpacked(source, rows, tiles)
+        elif self.params.order == "n":
             with serial(*tiles) as tile:
                 for row_tile, size in self._row_tiles(rows):
                     self._row(source, row_tile, size, (tile, None))
         else:
             for row_tile, size in self._row_tiles(rows):
                 self._row(source, row_tile, size, tiles)
+
+    def _emit_unpacked(
+        self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]
+    ) -> None:
+        """The same, by columns, with the weights of each column tile unpacked first."""
+        groups = self.geometry.k_groups
+        acc = Accumulators(1, self.plan.nv, self.plan.lanes, "int32")
+        packed = Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
+        plain = replace(packed, storage="plain")
+        area = scratch(
+            groups * plain.weight_elements, "int16" if self.facts.dot == "exact" else "int8"
+        )
+        kernel = replace(
+            self,
+            constants={**self.constants, "weight": area},
+            facts=replace(self.facts, storage="plain"),
+        )
+        with serial(*tiles) as tile:
+            with own_function(f"{self.name}_unpack"), serial(groups) as k:
+                index = (tile * groups + k) * packed.weight_elements
+                packed.unpack(index, area, k * plain.weight_elements)
+            for row_tile, size in self._row_tiles(rows):
+                kernel._row(replace(source, weight_tile=tile), row_tile, size, (tile, None))
 
     def _row_tiles(self, row_range: tuple[Expr, Expr]) -> list[tuple[tuple[Expr, Expr], int]]:
         """The ranges of tile rows of each size."""
@@ -240,7 +269,10 @@ class MacroKernel:
                     total = total + splat(term, "int32", lanes)
                 acc.put(m, v, total)
 
-        self._k_loops(source, a_index, a_steps, near_tile, acc)
+        weight_tile = near_tile
+        if source.weight_tile is not None:
+            weight_tile = bind(tile - source.weight_tile)
+        self._k_loops(source, a_index, a_steps, weight_tile, acc)
 
         channels = g.groups * g.n
         starts, valid = self.columns(tile)
@@ -277,7 +309,7 @@ class MacroKernel:
         if self.facts.dot == "mixed":
             self._mixed_loops(source, a_index, a_steps, tile, acc)
             return
-        step = Step(self.isa, self.facts.dot, self.constants["weight"], acc)
+        step = Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
         first = bind(tile * (g.k_groups * step.weight_elements))
         (depth,) = self.facts.depths
 
@@ -351,11 +383,15 @@ class Step:
     kind: str
     weight: Buffer
     acc: Accumulators
+    storage: Storage = "plain"
 
     @property
     def weight_elements(self) -> int:
         """Elements of the weight buffer that one K-group takes."""
-        return self.acc.nv * self.acc.lanes * (1 if self.kind == "float" else 4)
+        per_lane = 1 if self.kind == "float" else 4
+        if self.storage == "int4":
+            per_lane //= 2
+        return self.acc.nv * self.acc.lanes * per_lane
 
     def emit(
         self,
@@ -409,6 +445,8 @@ class Step:
 
     def weights(self, index: Expr) -> list[list[Expr]]:
         """The weight vectors of one K-group: for each column vector one, or two halves."""
+        if self.storage != "plain":
+            return weight_vectors(self.weight, self.kind, index, self.acc.nv, self.acc.lanes)
         halves = 2 if self.kind == "exact" else 1
         size = self.weight_elements // self.acc.nv // halves
         return [
@@ -418,6 +456,15 @@ class Step:
             ]
             for v in range(self.acc.nv)
         ]
+
+    def unpack(self, index: Expr, area: Buffer, to: Expr) -> None:
+        """Write the weight vectors of one K-group as plain storage has them."""
+        vectors = self.weights(index)
+        position = 0
+        for half in range(len(vectors[0])):
+            for vector in vectors:
+                store(area, to + position, vector[half])
+                position += lanes_of(vector[half])
 
     def _activations(self, source: Buffer, index: Expr) -> list[Expr]:
         """One activation group in every lane; even and odd bytes apart for int16 pairs."""

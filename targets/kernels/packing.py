@@ -13,7 +13,8 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   `[groups, 2, V, L, 2]`; `offsets` int32 `[T, Q]` of the activations in that order; `spans` int32
   `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
   in the int16 weights);
-* winograd: int16 `[blocks, 16, C / 2, V, L, 2]` (see `winograd_plan`).
+* winograd: int16 `[blocks, 16, C / 2, V, L, 2]` (see `winograd_plan`);
+* weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`).
 
 After the weights come `bias` `[T * V * L]` (with the zero point's correction), `multiplier` of the
 same shape, and eight `scalars` (see `SCALARS`).
@@ -33,6 +34,7 @@ from qcompiler.targets.kernels.depth import EXACT, TileOrder, group_time, plan_d
 from qcompiler.targets.kernels.plan import (
     Dot,
     Geometry,
+    Storage,
     TilePlan,
     column_index,
     geometry_of,
@@ -61,6 +63,10 @@ SCALARS = ("fill", "zero_point", "low", "high", "residual_multiplier", "residual
 point; the clamp of the requantized value before the zero point is added (or of a float32 output);
 the residual's multiplier and zero point."""
 
+_SMALL = 0.75
+"""Factor on the time of a kernel whose weights are 4 bits wide: Winograd's take 28 bits for each,
+and are not worth that for a few percent."""
+
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
 
 
@@ -83,6 +89,8 @@ class Facts:
     depths: tuple[int, ...] = (1,)
     """Dot "maddubs": the one depth to which int16 sums are proved; "mixed": those of the sections,
     from the deepest to `depth.EXACT`."""
+    storage: Storage = "plain"
+    """How the weights lie in memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +137,8 @@ def pack_conv(
     )
     if params.algorithm != "winograd":
         packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
-        if params.algorithm == "direct" or not prefers_winograd(workload, isa, _time(packed)):
+        time = _time(packed) * (_SMALL if packed.facts.storage == "int4" else 1.0)
+        if params.algorithm == "direct" or not prefers_winograd(workload, isa, time):
             return packed
     if not applies(workload, isa):
         raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
@@ -213,11 +222,15 @@ def _pack(
     arrays: dict[str, Array] = {}
     dot: Dot = "winograd"
     depths: tuple[int, ...] = (1,)
+    storage: Storage = "plain"
     if transformed is not None:
         arrays["weight"] = transformed
     else:
         tiles = _tiles(geometry, plan, weight, columns)
         dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
+        if dot in ("vpdpbusd", "maddubs", "exact") and _fits_int4(weight):
+            storage = "int4"
+            arrays["weight"] = _nibbles(tiles.transpose(0, 3, 1, 2, 4), dot)
     if dot not in ("mixed", "winograd") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
@@ -233,8 +246,29 @@ def _pack(
         clip=False,
         residual_zero_point=values.residual_zero_point != 0,
         depths=depths,
+        storage=storage,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _fits_int4(weight: Array) -> bool:
+    return bool(weight.min() >= -8 and weight.max() <= 7)
+
+
+def _nibbles(groups: Array, dot: Dot) -> Array:
+    """Weights `[T, Q, V, L, G]` of 4 bits plus 8, two to a byte, as `unpack` reads them."""
+    tiles, count, nv, lanes, group = groups.shape
+    biased = (groups + 8).astype(np.uint8)
+    if dot == "exact":
+        members = biased.reshape(tiles, count, nv * lanes * group // 2, 2)
+        return np.ascontiguousarray(members[..., 0] | members[..., 1] << 4)
+    vectors = biased.reshape(tiles, count, nv, lanes * group)
+    pairs = vectors[:, :, 0 : nv - 1 : 2] | vectors[:, :, 1::2] << 4
+    parts = [pairs.reshape(tiles, count, -1)]
+    if nv % 2:
+        low, high = np.split(vectors[:, :, -1], 2, axis=-1)
+        parts.append(low | high << 4)
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
 
 def _multiplier(values: GemmValues, count: int) -> npt.NDArray[np.float32]:

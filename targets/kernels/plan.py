@@ -20,11 +20,24 @@ import numpy.typing as npt
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
 
-__all__ = ["Axis", "Geometry", "TilePlan", "column_index", "geometry_of", "split", "tile_plan"]
+__all__ = [
+    "Axis",
+    "Dot",
+    "Geometry",
+    "Storage",
+    "TilePlan",
+    "column_index",
+    "geometry_of",
+    "split",
+    "tile_plan",
+]
 
 Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd"]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
 "mixed" by a list of K-groups of either kind for each tile, "winograd" by transformed operands."""
+
+Storage = Literal["plain", "int4"]
+"""How weights lie in memory: as they are multiplied, or in fewer bits (`unpack`)."""
 
 
 @dataclass(frozen=True, slots=True)

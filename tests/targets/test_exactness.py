@@ -110,7 +110,22 @@ def test_precisions_of_the_row_without_vnni(precision: str) -> None:
     for i in range(5):
         compare(built, sample(evaluation, built, i))
     assert precision in {p.value for p in get_target("x86-avx2").spec.precisions}
-    assert precision not in {p.value for p in get_target("x86-avxvnni").spec.precisions}
+    vnni = {p.value for p in get_target("x86-avxvnni").spec.precisions}
+    assert (precision in vnni) == (precision == "w4a8")  # there only the memory counts
+
+
+@pytest.mark.parametrize("target", ROWS)
+def test_weights_of_four_bits_are_exact_and_take_half_the_memory(target: str) -> None:
+    folder = MODELS / "digits_cnn"
+    calibration = dict(np.load(folder / "calib.npz"))
+    evaluation = dict(np.load(folder / "eval.npz"))
+    built = compile_all_values(folder / "model.onnx", calibration, target, "w4a8")
+    for i in range(5):
+        compare(built, sample(evaluation, built, i))
+    wide = compile_all_values(folder / "model.onnx", calibration, target, "w8a8")
+    packed = [a for a in built.parameters if a.dtype == np.uint8]
+    assert packed
+    assert sum(a.nbytes for a in built.parameters) < sum(a.nbytes for a in wide.parameters)
 
 
 @pytest.mark.slow

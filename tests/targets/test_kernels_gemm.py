@@ -47,7 +47,7 @@ AVX2 = ISA_TABLE["x86-avx2"]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 each_row = pytest.mark.parametrize("isa", ROWS, ids=lambda isa: isa.name)
-WEIGHTS = ("uniform", "normal", "extreme", "largest", "small")
+WEIGHTS = ("uniform", "normal", "extreme", "largest", "small", "nibbles")
 ACTIVATIONS = ("uniform", "largest", "smallest")
 
 
@@ -59,7 +59,7 @@ def make_weights(kind: str, shape: tuple[int, ...], rng: np.random.Generator) ->
         return rng.choice(np.asarray([-128, -127, 127], np.int8), shape)
     if kind == "largest":
         return np.full(shape, 127, np.int8)
-    bound = 128 if kind == "uniform" else 20
+    bound = {"uniform": 128, "nibbles": 8}.get(kind, 20)
     return rng.integers(-bound, bound, shape).astype(np.int8)
 
 
