@@ -67,6 +67,7 @@ class Settings:
             else.
         seed: Seed of the random directions.
         memory: Bytes that kept float prefixes may take.
+        activation_bits: Widths of activations to try.
     """
 
     weight_bits: tuple[int, ...] = (8, 6, 4)
@@ -75,10 +76,13 @@ class Settings:
     loss: Literal["auto", "kl", "mse"] = "auto"
     seed: int = 0
     memory: float = 512e6
+    activation_bits: tuple[int, ...] = (8,)
 
     def __post_init__(self) -> None:
         if not self.weight_bits or not all(2 <= b <= 8 for b in self.weight_bits):
             raise UsageError(f"weight bits {self.weight_bits}: expected widths from 2 to 8")
+        if not self.activation_bits or not all(2 <= b <= 8 for b in self.activation_bits):
+            raise UsageError(f"activation bits {self.activation_bits}: expected widths from 2 to 8")
         if self.samples < 1 or self.fisher_samples < 0:
             raise UsageError("the number of samples must be at least 1")
 
@@ -239,6 +243,8 @@ def _key(graph: Graph, data: _Data, table: CalibrationTable, how: Settings) -> s
     ranges = sorted((n, t.range) for n, t in table.tensors.items())
     parts: list[Any] = [digest(graph), data.digest, metric, how.weight_bits, how.samples]
     parts += [how.fisher_samples, how.loss, how.seed, ranges]
+    if how.activation_bits != (8,):
+        parts.append(how.activation_bits)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -292,8 +298,11 @@ def _trial(
 ) -> Trial:
     node = graph.node(unit.node)
     x, w = node.input(0), node.input(1)
+    qparams = {}
+    for bits in how.activation_bits:
+        second = None if w.is_constant else activation_qparams(w, table, signed=True, bits=bits)
+        qparams[str(bits)] = (activation_qparams(x, table, signed=False, bits=bits), second)
     xq = activation_qparams(x, table, signed=False)
-    wq = None if w.is_constant else activation_qparams(w, table, signed=True)
     weights = {}
     if w.is_constant:
         weights = {str(b): fake_quantize(w.array(), weight_grid(node, b, xq)) for b in
@@ -304,7 +313,7 @@ def _trial(
         feeds=tuple(walker.feeds(unit)),
         weight=w.array() if w.is_constant else None,
         weights=weights,
-        qparams=(xq, wq),
+        qparams=qparams,
         heads=dict(heads),
         fisher_samples=runs,
         seed=(how.seed, index),
@@ -312,8 +321,10 @@ def _trial(
     )
 
 
-def activation_qparams(v: Value, table: CalibrationTable, *, signed: bool) -> QuantParams:
-    """Return the 8-bit parameters that an activation gets as an operand of a product.
+def activation_qparams(
+    v: Value, table: CalibrationTable, *, signed: bool, bits: int = 8
+) -> QuantParams:
+    """Return the parameters that an activation gets as an operand of a product.
 
     Raises:
         DataError: The calibration table has no range for it.
@@ -324,8 +335,8 @@ def activation_qparams(v: Value, table: CalibrationTable, *, signed: bool) -> Qu
         raise DataError(f"the calibration table has no range for {v.name!r}", value=v.name)
     lo, hi = (0.0, 1.0) if bounded or entry is None else entry.range
     if signed:
-        return choose_qparams(lo, hi, storage=DType.INT8, scheme="symmetric")
-    return choose_qparams(lo, hi, storage=DType.UINT8)
+        return choose_qparams(lo, hi, storage=DType.INT8, scheme="symmetric", bits=bits)
+    return choose_qparams(lo, hi, storage=DType.UINT8, bits=bits)
 
 
 def weight_grid(node: Node, bits: int, x: QuantParams) -> QuantParams:

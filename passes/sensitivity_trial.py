@@ -66,7 +66,7 @@ class Trial:
         feeds: The runs.
         weight: Float weights; None where the second operand is computed.
         weights: Bits -> rounded weights.
-        qparams: 8-bit parameters of the operands (the second only where it is computed).
+        qparams: Bits -> parameters of the operands (the second only where it is computed).
         heads: Output name -> how it is compared.
         fisher_samples: Samples of the Fisher trace.
         seed: Seed of its directions.
@@ -77,7 +77,7 @@ class Trial:
     feeds: tuple[Feed, ...]
     weight: Array | None
     weights: Mapping[str, Array]
-    qparams: tuple[QuantParams, QuantParams | None]
+    qparams: Mapping[str, tuple[QuantParams, QuantParams | None]]
     heads: Mapping[str, Head]
     fisher_samples: int
     seed: tuple[int, ...]
@@ -166,9 +166,9 @@ def try_unit(trial: Trial) -> Tried:
         x, w = run.operands(arrays)
         reference = run(arrays, x, w)
         run.keep(found, "float", reference, feed)
-        xq, wq = trial.qparams
         changes = {f"w{b}": (x, q) for b, q in trial.weights.items()}
-        changes["a8"] = (fake_quantize(x, xq), w if wq is None else fake_quantize(w, wq))
+        for b, (xq, wq) in trial.qparams.items():
+            changes[f"a{b}"] = (fake_quantize(x, xq), w if wq is None else fake_quantize(w, wq))
         for name, (x_, w_) in changes.items():
             result = run(arrays, x_, w_)
             sums = found.sums.setdefault(name, Sums())

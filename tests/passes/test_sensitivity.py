@@ -127,6 +127,18 @@ def test_figures(net: Graph, samples: SampleSet, table: CalibrationTable) -> Non
     assert SensitivityReport.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
+def test_narrower_activations_cost_more(
+    net: Graph, samples: SampleSet, table: CalibrationTable
+) -> None:
+    how = Settings(weight_bits=(8,), samples=8, fisher_samples=0, activation_bits=(8, 7, 5))
+    for n in measure_sensitivity(net, table, samples, settings=how).nodes:
+        levels = [n.activation[b].sqnr for b in ("8", "7", "5")]
+        assert levels[0] - levels[1] == pytest.approx(6, abs=4)  # one bit
+        assert levels[1] - levels[2] == pytest.approx(12, abs=5)
+    with pytest.raises(UsageError, match="activation bits"):
+        Settings(activation_bits=(1,))
+
+
 def test_own_result_equals_a_direct_computation(
     net: Graph, samples: SampleSet, table: CalibrationTable
 ) -> None:
