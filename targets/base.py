@@ -89,6 +89,9 @@ class Built:
         executor: "vm", or "interpreter" for targets without a library.
         tvm_target: Text of the TVM target, for the manifest.
         notes: What the user should know of how it was built, one sentence each.
+        records: Digest of the tuned parameters in use; None where none are.
+        workloads: Kernel symbol -> digest of its code: equal digests take equal time on one
+            machine. Empty where the target cannot tell.
     """
 
     library: bytes | None
@@ -100,6 +103,8 @@ class Built:
     executor: str = "vm"
     tvm_target: str = ""
     notes: tuple[str, ...] = ()
+    records: str | None = None
+    workloads: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(ABC):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from qcompiler.errors import CodegenError, QCompilerError
@@ -61,6 +62,22 @@ def _is_check(binding: Any) -> bool:
     value = binding.value
     op = getattr(value, "op", None)
     return isinstance(op, relax.ExternFunc) and str(op.global_symbol) in _CHECKS
+
+
+def workload_digests(module: Any, target: Any) -> dict[str, str]:
+    """Return kernel symbol -> digest of its code for a target, the same in every process."""
+    import tvm_ffi
+    from tvm import tirx
+
+    found = {}
+    for symbol, function in module.functions.items():
+        if not isinstance(function, tirx.PrimFunc):
+            continue
+        if function.attrs is not None and "global_symbol" in function.attrs:
+            function = function.without_attr("global_symbol")
+        code = tvm_ffi.structural_hash(function) & (2**64 - 1)
+        found[str(symbol.name_hint)] = hashlib.sha256(f"{code} {target}".encode()).hexdigest()[:32]
+    return found
 
 
 def build_library(
