@@ -64,7 +64,7 @@ def get_target(name: str) -> Backend:
     """
     points = _points(TARGETS)
     if name == "host":
-        from qcompiler.targets.x86 import host_target
+        from qcompiler.targets.cpu import host_target
 
         name = host_target()
     if name not in points:

@@ -8,22 +8,23 @@ how wide the vectors are and which instruction multiplies 8-bit operands.  The g
 
 Importing this module imports nothing heavy; `tvm_target` imports TVM when it is called.
 
-Sources: Intel 64 SDM volume 2 (PMADDUBSW, PMADDWD, VPDPBUSD), LLVM `IntrinsicsX86.td`.
+Sources: Intel 64 SDM volume 2 (PMADDUBSW, PMADDWD, VPDPBUSD), LLVM `IntrinsicsX86.td`; Arm A64
+instruction set (SMULL, SMLAL, SADALP, SDOT, SMMLA), LLVM `IntrinsicsAArch64.td`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
 from qcompiler.cpu import missing_features
 from qcompiler.errors import UnknownTargetError
 
-__all__ = ["ISA_TABLE", "Isa", "isa_named", "runnable", "tvm_target"]
+__all__ = ["ISA_TABLE", "Isa", "isa_named", "runnable", "tvm_target", "with_processor"]
 
-DotKind = Literal["none", "maddubs", "vpdpbusd"]
+DotKind = Literal["none", "maddubs", "vpdpbusd", "smlal", "sdot", "smmla"]
 IntrinsicKey = tuple[str, int]
 
 
@@ -47,8 +48,10 @@ class Isa:
     """How many architectural vector registers there are."""
     dot: DotKind
     """How 8-bit operands are multiplied: "none" widens to int16 first; "maddubs" adds neighbouring
-    products into int16 with saturation, so it needs a proof; "vpdpbusd" adds four products into
-    int32 and never saturates."""
+    products into int16 with saturation, so it needs a proof; "vpdpbusd" and "sdot" add four
+    products into int32 and never saturate; "smlal" multiplies into int16, where a proof says how
+    many products may be added before they are widened; "smmla" adds eight products into each of
+    the 2 x 2 int32 of two rows and two columns."""
     k_group: int
     """How many neighbours along K one 32-bit lane of the dot instruction consumes."""
     a_dtype: str
@@ -62,7 +65,27 @@ class Isa:
     "madd_u8s8" (u8 x s8 pairs to int16, saturating), "dot_u8s8" (four u8 x s8 products added to
     int32), "round_i32" (float32 to int32, ties to even), "pack_i16" (two int32 vectors to int16,
     saturating, within 128-bit lanes), "pack_u8" and "pack_i8" (two int16 vectors to 8 bits),
-    "sum_u8" (absolute differences of u8 added by eights to int64)."""
+    "sum_u8" (absolute differences of u8 added by eights to int64), "dot_s8s8" (as "dot_u8s8"),
+    "matmul_s8s8" (2 x 8 by 8 x 2 products added to 2 x 2 int32), "mul_s8" (s8 x s8 to int16),
+    "pairs_i16" (neighbouring int16 added to int32), "table_4" and "table_4_else" (16 indices into
+    64 bytes; others give 0, or keep a byte)."""
+    mcpus: tuple[str, ...] = ()
+    """Processors that may be named in place of `mcpu`, for their scheduling model."""
+
+    @property
+    def architecture(self) -> str:
+        """The processor family, "x86_64" or "aarch64"."""
+        return self.mtriple.split("-")[0]
+
+    @property
+    def adds_to_int32(self) -> bool:
+        """Whether the dot instruction adds products into int32: exact for all operands."""
+        return self.dot in ("vpdpbusd", "sdot", "smmla")
+
+    @property
+    def dot_operation(self) -> str:
+        """The intrinsic that adds four neighbouring products of the row's operands to int32."""
+        return "dot_s8s8" if self.a_dtype == "int8" else "dot_u8s8"
 
     def lanes(self, bits: int | None = None) -> int:
         """How many 32-bit lanes a vector of `bits` (default: the widest) has."""
@@ -110,6 +133,43 @@ _AVX512VNNI: dict[IntrinsicKey, str] = {
     ("pack_i8", 512): "llvm.x86.avx512.packsswb.512",
 }
 _AVX2_FEATURES = ("avx2", "fma", "f16c", "bmi1", "bmi2", "movbe")
+_AVX512VNNI_FEATURES = (
+    *_AVX2_FEATURES,
+    "avx512f",
+    "avx512bw",
+    "avx512cd",
+    "avx512dq",
+    "avx512vl",
+    "avx512_vnni",
+)
+
+_NEON: dict[IntrinsicKey, str] = {
+    ("mul_s8", 128): "llvm.aarch64.neon.smull",
+    ("pairs_i16", 128): "llvm.aarch64.neon.saddlp",
+    ("round_i32", 128): "llvm.aarch64.neon.fcvtns",
+    ("table_4", 128): "llvm.aarch64.neon.tbl4",
+    ("table_4_else", 128): "llvm.aarch64.neon.tbx4",
+}
+_DOTPROD: dict[IntrinsicKey, str] = {
+    **_NEON,
+    ("dot_s8s8", 128): "llvm.aarch64.neon.sdot",
+}
+_I8MM: dict[IntrinsicKey, str] = {
+    **_DOTPROD,
+    ("matmul_s8s8", 128): "llvm.aarch64.neon.smmla",
+}
+# What LLVM could use by itself, without being asked to, on some processor that a user may name.
+# Switched off, so that a row's code needs the row's features and no more, whatever the processor.
+_ARM_WITHOUT = (
+    "-bf16",
+    "-complxnum",
+    "-cssc",
+    "-fp16fml",
+    "-fullfp16",
+    "-rdm",
+    "-sha3",
+    "-sve",
+)
 
 _ROWS = (
     Isa(
@@ -162,15 +222,7 @@ _ROWS = (
         mtriple="x86_64-unknown-linux-gnu",
         mcpu="x86-64-v4",
         mattr=("+avx512vnni",),
-        cpu_features=(
-            *_AVX2_FEATURES,
-            "avx512f",
-            "avx512bw",
-            "avx512cd",
-            "avx512dq",
-            "avx512vl",
-            "avx512_vnni",
-        ),
+        cpu_features=_AVX512VNNI_FEATURES,
         vector_bits=512,
         vector_registers=32,
         dot="vpdpbusd",
@@ -180,10 +232,77 @@ _ROWS = (
         fma=True,
         intrinsics=MappingProxyType(_AVX512VNNI),
     ),
+    Isa(
+        name="arm-neon",
+        mtriple="aarch64-unknown-linux-gnu",
+        mcpu="cortex-a72",
+        mattr=("-dotprod", "-i8mm", *_ARM_WITHOUT),
+        cpu_features=("asimd",),
+        vector_bits=128,
+        vector_registers=32,
+        dot="smlal",
+        k_group=4,
+        a_dtype="int8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_NEON),
+        mcpus=("cortex-a35", "cortex-a53", "cortex-a57", "cortex-a72", "cortex-a73"),
+    ),
+    Isa(
+        name="arm-dotprod",
+        mtriple="aarch64-unknown-linux-gnu",
+        mcpu="cortex-a76",
+        mattr=("+dotprod", "-i8mm", *_ARM_WITHOUT),
+        cpu_features=("asimd", "asimddp"),
+        vector_bits=128,
+        vector_registers=32,
+        dot="sdot",
+        k_group=4,
+        a_dtype="int8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_DOTPROD),
+        mcpus=(
+            "cortex-a55",
+            "cortex-a75",
+            "cortex-a76",
+            "cortex-a77",
+            "cortex-a78",
+            "cortex-x1",
+            "neoverse-n1",
+            "apple-m1",
+        ),
+    ),
+    Isa(
+        name="arm-i8mm",
+        mtriple="aarch64-unknown-linux-gnu",
+        mcpu="neoverse-v1",
+        mattr=("+dotprod", "+i8mm", *_ARM_WITHOUT),
+        cpu_features=("asimd", "asimddp", "i8mm"),
+        vector_bits=128,
+        vector_registers=32,
+        dot="smmla",
+        k_group=8,
+        a_dtype="int8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_I8MM),
+        mcpus=(
+            "cortex-a510",
+            "cortex-a710",
+            "cortex-a715",
+            "cortex-x2",
+            "cortex-x3",
+            "neoverse-n2",
+            "neoverse-v1",
+            "neoverse-v2",
+            "apple-m2",
+        ),
+    ),
 )
 
 ISA_TABLE: Mapping[str, Isa] = MappingProxyType({row.name: row for row in _ROWS})
-"""All rows by name, from the least to the most capable."""
+"""All rows by name, those of one architecture from the least to the most capable."""
 
 
 def isa_named(name: str) -> Isa:
@@ -197,6 +316,21 @@ def isa_named(name: str) -> Isa:
             f"no instruction set named {name!r}: the rows are {', '.join(ISA_TABLE)}"
         )
     return ISA_TABLE[name]
+
+
+def with_processor(isa: Isa, mcpu: str) -> Isa:
+    """Return the row with another processor's scheduling model; the instructions stay the row's.
+
+    Raises:
+        UnknownTargetError: not one of the processors known to have the row's features.
+    """
+    if mcpu != isa.mcpu and mcpu not in isa.mcpus:
+        known = ", ".join(isa.mcpus) or "none but its own"
+        raise UnknownTargetError(
+            f"target {isa.name} cannot be built for the processor {mcpu!r}: known are {known}",
+            hint=f"leave it out: {isa.name} runs on every CPU with {', '.join(isa.cpu_features)}",
+        )
+    return replace(isa, mcpu=mcpu)
 
 
 def runnable(isa: Isa) -> bool:

@@ -21,7 +21,7 @@ from qcompiler.targets.kernels.gemm import (
     pack_conv,
 )
 
-ROWS = list(ISA_TABLE.values())
+ROWS = [isa for isa in ISA_TABLE.values() if isa.architecture == "x86_64"]
 
 DOT = {"none": "pmaddwd", "maddubs": "vpmaddubsw", "vpdpbusd": "vpdpbusd"}
 

@@ -1,0 +1,25 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Hold every 8-bit activation as int8: ARM dot instructions multiply s8 by s8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from qcompiler.ir import Graph
+from qcompiler.passes.signedness import hold_activations
+from qcompiler.passmanager import Pass, PassContext
+from qcompiler.types import DType
+
+
+@dataclass(frozen=True)
+class SignedActivations(Pass):
+    """Shift uint8 activations (not weights, not graph inputs and results) to int8."""
+
+    name: ClassVar[str] = "signed_activations"
+
+    def run(self, graph: Graph, ctx: PassContext) -> bool:
+        """Return whether anything was shifted."""
+        del ctx
+        return hold_activations(graph, DType.INT8)
