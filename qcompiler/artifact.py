@@ -166,6 +166,7 @@ class Artifact:
         executor: "vm" runs `library`; "interpreter" runs the graph that `extras` holds.
         extras: Further members by name.
         sources: SHA-256 of what it was made from: "model", "calibration", "plan"...
+        lock: Everything that decided its bytes (see `qcompiler.lock`), as JSON; None without.
         versions: Versions of the packages that made it.
         producer: Version of qcompiler that made it.
     """
@@ -179,6 +180,7 @@ class Artifact:
     executor: str = "vm"
     extras: Mapping[str, bytes] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    lock: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=_package_versions)
     producer: str = field(default_factory=_own_version)
 
@@ -204,7 +206,9 @@ class Artifact:
 
     def manifest(self) -> dict[str, Any]:
         """Return the content of manifest.json. Reads every member once, for its digest."""
+        lock = {} if self.lock is None else {"lock": dict(self.lock)}
         return {
+            **lock,
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "producer": {"name": "qcompiler", "version": self.producer},
@@ -331,6 +335,7 @@ def read_artifact(path: PathLike, *, check_cpu: bool = True) -> Artifact:
                 executor=manifest["executor"],
                 extras=extras,
                 sources=manifest["sources"],
+                lock=manifest.get("lock"),
                 versions=manifest["versions"],
                 producer=manifest["producer"]["version"],
             )

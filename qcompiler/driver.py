@@ -31,6 +31,9 @@ from qcompiler.errors import (
 )
 from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
+from qcompiler.lock import Lock
+from qcompiler.lock import options as lock_options
+from qcompiler.lock import versions as lock_versions
 from qcompiler.manifest import TargetInfo, TensorSpec
 from qcompiler.ops import Stage
 from qcompiler.passmanager import (
@@ -44,7 +47,7 @@ from qcompiler.passmanager import (
 )
 from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, found_in, uniform
 from qcompiler.printer import digest
-from qcompiler.records import RecordFile
+from qcompiler.records import RecordFile, Records
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
 from qcompiler.slices import MINIMUM
@@ -91,6 +94,7 @@ def compile(
     tuning: Tuning | None = None,
     methods: str | Sequence[Pass] = (),
     seed: int = 0,
+    locked: str | os.PathLike[str] | None = None,
     progress: ProgressFn | None = None,
 ) -> CompiledModel:
     """Compile a trained ONNX model for a target.
@@ -112,6 +116,8 @@ def compile(
         methods: Post-training methods that keep accuracy, as passes or as text:
             "equalize,adaround"; what held-out calibration samples do not approve is undone.
         seed: Seed of everything random.
+        locked: Artifact or lock file to make again: whatever differs from it is refused, and its
+            plan is taken where "auto" would search for one.
         progress: Called with (what is going on, units done, units in total).
 
     Returns:
@@ -123,10 +129,18 @@ def compile(
         UnknownTargetError: No such target.
         UnsupportedByTargetError: The target lacks what was asked for.
         InfeasibleBudgetError: The budget is not kept; its `best` is the compiled model.
+        LockError: Something differs from `locked`; all of it is listed.
     """
     started = time.perf_counter()
     report_progress = progress or no_progress
     backend = get_target(target if isinstance(target, str) else target.name)
+    decided = _decided(backend.spec, methods, input_shapes, freeze, seed)
+    lock = None if locked is None else Lock.load(locked)
+    if lock is not None:
+        calibration = None if calibration is None else load_samples(calibration)
+        _check_locked(lock, decided, model, calibration, evaluate, tuning)
+        if precision == "auto":
+            precision = lock.precision_plan()
     clock = TimeInstrument()
     result = quantize_model(
         model,
@@ -140,9 +154,13 @@ def compile(
         progress=report_progress,
         instruments=(clock,),
     )
+    if lock is not None:
+        lock.check_plan(result.plan, result.sources["plan"])
     built = build_graph(result.graph, backend, report_progress, tuning=tuning, seed=seed)
     result.log.extend(built.notes)
-    compiled = assemble(built, backend.spec, result)
+    compiled = assemble(built, backend.spec, result, decided)
+    if lock is not None:
+        lock.check_result(compiled.artifact)
     from qcompiler.measure import measured_report
 
     compiled.report = measured_report(
@@ -158,6 +176,49 @@ def compile(
     )
     _check_budget(compiled, budget)
     return compiled
+
+
+def _decided(
+    spec: TargetSpec,
+    methods: str | Sequence[Pass],
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    freeze: Mapping[str, Array | float | bool] | None,
+    seed: int,
+) -> Lock:
+    """Return the lock of a compilation as far as it is known before any work."""
+    tools: dict[str, str] = {}
+    if spec.triple is not None:
+        from qcompiler.targets.toolchain import toolchain
+
+        tools = toolchain(spec.triple)
+    options = lock_options(
+        target=spec.name, methods=methods, input_shapes=input_shapes, freeze=freeze, seed=seed
+    )
+    return Lock({}, lock_versions(tools), options)
+
+
+def _check_locked(
+    lock: Lock,
+    decided: Lock,
+    model: ModelSource,
+    calibration: SampleSource | None,
+    evaluate: Evaluation | Callable[[CompiledModel], float] | None,
+    tuning: Tuning | None,
+) -> None:
+    """Refuse what differs from the lock before any work is done."""
+    from qcompiler.onnx_import import model_digest
+
+    if tuning is not None and tuning.searches:
+        raise UsageError(
+            "a locked compilation cannot tune: what tuning finds would differ from the lock",
+            hint="give the records without a limit, or leave `locked` out",
+        )
+    digests = {"model": model_digest(model)}
+    if calibration is not None:
+        digests["calibration"] = load_samples(calibration).digest()
+    if isinstance(evaluate, Evaluation):
+        digests["evaluation"] = load_samples(evaluate.samples).digest()
+    lock.check_inputs(dataclasses.replace(decided, digests=digests))
 
 
 def quantize_model(
@@ -269,14 +330,18 @@ def build_graph(
     with interruptible():
         shaped = PassManager(backend.passes()).run(graph, PassContext(progress=progress))
         if tuning is not None:
-            backend = _tuned(shaped, backend, tuning, seed, progress)
-        return backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
+        records = None
+            records = _tuned(shaped, backend, tuning, seed, progress)
+            backend = backend.with_records(records)
+        built = backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
+        used = None if records is None else records.used_digest()
+        return dataclasses.replace(built, records=used)
 
 
 def _tuned(
     graph: Graph, backend: Backend, tuning: Tuning, seed: int, progress: ProgressFn
-) -> Backend:
-    """Return the backend with the parameters that the records, and more tuning, choose."""
+) -> Records:
+    """Return the records that choose the parameters, after more tuning where it is asked for."""
     with tempfile.TemporaryDirectory(prefix="qcompiler-records-") as folder:
         if tuning.records is None:
             tuning = dataclasses.replace(tuning, records=folder)
@@ -288,7 +353,7 @@ def _tuned(
                 f"there are no tuning records at {file.path}",
                 hint="make some with `qcompile tune`, or give a limit for tuning now",
             )
-        return backend.with_records(file.read(host_cpu().name))
+        return file.read(host_cpu().name)
 
 
 def tune(
@@ -343,10 +408,16 @@ def _stand_in(graph: Graph, seed: int) -> list[dict[str, Array]]:
     return samples
 
 
-def assemble(built: Built, spec: TargetSpec, result: Quantized) -> CompiledModel:
-    """Return the model of what a backend built."""
+def assemble(
+    built: Built, spec: TargetSpec, result: Quantized, decided: Lock | None = None
+) -> CompiledModel:
+    """Return the model of what a backend built, with a lock where it is known what decided it."""
     graph = built.graph
     names = _distinct(built.parameter_names)
+    sources = dict(result.sources)
+    if built.records is not None:
+        sources["records"] = built.records
+    lock = None if decided is None else dataclasses.replace(decided, digests=sources).to_json()
     artifact = Artifact(
         target=TargetInfo(
             name=spec.name,
@@ -367,7 +438,8 @@ def assemble(built: Built, spec: TargetSpec, result: Quantized) -> CompiledModel
         plan=result.plan.to_json(),
         executor=built.executor,
         extras=dict(built.members),
-        sources=result.sources,
+        sources=sources,
+        lock=lock,
     )
     return CompiledModel(artifact)
 

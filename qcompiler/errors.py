@@ -129,6 +129,18 @@ class ArtifactError(QCompilerError):
     """A .qcm file is truncated, altered, of an unknown version, or cannot be written."""
 
 
+class LockError(QCompilerError):
+    """A locked compilation differs from its lock, or a lock cannot be read.
+
+    Attributes:
+        differences: One sentence per difference: what was found, what is locked.
+    """
+
+    def __init__(self, message: str, *, differences: tuple[str, ...] = (), **fields: Any) -> None:
+        super().__init__(message, **fields)
+        self.differences = differences
+
+
 class PassError(QCompilerError):
     """A pass failed.
 

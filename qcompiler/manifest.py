@@ -151,6 +151,16 @@ SCHEMA: dict[str, Any] = {
             },
         },
         "sources": _STRINGS,
+        "lock": {
+            "type": "object",
+            "required": ["digests", "options", "versions"],
+            "additionalProperties": False,
+            "properties": {
+                "digests": _STRINGS,
+                "options": {"type": "object"},
+                "versions": _STRINGS,
+            },
+        },
     },
 }
 """JSON Schema of manifest.json; `check_schema` knows the keywords that it uses."""

@@ -126,7 +126,8 @@ def measured_report(
         "versions": dict(compiled.artifact.versions),
         "machine": {"cpu": host_cpu().name, "threads": default_threads(),
                     "python": platform.python_version()},
-        "digests": dict(result.sources),
+        "digests": dict(compiled.artifact.sources),
+        "lock": None if compiled.artifact.lock is None else dict(compiled.artifact.lock),
         "notes": notes,
     }  # fmt: skip
     reference = None

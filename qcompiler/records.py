@@ -9,13 +9,15 @@ the next writer closes), and a merge is the union of both sides' lines in any or
 
 A *trial* is one candidate measured beside the untuned default. A *choice* closes the search for one
 workload: the candidate that beat the default by more than noise, or the default itself. Only
-choices decide how a model is compiled.
+choices decide how a model is compiled. A *latency* is the time of a kernel inside a running model,
+known by a digest of its code; `qcompile compile --precision auto` reads and writes them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -41,7 +43,7 @@ __all__ = [
 GENERATOR_VERSION = 1
 """Raised whenever a kernel generator changes what it emits: older records no longer apply."""
 
-Stage = Literal["trial", "choice"]
+Stage = Literal["trial", "choice", "latency"]
 Status = Literal["ok", "build failed", "wrong result", "timeout", "crashed"]
 
 _SUFFIX = ".jsonl"
@@ -211,6 +213,7 @@ class Records:
     machine: str = ""
 
     def __post_init__(self) -> None:
+        self._used: dict[WorkloadKey, Record] = {}
         self._by_key: dict[WorkloadKey, list[Record]] = {}
         for record in self.records:
             self._by_key.setdefault(record.key, []).append(record)
@@ -232,7 +235,36 @@ class Records:
     def best(self, key: WorkloadKey) -> Record | None:
         """Return the choice for a workload: this machine's latest, else anyone's latest."""
         choices = [r for r in self.of(key, "choice") if r.status == "ok"]
-        return max(choices, key=lambda r: (r.machine == self.machine, r.time), default=None)
+        found = max(choices, key=lambda r: (r.machine == self.machine, r.time), default=None)
+        if found is not None:
+            self._used[key] = found
+        return found
+
+    def latency(self, key: WorkloadKey, *, anywhere: bool = False) -> Record | None:
+        """Return the latest measured latency of a kernel, of this machine if there is one.
+
+        Args:
+            key: Of the kernel's code.
+            anywhere: Take another machine's where this one has none.
+        """
+        found = [
+            r
+            for r in self._by_key.get(key, ())
+            if r.stage == "latency" and (anywhere or r.machine == self.machine)
+        ]
+        return max(found, key=lambda r: (r.machine == self.machine, r.time), default=None)
+
+    def used_digest(self) -> str | None:
+        """Return the sha256 of the parameters that `best` gave so far, or None where it gave none.
+
+        Records of other models in the same file, and times of measuring, leave it as it is.
+        """
+        if not self._used:
+            return None
+        h = hashlib.sha256()
+        for key, record in sorted(self._used.items()):
+            h.update(json.dumps([dataclasses.astuple(key), sorted(record.params.items())]).encode())
+        return h.hexdigest()
 
     def add(self, record: Record) -> None:
         """Add a record that was just made."""

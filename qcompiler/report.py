@@ -73,7 +73,9 @@ def _accuracy(report: Report) -> Comparison | None:
         change = f"{gain:+.2f} points" if percent else f"{gain:+.4g}"
         limit = _number((report.get("budget") or {}).get("max_drop"))
         good = drop <= limit if limit is not None else (True if drop <= 0 else None)
-    return Comparison(name, before, after, score_text(name, before), score_text(name, after), change, good)
+    return Comparison(
+        name, before, after, score_text(name, before), score_text(name, after), change, good
+    )
 
 
 def _size(report: Report) -> Comparison | None:

@@ -68,6 +68,14 @@ def compile_(
         ),
     ] = None,
     seed: options.SeedOption = 0,
+    locked: Annotated[
+        Path | None,
+        typer.Option(
+            "--locked",
+            metavar="ART.qcm|LOCK.json",
+            help="Make this artifact, or what this lock says, again; refuse whatever differs.",
+        ),
+    ] = None,
     progress: options.ProgressOption = None,
     json_output: options.JsonOption = False,
 ) -> int:
@@ -86,6 +94,9 @@ def compile_(
         shell.output_file(report, "report")
     if records is not None and tune_seconds is None and not records.is_dir():
         shell.input_file(records, "tuning records")
+
+    if locked is not None:
+        shell.input_file(locked, "lock")
 
     import qcompiler
 
@@ -117,6 +128,7 @@ def compile_(
                 freeze=constants,
                 tuning=tuning,
                 seed=seed,
+                locked=locked,
                 progress=bars,
             )
         except InfeasibleBudgetError as error:

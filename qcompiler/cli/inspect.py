@@ -22,6 +22,12 @@ def inspect(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="An artifact (.qcm) or a model (.onnx).")
     ],
+    lock: Annotated[
+        Path | None,
+        typer.Option(
+            "--lock", metavar="LOCK.json", help="Write the artifact's lock, for compile --locked."
+        ),
+    ] = None,
     json_output: options.JsonOption = False,
 ) -> int:
     """Print what an artifact or an ONNX model holds; nothing of it is run."""
@@ -29,12 +35,24 @@ def inspect(
     with file.open("rb") as stream:
         is_archive = stream.read(2) == b"PK"
     if is_archive or file.suffix == ".qcm":
+        if lock is not None:
+            _write_lock(file, lock)
         _artifact(file, json_output)
+    elif lock is not None:
+        raise UsageError(f"--lock: {file} is not an artifact (.qcm)")
     elif file.suffix == ".onnx":
         _model(file, json_output)
     else:
         raise UsageError(f"{file} is neither an artifact (.qcm) nor a model (.onnx)")
     return shell.DONE
+
+
+def _write_lock(file: Path, lock: Path) -> None:
+    from qcompiler.lock import Lock
+
+    shell.output_file(lock, "lock")
+    Lock.load(file).save(lock)
+    shell.say(f"wrote {lock}")
 
 
 def _artifact(file: Path, json_output: bool) -> None:
@@ -59,6 +77,11 @@ def _artifact(file: Path, json_output: bool) -> None:
             **{f"source {name}": digest for name, digest in manifest["sources"].items()},
         },
     )
+    if manifest.get("lock"):
+        versions = ", ".join(f"{n} {v}" for n, v in manifest["lock"]["versions"].items())
+        chosen = {k: v for k, v in manifest["lock"]["options"].items() if v}
+        listed = ", ".join(f"{k} {v}" for k, v in chosen.items())
+        _facts(console, {"lock, versions": versions, "lock, options": listed})
     missing = found["missing_cpu_features"]
     if missing:
         console.print(f"This machine cannot run it: its CPU lacks {', '.join(missing)}.")
