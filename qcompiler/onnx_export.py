@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
+from qcompiler import onnx_export_recurrent  # its writers enter themselves into the table
 from qcompiler.errors import ModelError, UnsupportedOpError, UsageError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.onnx_export_ops import Emitter, opaque_proto
@@ -19,6 +20,8 @@ from qcompiler.onnx_import_model import MAX_OPSET, NodeChecker
 from qcompiler.onnx_import_tensors import make_type
 from qcompiler.ops import Stage
 from qcompiler.types import DType, PerGroup, TensorType
+
+del onnx_export_recurrent
 
 LEAST_OPSET = 17
 """LayerNormalization's opset; every importer that matters reads it."""
@@ -145,14 +148,32 @@ def _model(
     inputs: Iterable[Value],
     outputs: Iterable[tuple[str, TensorType]],
 ) -> onnx.ModelProto:
+    outputs = list(outputs)
+    nodes = _needed(e, {n for n, _ in outputs})
     graph = onnx.helper.make_graph(
-        e.nodes,
+        nodes,
         name,
         [onnx.helper.make_value_info(v.name, make_type(v.type)) for v in inputs],
         [onnx.helper.make_value_info(n, make_type(t)) for n, t in outputs],
         list(e.initializers.values()),
     )
     return _finish(graph, e.domains)
+
+
+def _needed(e: Emitter, returned: set[str]) -> list[onnx.NodeProto]:
+    """Return the nodes without those that only make what no written node reads."""
+    nodes = e.nodes
+    while e.skipped:
+        read = returned | {name for node in nodes for name in node.input}
+        idle = [n for n in nodes if all(o in e.skipped and o not in read for o in n.output)]
+        if not idle:
+            break
+        # What only they read is made for nothing as well.
+        e.skipped |= {name for n in idle for name in n.input}
+        nodes = [n for n in nodes if n not in idle]
+        kept = returned | {name for node in nodes for name in node.input}
+        e.initializers = {n: t for n, t in e.initializers.items() if n in kept}
+    return nodes
 
 
 def _finish(graph: onnx.GraphProto, domains: dict[str, int]) -> onnx.ModelProto:

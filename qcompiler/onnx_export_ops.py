@@ -30,6 +30,7 @@ class Emitter:
 
     Attributes:
         rename: Names that some values take in the file instead of their own.
+        skipped: Names that the written nodes do not read although the graph's nodes do.
     """
 
     def __init__(self, opset: int, *, plain: bool = False) -> None:
@@ -39,6 +40,7 @@ class Emitter:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.domains: dict[str, int] = {"": opset}
         self.rename: dict[Value, str] = {}
+        self.skipped: set[str] = set()
         self._taken: set[str] = set()
 
     def reserve(self, names: Sequence[str]) -> None:

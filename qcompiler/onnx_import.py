@@ -26,6 +26,7 @@ from qcompiler import (
     onnx_import_ops,
     onnx_import_qdq,
     onnx_import_quantized,
+    onnx_import_recurrent,
 )
 from qcompiler.errors import ModelError, QCompilerError, ShapeError, UnsupportedOpError
 from qcompiler.ir import Graph, Value
@@ -70,6 +71,7 @@ CONVERTER_MODULES = (
     onnx_import_qdq,
     onnx_import_quantized,
     onnx_import_einsum,
+    onnx_import_recurrent,
 )
 """Modules whose import fills the table of converters."""
 

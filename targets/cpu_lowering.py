@@ -50,9 +50,9 @@ class CpuLowering:
             isa: The row.
             choose: Chooses the parameters of every kernel that has some.
         """
-        from qcompiler.targets import cpu_moves  # its rows enter themselves into the table
+        from qcompiler.targets import cpu_moves, cpu_recurrent  # their rows enter themselves
 
-        del cpu_moves
+        del cpu_moves, cpu_recurrent
         self.isa = isa
         self.choose = choose
 

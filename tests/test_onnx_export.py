@@ -46,6 +46,7 @@ class Case:
     id: str = ""
 
 
+RECURRENT = {"lstm": 3, "gru": 2, "rnn": 1}
 X = uniform(2, 6, 7, 5)
 POSITIVE = np.abs(X) + 0.1
 WINDOW = {"strides": (1, 2), "pads": (1, 0, 1, 1), "dilations": (1, 1)}
@@ -124,6 +125,23 @@ CASES = [
     Case("resize", [X], {"mode": "linear", "antialias": True, "scales": (1.0, 1.0, 0.5, 0.5),
                          "shape": (2, 6, 3, 2)}, id="antialias"),
     Case("resize", [X], {**RESIZE, "coordinate_mode": "half_pixel_symmetric"}, id="symmetric"),
+    *(Case(op, [uniform(3, 2, gates * 4), uniform(4, gates * 4), *[uniform(2, 4)] * states, *more],
+           {"activations": ",".join(functions), "alphas": (0.3,) * len(functions),
+            "betas": (0.4,) * len(functions), **attrs}, constant=(1,), id=id)
+      for op, gates, states in (("lstm", 4, 2), ("gru", 3, 1), ("rnn", 1, 1))
+      for id, functions, more, attrs in (
+          ("plain", ("sigmoid", "tanh", "tanh")[3 - RECURRENT[op]:], (), {}),
+          ("reverse", ("hard_sigmoid", "softsign", "tanh")[:RECURRENT[op]], (),
+           {"reverse": True, "clip": 0.6}),
+          ("lens", ("tanh", "relu", "elu")[:RECURRENT[op]], (np.asarray([3, 1], np.int32),), {}),
+      )),
+    Case("lstm", [uniform(3, 2, 16), uniform(4, 16), uniform(2, 4), uniform(2, 4), None,
+                  uniform(3, 4)],
+         {"activations": "sigmoid,tanh,tanh", "alphas": (0.0,) * 3, "betas": (0.0,) * 3,
+          "input_forget": True}, constant=(1,), id="peephole"),
+    Case("gru", [uniform(3, 2, 12), uniform(4, 12), uniform(2, 4), None, uniform(4)],
+         {"activations": "sigmoid,tanh", "alphas": (0.0,) * 2, "betas": (0.0,) * 2,
+          "linear_before_reset": True}, constant=(1,), id="linear_before_reset"),
 ]  # fmt: skip
 
 

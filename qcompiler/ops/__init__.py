@@ -9,6 +9,7 @@ from qcompiler.ops import (  # noqa: F401  (importing a module registers its row
     movement,
     opaque,
     quantized,
+    recurrent,
     reduce,
 )
 from qcompiler.ops._base import (

@@ -64,6 +64,7 @@ class OpKind(enum.Enum):
     NORM: softmax and normalizations.
     REDUCE: sums and means (pooling included).
     CAST: quantize, dequantize, requantize, cast.
+    RECURRENT: a loop over time (lstm, gru, rnn) around a product with constant weights.
     OTHER: everything else; stays float.
     """
 
@@ -74,6 +75,7 @@ class OpKind(enum.Enum):
     NORM = "norm"
     REDUCE = "reduce"
     CAST = "cast"
+    RECURRENT = "recurrent"
     OTHER = "other"
 
 
