@@ -51,7 +51,7 @@ class Metric:
 
 
 def metric_of(name: str) -> Metric:
-    """Return the metric of that name: top1, top5, mse, cosine, sqnr, or `module:function`.
+    """Return the metric of that name: top1, top5, mse, cosine, sqnr, kl, or `module:function`.
 
     A function gets (outputs, samples) and returns a float, higher meaning better unless it has a
     true attribute `lower_is_better`; a difference of it counts in its own unit.
@@ -62,7 +62,9 @@ def metric_of(name: str) -> Metric:
     if name in ("top1", "top5"):
         k = int(name[3:])
         return Metric(name, True, 100.0, False, lambda o, s, r: top_k(o, s, r, k))
-    distances = {"mse": (mse, False), "cosine": (cosine, True), "sqnr": (sqnr, True)}
+    distances: dict[str, tuple[Callable[[Outputs, Outputs], float], bool]] = {
+        "mse": (mse, False), "cosine": (cosine, True), "sqnr": (sqnr, True), "kl": (kl, False)
+    }  # fmt: skip
     if name in distances:
         fn, higher = distances[name]
         return Metric(name, higher, 1.0, True, lambda o, s, r: fn(o, _required(name, r)))
@@ -71,7 +73,7 @@ def metric_of(name: str) -> Metric:
         higher = not getattr(custom, "lower_is_better", False)
         return Metric(name, higher, 1.0, False, lambda o, s, r: _called(name, custom, o, s), False)
     raise UsageError(
-        f"unknown metric {name!r}: expected top1, top5, mse, cosine, sqnr or module:function"
+        f"unknown metric {name!r}: expected top1, top5, mse, cosine, sqnr, kl or module:function"
     )
 
 
@@ -184,3 +186,28 @@ def sqnr(outputs: Outputs, reference: Outputs) -> float:
         level = 10 * math.log10(signal / noise) if noise and signal else math.inf
         found.append(min(level, SQNR_CEILING) if not noise or signal else 0.0)
     return float(np.mean(found))
+
+
+def kl(outputs: Outputs, reference: Outputs) -> float:
+    """Return the KL divergence from the float model's class distributions, in nat.
+
+    Classes lie along an output's last axis. Rows of the float model that are not negative and add
+    up to 1 are probabilities, all others are scores of a softmax. Averaged over rows and outputs.
+    """
+    found = []
+    for a, b in _pairs(outputs, reference):
+        both = [v.reshape(-1, v.shape[-1]) if v.ndim else v.reshape(1, 1) for v in (a, b)]
+        p = both[1]
+        are = p.size and float(p.min()) >= 0 and np.allclose(p.sum(1), 1, atol=1e-3)
+        log_a, log_b = (_log_probabilities(v, bool(are)) for v in both)
+        found.append(float((np.exp(log_b) * (log_b - log_a)).sum(1).mean()) if p.size else 0.0)
+    return max(float(np.mean(found)), 0.0)
+
+
+def _log_probabilities(y: Array, are_probabilities: bool) -> Array:
+    if are_probabilities:
+        logs: Array = np.log(np.maximum(y, 1e-12))
+        return logs
+    shifted = y - y.max(1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return result

@@ -251,6 +251,15 @@ def test_distances():
     assert score("cosine", {"y": -SCORES[:2]}, {}, {"y": SCORES[:2]}) == pytest.approx(-1.0)
     assert score("sqnr", b, {}, a) == pytest.approx(10 * math.log10((SCORES**2).sum() / 12))
     assert score("sqnr", a, {}, a) == SQNR_CEILING
+    p = np.exp(SCORES) / np.exp(SCORES).sum(1, keepdims=True)
+    q = np.exp(SCORES + 2) / np.exp(SCORES + 2).sum(1, keepdims=True)
+    assert score("kl", {"y": SCORES + 2}, {}, {"y": SCORES}) == pytest.approx(0, abs=1e-9)
+    other = SCORES[:, ::-1]
+    wrong = np.exp(other) / np.exp(other).sum(1, keepdims=True)
+    expected = float((p * np.log(p / wrong)).sum(1).mean())
+    assert score("kl", {"y": other}, {}, {"y": SCORES}) == pytest.approx(expected, rel=1e-5)
+    assert score("kl", {"y": wrong}, {}, {"y": q}) == pytest.approx(expected, rel=1e-5)
+    assert metric_of("kl").drop(0.0, 0.25) == 0.25
     with pytest.raises(UsageError, match="metric mse compares with the float model"):
         score("mse", a)
 

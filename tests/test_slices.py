@@ -90,7 +90,7 @@ def test_no_group_of_enough_samples_has_no_worst() -> None:
     assert found["worst_slice"] is None
 
 
-@pytest.mark.parametrize("metric", ["top1", "top5", "mse", "cosine", "sqnr"])
+@pytest.mark.parametrize("metric", ["top1", "top5", "mse", "cosine", "sqnr", "kl"])
 def test_every_metric_is_scored_per_group(metric: str) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 7, 40)

@@ -39,7 +39,7 @@ MetricOption = Annotated[
     typer.Option(
         "--metric",
         metavar="M",
-        help="top1, top5, mse, cosine, sqnr (these three against the float model) or "
+        help="top1, top5, mse, cosine, sqnr, kl (these four against the float model) or "
         "module:function.",
     ),
 ]
