@@ -60,7 +60,7 @@ from qcompiler.onnx_import_tensors import (
     read_type,
     to_onnx_array,
 )
-from qcompiler.ops import Stage
+from qcompiler.ops import OpKind, Stage
 from qcompiler.types import Array, Shape, TensorType
 
 __all__ = ["ModelSource", "OnnxModel", "load_onnx", "model_digest", "read_model"]
@@ -163,6 +163,7 @@ class _Importer:
         self.checker = NodeChecker(self.opsets, int(model.proto.ir_version))
         self.unsupported: dict[tuple[str, str], list[str]] = {}
         self.counts: dict[str, int] = {}
+        self.probing = False
 
     # ---------------------------------------------------------------------------- whole model
 
@@ -195,9 +196,41 @@ class _Importer:
         self._refuse_if_collected()
         self._set_outputs(proto, scope, inputs)
         self.graph.eliminate_dead()
+        if self._counts_steps(inputs, bound.shapes, freeze):
+            for v in (*self.graph.inputs, *self.graph.output_values):
+                v.batch_axis = None  # a run is one sequence: it cannot be cut into runs
         if any(v.type.is_quantized for v in self.graph.values()):
             self.graph.stage = Stage.QDQ
         return self.graph
+
+    def _counts_steps(
+        self, inputs: Sequence[Declared], shapes: Mapping[str, Shape], freeze: dict[str, object]
+    ) -> bool:
+        """Whether the open first extent of an input counts the steps of a recurrent operator.
+
+        Then samples along it are one sequence, not a batch. Importing the model again with one
+        step more tells.
+        """
+        steps = [n.input(0).shape[0] for n in self.graph.nodes if n.op.kind is OpKind.RECURRENT]
+        open_first = {d.shape[0] for d in inputs
+                      if d.shape and not isinstance(d.shape[0], int)}  # fmt: skip
+        if not steps or not open_first or self.probing:
+            return False
+        longer: dict[str, Sequence[int]] = {}
+        for d in inputs:
+            if d.name not in freeze and d.shape is not None:
+                longer[d.name] = tuple(
+                    n + 1 if (want in open_first and (want is not None or i == 0)) else n
+                    for i, (want, n) in enumerate(zip(d.shape, shapes[d.name], strict=True))
+                )
+        probe = _Importer(self.model)
+        probe.probing = True
+        try:
+            other = probe.run(longer, freeze, {})
+        except QCompilerError:
+            return False
+        found = [n.input(0).shape[0] for n in other.nodes if n.op.kind is OpKind.RECURRENT]
+        return found != steps
 
     def _declared(self, info: onnx.ValueInfoProto) -> Declared:
         kind = info.type.WhichOneof("value")

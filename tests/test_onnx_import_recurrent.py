@@ -144,3 +144,44 @@ def test_refusals() -> None:
     model.graph.node[0].attribute[0].i = 3
     with pytest.raises(ModelError, match="hidden_size is 3, R has 8 columns"):
         load_onnx(model)
+
+
+def sequence_model(first: str) -> onnx.ModelProto:
+    """frames [T, 6] -> LSTM over T, its batch 1; the states are inputs."""
+    values_of = {"W": values(1, 32, WIDTH), "R": values(1, 32, HIDDEN)}
+    nodes = [
+        helper.make_node("Unsqueeze", ["frames", "one"], ["X"]),
+        helper.make_node("LSTM", ["X", "W", "R", "", "", "h0", "c0"], ["Y"], hidden_size=HIDDEN),
+        helper.make_node("Squeeze", ["Y", "both"], ["y"]),
+    ]
+    constants = {**values_of, "one": np.asarray([1]), "both": np.asarray([1, 2])}
+    shapes: dict[str, list[int | str]] = {
+        "frames": [first, WIDTH], "h0": [1, 1, HIDDEN], "c0": [1, 1, HIDDEN],
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes,
+        "net",
+        [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in shapes.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [first, HIDDEN])],
+        [numpy_helper.from_array(a, k) for k, a in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return model
+
+
+@pytest.mark.parametrize("steps", [None, 5])
+def test_steps_are_no_batch(steps: int | None) -> None:
+    """Samples along the time axis depend on each other, so a run must not be cut into runs."""
+    shapes = None if steps is None else {"frames": (steps, WIDTH)}
+    graph = load_onnx(sequence_model("T"), input_shapes=shapes)
+    assert [v.batch_axis for v in (*graph.inputs, *graph.output_values)] == [None] * 4
+
+
+def test_a_batch_beside_the_steps_stays_one() -> None:
+    model, _ = recurrent("GRU", layout=1)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    graph = load_onnx(model)
+    assert graph.inputs[0].shape == (1, STEPS, WIDTH)
+    assert [v.batch_axis for v in (*graph.inputs, *graph.output_values)] == [0, 0, 0]
