@@ -11,6 +11,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+MESSAGE_CHARACTERS = 3000
+"""Longer messages lose their middle: a damaged model holds lists of any length."""
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= MESSAGE_CHARACTERS:
+        return text
+    head, tail = MESSAGE_CHARACTERS * 2 // 3, MESSAGE_CHARACTERS // 4
+    return f"{text[:head]} ... ({len(text) - head - tail} more characters) ... {text[-tail:]}"
+
 
 class QCompilerError(Exception):
     """Root of all errors.
@@ -31,6 +41,7 @@ class QCompilerError(Exception):
         value: str | None = None,
         hint: str | None = None,
     ) -> None:
+        message = _bounded(message)
         super().__init__(message)
         self.message = message
         self.node = node

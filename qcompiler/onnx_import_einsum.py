@@ -17,7 +17,13 @@ import numpy as np
 
 from qcompiler.errors import ShapeError
 from qcompiler.ir import Value
-from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
+from qcompiler.onnx_import_context import (
+    OpContext,
+    check_folded_size,
+    converter,
+    normal_axis,
+    reshape,
+)
 
 Results = Sequence[Value] | None
 
@@ -113,6 +119,7 @@ def _one_hot(ctx: OpContext) -> Results:
     )
     axis = normal_axis(int(ctx.attr("axis", -1)), x.type.rank + 1)
     x = reshape(ctx, x, (*x.shape[:axis], 1, *x.shape[axis:]))
+    check_folded_size((depth,), x.dtype, "OneHot: the list of classes")
     end = ctx.scalar(depth, x)
     x = ctx.emit("where", ctx.emit("less", x, ctx.scalar(0, x)), ctx.emit("add", x, end), x)
     classes = np.arange(depth, dtype=x.dtype.numpy)

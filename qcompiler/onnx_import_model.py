@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
 import onnx.checker
 import onnx.inliner
+import onnx.shape_inference
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 
 from qcompiler.errors import ModelError
@@ -23,6 +24,8 @@ from qcompiler.errors import ModelError
 MIN_OPSET = 7
 MAX_OPSET = 28
 """Opsets of the default domain whose operators the converters know."""
+MAX_NODES = 500_000
+"""Nodes with all functions inlined: a few calls of calls would make billions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +118,68 @@ def _check_header(proto: onnx.ModelProto, name: str) -> None:
 
 
 def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    _check_functions(proto, name)
     try:
-        inlined: onnx.ModelProto = onnx.inliner.inline_local_functions(proto, convert_version=True)
-    except (RuntimeError, ValueError, DecodeError) as error:
+        try:
+            inlined = onnx.inliner.inline_local_functions(proto, convert_version=True)
+        except RuntimeError:  # converting a function of another opset takes the types around it
+            inlined = onnx.inliner.inline_local_functions(_with_types(proto), convert_version=True)
+    except (RuntimeError, ValueError, DecodeError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{name}: its functions cannot be inlined: {one_line(error)}") from None
-    return inlined
+    made: onnx.ModelProto = inlined
+    return made
+
+
+def _with_types(proto: onnx.ModelProto) -> onnx.ModelProto:
+    typed = onnx.ModelProto()
+    typed.CopyFrom(proto)
+    known = {v.name for v in typed.graph.input}
+    for t in typed.graph.initializer:
+        if t.name not in known:
+            info = onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+            typed.graph.value_info.append(info)
+    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(typed)
+    return inferred
+
+
+def _check_functions(proto: onnx.ModelProto, name: str) -> None:
+    """Refuse functions that call themselves, and calls of calls that explode.
+
+    Raises:
+        ModelError: Naming the function.
+    """
+    bodies = {(f.domain, f.name): [(n.domain, n.op_type) for n in _nodes(f.node)]
+              for f in proto.functions}  # fmt: skip
+    sizes: dict[tuple[str, str], int] = {}
+    # Callees first, without recursion: a chain of calls may be as long as the file.
+    for root in bodies:
+        stack, active = [root], set[tuple[str, str]]()
+        while stack:
+            at = stack[-1]
+            open_calls = [c for c in bodies[at] if c in bodies and c not in sizes]
+            if at not in sizes and open_calls:
+                active.add(at)
+                if open_calls[0] in active:
+                    raise ModelError(f"{name}: function {at[1]!r} calls itself through others")
+                stack.append(open_calls[0])
+                continue
+            sizes[at] = sum(sizes.get(c, 1) for c in bodies[at])
+            active.discard(at)
+            stack.pop()
+    calls = [(n.domain, n.op_type) for n in _nodes(proto.graph.node)]
+    total = sum(sizes.get(c, 1) for c in calls)
+    if total > MAX_NODES:
+        raise ModelError(
+            f"{name}: with its functions inlined it has {total} nodes; up to {MAX_NODES} are read"
+        )
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for g in subgraphs(node):
+            yield from _nodes(g.node)
 
 
 def _check_opsets(model: OnnxModel) -> None:

@@ -192,6 +192,17 @@ def _encoded(data: Array, dtype: DType) -> bytes:
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
+def _inside(root: pathlib.Path, location: str) -> pathlib.Path | None:
+    """Return the path of a file in a folder, or None where the location leads elsewhere."""
+    if not location or "\0" in location or pathlib.PurePath(location).is_absolute():
+        return None
+    try:
+        path = (root / location).resolve()
+    except (OSError, RuntimeError):  # a name that is too long, links in a circle
+        return None
+    return path if path.is_relative_to(root) else None
+
+
 def _external(tensor: TensorProto, folder: pathlib.Path | None, nbytes: int, what: str) -> bytes:
     """Read external data, confined to the model's folder (links resolved)."""
     entries = {e.key: e.value for e in tensor.external_data}
@@ -203,8 +214,8 @@ def _external(tensor: TensorProto, folder: pathlib.Path | None, nbytes: int, wha
             hint="give the path of the .onnx file instead",
         )
     root = folder.resolve()
-    path = (root / location).resolve()
-    if not location or pathlib.PurePath(location).is_absolute() or not path.is_relative_to(root):
+    path = _inside(root, location)
+    if path is None:
         raise ModelError(
             f"{what} names the external file {location!r}, which is not inside the model's folder"
         )
