@@ -329,8 +329,8 @@ def build_graph(
     """Run the target's passes on Graph[INTEGER], tune if asked to, lower and build it."""
     with interruptible():
         shaped = PassManager(backend.passes()).run(graph, PassContext(progress=progress))
-        if tuning is not None:
         records = None
+        if tuning is not None:
             records = _tuned(shaped, backend, tuning, seed, progress)
             backend = backend.with_records(records)
         built = backend.build(backend.lower(shaped, progress), TuningBudget(), progress)
@@ -413,11 +413,11 @@ def assemble(
 ) -> CompiledModel:
     """Return the model of what a backend built, with a lock where it is known what decided it."""
     graph = built.graph
-    names = _distinct(built.parameter_names)
     sources = dict(result.sources)
     if built.records is not None:
         sources["records"] = built.records
     lock = None if decided is None else dataclasses.replace(decided, digests=sources).to_json()
+    names = _distinct(built.parameter_names)
     artifact = Artifact(
         target=TargetInfo(
             name=spec.name,
