@@ -32,7 +32,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from qcompiler.cpu import host_cpu, missing_features
+from qcompiler.cpu import allow_tiles, host_cpu, missing_features
 from qcompiler.errors import ArtifactError, UnsupportedByTargetError, UsageError
 from qcompiler.manifest import (
     ALIGNMENT,
@@ -395,6 +395,12 @@ def check_runnable(target: TargetInfo, what: str) -> None:
 class _Reader:
     """Checked access to the members of an opened artifact."""
 
+    if "amx_tile" in target.cpu_features and not allow_tiles():
+        raise UnsupportedByTargetError(
+            f"{what} was compiled for {target.name}, and the system refuses this process the AMX "
+            f"tile registers",
+            hint="Linux 5.16 or later gives them; else compile for target 'x86-avx512vnni'",
+        )
     def __init__(self, path: PathLike, archive: zipfile.ZipFile, size: int) -> None:
         self.path = path
         self.size = size

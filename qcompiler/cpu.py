@@ -8,6 +8,7 @@ are the names that ISA rows ask for and that artifacts carry.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -21,6 +22,10 @@ from qcompiler.errors import UsageError
 _CPUINFO = Path("/proc/cpuinfo")
 _SYSFS = Path("/sys/devices/system/cpu")
 _CGROUP = Path("/sys/fs/cgroup")
+
+_ARCH_PRCTL = 158  # the system call's number on x86-64
+_ARCH_REQ_XCOMP_PERM = 0x1023
+_XTILEDATA = 18
 
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 
@@ -112,6 +117,22 @@ def cpu_features() -> frozenset[str]:
 def missing_features(required: frozenset[str] | tuple[str, ...]) -> tuple[str, ...]:
     """Return those of `required` that this machine's CPU lacks, sorted."""
     return tuple(sorted(set(required) - cpu_features()))
+
+
+@functools.cache
+def allow_tiles() -> bool:
+    """Ask Linux for the AMX tile registers; return whether this process may use them.
+
+    Their state is large, so a process gets it only when it asks, once, for all its threads and
+    children (not for programs it executes). Without permission the first tile instruction ends the
+    process. Source: Linux Documentation/arch/x86/xstate.rst.
+    """
+    if "amx_tile" not in cpu_features() or platform.system() != "Linux":
+        return False
+    try:
+        return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XTILEDATA) == 0)
+    except (OSError, AttributeError):
+        return False
 
 
 def _numpy_features() -> frozenset[str]:

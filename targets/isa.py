@@ -19,12 +19,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from qcompiler.cpu import missing_features
+from qcompiler.cpu import allow_tiles, missing_features
 from qcompiler.errors import UnknownTargetError
 
 __all__ = ["ISA_TABLE", "Isa", "isa_named", "runnable", "tvm_target", "with_processor"]
 
 DotKind = Literal["none", "maddubs", "vpdpbusd", "smlal", "sdot", "smmla"]
+TileKind = Literal["none", "tdpbusd"]
 IntrinsicKey = tuple[str, int]
 
 
@@ -69,6 +70,8 @@ class Isa:
     "matmul_s8s8" (2 x 8 by 8 x 2 products added to 2 x 2 int32), "mul_s8" (s8 x s8 to int16),
     "pairs_i16" (neighbouring int16 added to int32), "table_4" and "table_4_else" (16 indices into
     64 bytes; others give 0, or keep a byte)."""
+    tiles: TileKind = "none"
+    """What multiplies tiles of 16 x 64 bytes, beside `dot` on vectors: "tdpbusd" is AMX-INT8."""
     mcpus: tuple[str, ...] = ()
     """Processors that may be named in place of `mcpu`, for their scheduling model."""
 
@@ -233,6 +236,22 @@ _ROWS = (
         intrinsics=MappingProxyType(_AVX512VNNI),
     ),
     Isa(
+        name="x86-amx",
+        mtriple="x86_64-unknown-linux-gnu",
+        mcpu="x86-64-v4",
+        mattr=("+avx512vnni", "+amx-tile", "+amx-int8"),
+        cpu_features=(*_AVX512VNNI_FEATURES, "amx_tile", "amx_int8"),
+        vector_bits=512,
+        vector_registers=32,
+        dot="vpdpbusd",
+        k_group=4,
+        a_dtype="uint8",
+        b_dtype="int8",
+        fma=True,
+        intrinsics=MappingProxyType(_AVX512VNNI),
+        tiles="tdpbusd",
+    ),
+    Isa(
         name="arm-neon",
         mtriple="aarch64-unknown-linux-gnu",
         mcpu="cortex-a72",
@@ -335,7 +354,9 @@ def with_processor(isa: Isa, mcpu: str) -> Isa:
 
 def runnable(isa: Isa) -> bool:
     """Whether this machine can run code built for `isa`."""
-    return not missing_features(isa.cpu_features)
+    if missing_features(isa.cpu_features):
+        return False
+    return isa.tiles == "none" or allow_tiles()
 
 
 def tvm_target(isa: Isa) -> Any:

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from qcompiler.cpu import allow_tiles
 from qcompiler.types import Array
 
 HEADER = struct.Struct("<Q")
@@ -77,6 +78,7 @@ class Bench:
     """Runs kernels of one workload on this machine's CPU."""
 
     def __init__(self) -> None:
+        allow_tiles()  # kernels of the AMX row need it
         self.expected: Array | None = None
         self.inputs: list[Any] = []
         self.kernels: dict[int, tuple[Any, list[Any]]] = {}

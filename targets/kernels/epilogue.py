@@ -20,14 +20,17 @@ from qcompiler.targets.kernels.tir import (
     cast,
     clamp,
     fence,
+    intrinsic,
     lanes_of,
     load,
     load_int32,
     maximum,
     minimum,
     registers,
+    reinterpret,
     round_to_int32,
     serial,
+    shuffle,
     splat,
     store,
     store_narrow,
@@ -80,6 +83,49 @@ class EpilogueWriter:
             lanes = lanes_of(values[0])
             for position, value in enumerate(values):
                 store(self.out, index + position * lanes, value)
+    def store_quad(
+        self,
+        accumulators: Sequence[Expr],
+        lanes_at: Sequence[Expr],
+        starts: Sequence[Expr],
+        adjacent: int,
+    ) -> None:
+        """Store four vectors as bytes by three packs and one permutation (see `packs_quads`).
+
+        Args:
+            accumulators: Four int32 vectors.
+            lanes_at: Index of each one's first lane in the packed per-column arrays.
+            starts: Index in the output of each run of `adjacent` vectors.
+            adjacent: Vectors that follow each other in the output: 1, 2 or 4.
+        """
+        lanes = lanes_of(accumulators[0])
+        values = []
+        for position, acc in enumerate(accumulators):
+            index = starts[position // adjacent] + position % adjacent * lanes
+            values.append(self._value(acc, lanes_at[position], index, lanes))
+        half = f"int16x{2 * lanes}"
+        bits = 32 * lanes
+        words = str(self.isa.intrinsic("pack_i16", bits))
+        low, high = (bind(intrinsic(half, words, *values[i : i + 2])) for i in (0, 2))
+        unsigned = self.out.dtype == "uint8"
+        narrow = str(self.isa.intrinsic("pack_u8" if unsigned else "pack_i8", bits))
+        # Packs work within 128-bit lanes: dword 4 l + p is part of vector p.
+        mixed = reinterpret(intrinsic(f"int8x{4 * lanes}", narrow, low, high), "int32", lanes)
+        order = [4 * lane + part for part in range(4) for lane in range(lanes // 4)]
+        ordered = bind(shuffle([bind(mixed)], order))
+        size = adjacent * lanes // 4
+        for position, start in enumerate(starts):
+            part = ordered
+            if size < lanes:
+                part = shuffle([ordered], range(position * size, (position + 1) * size))
+            store(self.out, start, reinterpret(part, str(self.out.dtype), 4 * size))
+
+    def packs_quads(self, lanes: int) -> bool:
+        """Whether `store_quad` serves this output and vectors of `lanes`."""
+        bits = 32 * lanes
+        found = all(self.isa.intrinsic(name, bits) for name in ("pack_i16", "pack_u8", "pack_i8"))
+        return found and self.out.dtype in ("uint8", "int8")
+
         else:
             saturate = self.facts.saturating
             store_narrow(self.isa, self.out, index, values, saturate=saturate)

@@ -25,6 +25,8 @@ from typing import Any
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.batched import emit_batched
+from qcompiler.targets.kernels.amx import TilesKernel
+from qcompiler.targets.kernels.amx_plan import tiles_plan
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Packed, pack_conv, pack_matmul
@@ -135,3 +137,8 @@ def _build(
         elif isinstance(workload, MatmulWorkload):
             emit_batched(kernel, workload, flat(b))
     return builder.finish()
+        elif packed.facts.dot == "tiles":
+            tiles = tiles_plan(geometry, params)
+            TilesKernel(
+                isa, geometry, tiles, kernel, params, packed.facts, flat(a), flats, writer, name
+            ).emit()

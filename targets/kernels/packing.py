@@ -30,6 +30,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.amx_plan import tiles_constants
 from qcompiler.targets.kernels.depth import EXACT, TileOrder, group_time, plan_depths
 from qcompiler.targets.kernels.plan import (
     Dot,
@@ -225,13 +226,16 @@ def _pack(
     storage: Storage = "plain"
     if transformed is not None:
         arrays["weight"] = transformed
+    elif params.algorithm == "tiles":
+        dot = "tiles"
+        arrays |= tiles_constants(geometry, params, weight.reshape(count, -1), columns)
     else:
         tiles = _tiles(geometry, plan, weight, columns)
         dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
         if dot in ("vpdpbusd", "maddubs", "exact") and _fits_int4(weight):
             storage = "int4"
             arrays["weight"] = _nibbles(tiles.transpose(0, 3, 1, 2, 4), dot)
-    if dot not in ("mixed", "winograd") and geometry.k_rows * geometry.k_cols > 1:
+    if dot not in ("mixed", "winograd", "tiles") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
     scalars, saturating = _requantization(epilogue, values, reach, multiplier)

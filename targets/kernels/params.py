@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels import amx_plan
 from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
 from qcompiler.targets.kernels.winograd_plan import applies
 from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
@@ -28,12 +29,19 @@ _TASKS = 32
 
 def default_params(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> GemmParams:
     """The tiling used without tuning."""
+    if amx_plan.worthwhile(workload, isa):
+        return amx_plan.candidates(workload, isa)[0]
     return _tilings(workload, isa)[0]
 
 
 def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams, ...]:
     """Candidates for a tuner, the default first, without duplicates."""
     geometry = geometry_of(workload, isa)
+    if amx_plan.applies(workload, isa):
+        tiles = amx_plan.candidates(workload, isa)
+        vectors = _tilings(workload, isa)[:2]
+        preferred = amx_plan.worthwhile(workload, isa)
+        return tuple(dict.fromkeys([*tiles, *vectors] if preferred else [*vectors, *tiles]))
     found = dict.fromkeys(_tilings(workload, isa)[:9])
     orders: tuple[Literal["n", "m"], ...] = ("n", "m")
     for base in list(found)[:3]:

@@ -32,9 +32,10 @@ __all__ = [
     "tile_plan",
 ]
 
-Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd"]
+Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd", "tiles"]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
-"mixed" by a list of K-groups of either kind for each tile, "winograd" by transformed operands."""
+"mixed" by a list of K-groups of either kind for each tile, "winograd" by transformed operands,
+"tiles" by AMX."""
 
 Storage = Literal["plain", "int4"]
 """How weights lie in memory: as they are multiplied, or in fewer bits (`unpack`)."""

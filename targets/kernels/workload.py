@@ -248,6 +248,7 @@ class GemmParams:
     """Register-tile columns that one task computes."""
     order: Literal["n", "m"] = "n"
     """The outer loop inside a task: over columns (weights stay near) or rows (activations do)."""
-    algorithm: Literal["auto", "direct", "winograd"] = "auto"
+    algorithm: Literal["auto", "direct", "winograd", "tiles"] = "auto"
     """How a convolution is computed; "auto" leaves it to packing, which knows the weights.
-    "winograd" tiles by itself and ignores the other fields."""
+    "winograd" tiles by itself and ignores the other fields.  "tiles" (AMX, matrix products too)
+    counts `mt` in tiles of 16 pixels and `m_block` in output rows."""

@@ -450,7 +450,7 @@ _GUARDED = """
     import numpy as np, tvm
     sys.path.insert(0, sys.argv[1])
     import gemm_reference as reference
-    from qcompiler.targets.isa import ISA_TABLE
+    from qcompiler.targets.isa import ISA_TABLE, runnable
     from qcompiler.targets.kernels.gemm import *
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -470,6 +470,9 @@ _GUARDED = """
     workloads = [
         ConvWorkload(1, 8, 8, 7, 23, 3, 3, Epilogue("uint8"), pads=(1, 1, 1, 1)),
         ConvWorkload(1, 8, 8, 8, 24, 1, 1, Epilogue("uint8", "uint8")),
+        ConvWorkload(1, 8, 8, 72, 24, 1, 1, Epilogue("uint8", "uint8")),
+        ConvWorkload(1, 18, 18, 16, 16, 3, 3, Epilogue("uint8")),
+        ConvWorkload(1, 8, 8, 16, 16, 3, 3, Epilogue("uint8"), (2, 2), (1, 1, 1, 1)),
         ConvWorkload(1, 8, 8, 3, 16, 3, 3, Epilogue("uint8")),
         ConvWorkload(1, 8, 8, 3, 16, 3, 3, Epilogue("float32"), a_dtype="float32"),
         MatmulWorkload((64, 7), (7, 5), Epilogue("uint8")),
@@ -479,6 +482,7 @@ _GUARDED = """
     rng = np.random.default_rng(0)
     for name in sys.argv[2:]:
         isa = ISA_TABLE[name]
+        assert runnable(isa)  # asks for the registers of AMX, too
         for work in workloads:
             is_conv = isinstance(work, ConvWorkload)
             def data(shape, dtype):

@@ -1,0 +1,354 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The macro-kernel on AMX tiles: blocks of accumulator tiles over all of K (see `amx_plan`).
+
+A task loads the tile configuration, copies its activations where they cannot be read in place, and
+walks blocks of `mt` x `nv` accumulator tiles: 16 `mt` pixels by 16 `nv` output columns.  An
+accumulator starts as its columns' biases, one row loaded sixteen times (stride 0).  A finished
+block goes through a work area in level 1 into the epilogue that all kernels share.
+
+Hot loop, one chunk of K of a 2 x 2 block: 4 `tileloadd`, 4 `tdpbusd`: 65536 products in 64 cycles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
+
+from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.amx_plan import TILE_ROWS, TilesPlan, tile_registers
+from qcompiler.targets.kernels.epilogue import EpilogueWriter
+from qcompiler.targets.kernels.macro import MacroKernel, copy_elements, fill_elements
+from qcompiler.targets.kernels.packing import Facts
+from qcompiler.targets.kernels.plan import Geometry
+from qcompiler.targets.kernels.simd import worth_threads
+from qcompiler.targets.kernels.tir import (
+    Buffer,
+    Expr,
+    bind,
+    cast,
+    load,
+    maximum,
+    minimum,
+    own_function,
+    parallel,
+    scratch,
+    serial,
+    splat,
+    store,
+    when,
+)
+from qcompiler.targets.kernels.workload import GemmParams
+
+__all__ = ["TilesKernel"]
+
+_MACS_PER_CYCLE = 1024
+
+
+def _tile_op(name: str, *operands: Expr) -> None:
+    """Emit an AMX instruction; tile registers are constants."""
+    code = T.llvm_lookup_intrinsic_id(f"llvm.x86.{name}")
+    T.evaluate(T.call_llvm_intrin("void", code, *operands))
+
+
+def _register(number: int) -> Expr:
+    return tirx.const(number, "int8")
+
+
+def _stride(size: int) -> Expr:
+    return tirx.const(size, "int64")
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Where a task reads and writes."""
+
+    a: Buffer
+    origin: Expr
+    """Byte of the task's first pixel."""
+    out: Expr
+    """Output pixel of the task's first pixel."""
+    pixels: Expr
+    """Pixels of the task."""
+
+
+@dataclass(frozen=True, slots=True)
+class TilesKernel:
+    """One kernel under construction; buffers are one-dimensional."""
+
+    isa: Isa
+    geometry: Geometry
+    plan: TilesPlan
+    vectors: MacroKernel
+    """The kernel on vectors of the same columns, for where they lie."""
+    params: GemmParams
+    facts: Facts
+    a: Buffer
+    constants: dict[str, Buffer]
+    writer: EpilogueWriter
+    name: str
+
+    def emit(self) -> None:
+        """The loop over tasks."""
+        g, plan, columns = self.geometry, self.plan, self.vectors.plan
+        bands = g.batch * plan.tasks.tiles
+        apart = plan.source != "direct" and columns.col_blocks > 1
+        area = -(-plan.area // 64) * 64
+        shared = scratch(bands * area, "uint8") if apart else None
+        if shared is not None:
+            with self._loop(bands, g.macs) as band:
+                self._copy(*self._band(band), shared, bind(band * area))
+        with self._loop(bands * columns.col_blocks, g.macs) as task:
+            block = bind(task % columns.col_blocks)
+            band = bind(task // columns.col_blocks)
+            begin = bind(block * columns.col_block)
+            end = bind(minimum(begin + columns.col_block, columns.tiles))
+            image, first, rows = self._band(band)
+            _tile_op("ldtilecfg", self._address(self.constants["config"], 0))
+            out = bind((image * g.oh + first) * g.ow)
+            pixels = bind((rows - 1) * plan.pitch + g.ow)
+            if plan.source == "direct":
+                origin = bind((image * g.h + first) * (g.w * g.c))
+                where = _Task(self.a, origin, out, pixels)
+            elif shared is not None:
+                where = _Task(shared, bind(band * area), out, pixels)
+            else:
+                own = scratch(area, "uint8")
+                self._copy(image, first, rows, own, 0)
+                where = _Task(own, 0, out, pixels)
+            self._blocks(where, begin, end)
+            _tile_op("tilerelease")
+
+    def _loop(self, extent: int, macs: int) -> Any:
+        threads = extent > 1 and worth_threads(macs / _MACS_PER_CYCLE)
+        return parallel(extent) if threads else serial(extent)
+
+    def _band(self, band: Expr) -> tuple[Expr, Expr, Expr]:
+        """Image, first output row and number of output rows of a task."""
+        tasks = self.plan.tasks
+        image = bind(band // tasks.tiles)
+        row = bind(band % tasks.tiles)
+        if tasks.small == 0:
+            return image, bind(row * tasks.size), splat(tasks.size, "int32", 1)
+        first = bind(row * (tasks.size - 1) + minimum(row, tasks.big))
+        small = cast(row >= tasks.big, "int32")
+        return image, first, bind(tasks.size - small)
+
+    @staticmethod
+    def _address(buffer: Buffer, index: Expr) -> Expr:
+        return T.address_of(buffer[index])
+
+    # --- blocks of accumulators
+
+    def _blocks(self, task: _Task, begin: Expr, end: Expr) -> None:
+        """All register blocks of a task, for column tiles in [begin, end).
+
+        The epilogue of a block comes after the products of the next one have been issued: these are
+        few instructions that take long, so both run at the same time.
+        """
+        mt, nv = self.params.mt, self.params.nv
+        tiles = bind((task.pixels + (TILE_ROWS - 1)) // TILE_ROWS)
+        count = bind((tiles + (mt - 1)) // mt)
+        sums = scratch(mt * nv * 256, "int32")
+        before = scratch(256, "int32")  # the block whose sums are waiting
+
+        def step(block: Expr, tile: Expr) -> None:
+            first = bind(block * mt)
+            size = bind(minimum(mt, tiles - first))
+            self._multiply(task, first, size, tile)
+            with when(block + (tile - begin) > 0):
+                self._store(task, before, sums)
+            self._spill(size, sums)
+            for position, value in enumerate((first, size, tile)):
+                store(before, position, value)
+
+        if self.params.order == "n":
+            with serial(begin, end) as tile, serial(count) as block:
+                step(block, tile)
+        else:
+            with serial(count) as block, serial(begin, end) as tile:
+                step(block, tile)
+        self._store(task, before, sums)
+
+    def _first_pixels(self, task: _Task, first: Expr, count: int) -> list[Expr]:
+        """First pixel of each tile of a block; the last tile of a task ends with the task."""
+        return [
+            bind(minimum((first + i) * TILE_ROWS, task.pixels - TILE_ROWS)) for i in range(count)
+        ]
+
+    def _spill(self, size: Expr, sums: Buffer) -> None:
+        """Store the accumulators of a block of `size` pixel tiles."""
+        mt, nv = self.params.mt, self.params.nv
+        registers = tile_registers(mt, nv)
+
+        def rows(m: int) -> None:
+            for v in range(nv):
+                to = self._address(sums, m * nv * 256 + v * 16)
+                _tile_op("tilestored64", _register(registers.acc(m, v)), to, _stride(nv * 64))
+
+        rows(0)
+        for m in range(1, mt):
+            with when(size > m):
+                rows(m)
+
+    def _multiply(self, task: _Task, first: Expr, size: Expr, tile: Expr) -> None:
+        """The sums of one block of at most `mt` pixel tiles, left in the tile registers."""
+        mt = self.params.mt
+        for count in range(mt, 0, -1):
+            with when(size == count), own_function(f"{self.name}_block"):
+                self._multiply_tiles(task, self._first_pixels(task, first, count), tile)
+
+    def _multiply_tiles(self, task: _Task, firsts: list[Expr], tile: Expr) -> None:
+        plan, params = self.plan, self.params
+        nv, chunk = params.nv, plan.chunk
+        registers = tile_registers(params.mt, nv)
+        bias = self.constants["bias"]
+        for v in range(nv):
+            row = self._address(bias, bind((tile * nv + v) * 16))
+            for m in range(len(firsts)):
+                _tile_op("tileloadd64", _register(registers.acc(m, v)), row, _stride(0))
+        size = 16 * chunk
+        weight = bind(tile * (plan.chunks * nv * size))
+        starts = [bind(task.origin + first * plan.pixel) for first in firsts]
+        offsets = self.constants.get("offsets")
+        with serial(plan.chunks) as k:
+            step = bind(load(offsets, k, 1) if offsets is not None else k * chunk)
+            at = bind(weight + k * (nv * size))
+
+            def load_b(v: int, at: Expr = at) -> None:
+                source = self._address(self.constants["weight"], at + v * size)
+                _tile_op("tileloadd64", _register(registers.b(v)), source, _stride(64))
+
+            def load_a(m: int, step: Expr = step) -> None:
+                source = self._address(task.a, starts[m] + step)
+                _tile_op("tileloadd64", _register(registers.a(m)), source, _stride(plan.pixel))
+
+            b_first = registers.b_count == nv
+            if b_first:
+                for v in range(nv):
+                    load_b(v)
+            for m in range(len(firsts)):
+                load_a(m)
+                for v in range(nv):
+                    if not b_first:
+                        load_b(v)
+                    acc, a, b = registers.acc(m, v), registers.a(m), registers.b(v)
+                    _tile_op("tdpbusd", _register(acc), _register(a), _register(b))
+
+    def _store(self, task: _Task, before: Buffer, sums: Buffer) -> None:
+        """The epilogue of the block that waits in `sums`."""
+        with own_function(f"{self.name}_store"):
+            first, size, tile = (bind(load(before, position, 1)) for position in range(3))
+            nv = self.params.nv
+            starts, valid = self.vectors.columns(tile)
+            lane = bind(tile * (nv * 16))
+            quads = valid == 16 and len(starts) == 1 and self.writer.packs_quads(16)
+            at_once = max(1, 4 // nv) if quads and nv in (1, 2, 4) else 1
+            with serial(size) as m:
+                pixel = bind(minimum((first + m) * TILE_ROWS, task.pixels - TILE_ROWS))
+                with serial(TILE_ROWS // at_once) as group:
+                    rows = [group * at_once + i for i in range(at_once)]
+                    bases = [self._output(task, pixel + row) for row in rows]
+                    values = [
+                        bind(load(sums, (m * TILE_ROWS + row) * (nv * 16) + v * 16, 16))
+                        for row in rows
+                        for v in range(nv)
+                    ]
+                    if len(values) == 4 and quads:
+                        lanes_at = [lane + i % nv * 16 for i in range(4)]
+                        runs = [bind(base + starts[0]) for base in bases]
+                        self.writer.store_quad(values, lanes_at, runs, nv)
+                    else:
+                        runs = [bind(bases[0] + start) for start in starts]
+                        self.writer.store_row(values, lane, runs, valid)
+
+    def _output(self, task: _Task, pixel: Expr) -> Expr:
+        """Element of the output at which a pixel's channels start."""
+        places = self.constants.get("places")
+        place = pixel if places is None else load(places, pixel, 1)
+        return bind((task.out + place) * self.geometry.n)
+
+    # --- copies of activations
+
+    def _copy(self, image: Expr, first: Expr, rows: Expr, target: Buffer, origin: Expr) -> None:
+        """Copy what a task reads to `target` from `origin` on."""
+        if self.plan.source == "planes":
+            self._copy_planes(image, first, target, origin)
+        else:
+            self._copy_rows(image, first, rows, target, origin)
+
+    def _fill(self) -> Expr:
+        return bind(cast(load(self.constants["scalars"], 0, 1), "uint8"))
+
+    def _copy_planes(self, image: Expr, first: Expr, target: Buffer, origin: Expr) -> None:
+        g, plan = self.geometry, self.plan
+        fill = self._fill()
+        pitch = plan.pitch * g.c
+        for number, (py, px) in enumerate(plan.planes):
+            left = min(plan.pitch, max(0, -(-(g.pl - px) // g.sw)))
+            last = (g.w - 1 + g.pl - px) // g.sw  # the last column of the plane inside the input
+            inside = max(0, min(plan.pitch, last + 1) - left)
+            with serial(plan.plane_rows) as row:
+                top = bind((first + row) * g.sh + (py - g.pt))
+                to = bind(origin + (number * plan.plane_rows + row) * pitch)
+                with when(top < 0):
+                    fill_elements(target, to, fill, pitch)
+                with when(top >= g.h):
+                    fill_elements(target, to, fill, pitch)
+                with when(maximum(0, top) == minimum(top, g.h - 1)):
+                    fill_elements(target, to, fill, left * g.c)
+                    column = left * g.sw + px - g.pl
+                    start = bind(((image * g.h + top) * g.w + column) * g.c)
+                    begin = bind(to + left * g.c)
+                    if g.sw == 1:
+                        copy_elements(target, begin, self.a, start, inside * g.c)
+                    elif inside:
+                        with serial(inside) as x:
+                            copy_elements(
+                                target,
+                                bind(begin + x * g.c),
+                                self.a,
+                                bind(start + x * (g.sw * g.c)),
+                                g.c,
+                            )
+                    rest = plan.pitch - left - inside
+                    fill_elements(target, begin + inside * g.c, fill, rest * g.c)
+
+    def _copy_rows(
+        self, image: Expr, first: Expr, rows: Expr, target: Buffer, origin: Expr
+    ) -> None:
+        """Im2col from a padded band; pieces overlap the next, which then overwrites them."""
+        g, plan = self.geometry, self.plan
+        band_rows = g.band_rows(plan.rows)
+        pitch = g.band_width * g.c
+        band = scratch(band_rows * pitch + 64, "uint8")
+        fill = self._fill()
+        left = min(g.pl, g.band_width) * g.c
+        inside = max(0, min(g.w, g.band_width - g.pl)) * g.c
+        with serial(band_rows) as row:
+            top = bind(first * g.sh + row - g.pt)
+            to = bind(row * pitch)
+            with when(top < 0):
+                fill_elements(band, to, fill, pitch)
+            with when(top >= g.h):
+                fill_elements(band, to, fill, pitch)
+            with when(maximum(0, top) == minimum(top, g.h - 1)):
+                fill_elements(band, to, fill, left)
+                start = bind((image * g.h + top) * (g.w * g.c))
+                copy_elements(band, to + left, self.a, start, inside)
+                fill_elements(band, to + (left + inside), fill, pitch - left - inside)
+        wide = g.dw == 1 or g.kw == 1
+        run = g.c * (g.kw if wide else 1)
+        with serial(rows) as row, serial(g.ow) as column, own_function(f"{self.name}_gather"):
+            source = bind(row * (g.sh * pitch) + column * (g.sw * g.c))
+            to = bind(origin + (row * g.ow + column) * plan.pixel)
+            for i in range(g.kh):
+                for j in range(1 if wide else g.kw):
+                    at = source + (i * g.dh * pitch + j * g.dw * g.c)
+                    done = (i * (1 if wide else g.kw) + j) * run
+                    for piece in range(0, run, 64):
+                        size = min(64, 1 << (run - piece - 1).bit_length())
+                        store(target, to + (done + piece), load(band, at + piece, size))
