@@ -161,9 +161,10 @@ class Artifact:
         inputs: Inputs by name, in the order of the compiled function's first arguments.
         outputs: Outputs by name, in the order of the compiled function's results.
         params: Parameters, in the order of the compiled function's last arguments.
-        library: The shared library; None when `executor` is "interpreter".
+        library: The shared library; None unless `executor` is "vm".
         plan: Precision and reason per node, as JSON.
-        executor: "vm" runs `library`; "interpreter" runs the graph that `extras` holds.
+        executor: "vm" runs `library`; "interpreter" runs the graph that `extras` holds, "cuda" the
+            program of launches there.
         extras: Further members by name.
         sources: SHA-256 of what it was made from: "model", "calibration", "plan"...
         lock: Everything that decided its bytes (see `qcompiler.lock`), as JSON; None without.
@@ -383,6 +384,10 @@ def check_runnable(target: TargetInfo, what: str) -> None:
             f"{cpu.architecture}",
             hint="compile for this machine with target 'host'",
         )
+    if target.isa.startswith("sm_"):
+        from qcompiler.cuda_driver import check_device  # only a GPU's model needs the driver
+
+        check_device(target.isa, what)
     missing = missing_features(target.cpu_features)
     if missing:
         raise UnsupportedByTargetError(

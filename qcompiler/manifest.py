@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 ALIGNMENT = 64
 """Alignment of every parameter in params.bin, bytes: TVM's kernels use aligned vector loads."""
 
-EXECUTORS = ("vm", "interpreter")
+EXECUTORS = ("vm", "interpreter", "cuda")
 MEMBER_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*$"
 _DTYPES = [dtype.value for dtype in DType]
 _SHA256 = r"^[0-9a-f]{64}$"

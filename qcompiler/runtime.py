@@ -34,7 +34,10 @@ from qcompiler.vm import VmExecutor
 
 # Where each kind of executor but "vm" is made: a function of the artifact. The table is closed: a
 # file cannot name code of its own.
-_EXECUTOR_FACTORIES = {"interpreter": ("qcompiler.targets.reference", "load_executor")}
+_EXECUTOR_FACTORIES = {
+    "interpreter": ("qcompiler.targets.reference", "load_executor"),
+    "cuda": ("qcompiler.cuda_executor", "load_executor"),
+}
 
 
 class Executor(Protocol):
@@ -223,11 +226,14 @@ class CompiledModel:
         Empty where the executor cannot tell (the interpreter). `inputs` default to random ones.
         """
         executor = self._ready()
-        if not isinstance(executor, VmExecutor):
+        if not isinstance(executor, VmExecutor) and self.artifact.executor != "cuda":
             return []
         feeds = self._feeds(self.random_inputs() if inputs is None else inputs)
         arrays = [feed.batch(0, self._batch) for feed in feeds]
-        return executor.profile(arrays, runs=runs, threads=self._threads)
+        if isinstance(executor, VmExecutor):
+            return executor.profile(arrays, runs=runs, threads=self._threads)
+        timed: list[tuple[str, float]] = getattr(executor, "profile")(arrays, runs=runs)
+        return timed
 
     def random_inputs(self, seed: int = 0) -> dict[str, Array]:
         """Return one batch of seeded random inputs.

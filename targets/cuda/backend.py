@@ -1,0 +1,106 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""NVIDIA GPUs: one backend, one row of the table of generations per target."""
+
+from __future__ import annotations
+
+from qcompiler.ir import Graph, Node
+from qcompiler.manifest import dumps
+from qcompiler.passes.channels_last import ChannelsLast
+from qcompiler.passes.contiguous_reductions import ContiguousReductions
+from qcompiler.passes.split_to_slices import SplitToSlices
+from qcompiler.passmanager import Pass, ProgressFn, no_progress
+from qcompiler.plan import precision_of
+from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
+from qcompiler.targets.cuda.arch import Arch, arch_named
+from qcompiler.targets.cuda.lowering import VIEWS, Lowered, lower_graph, lower_node
+from qcompiler.targets.cuda.nvcc import compile_fatbin, find_nvcc
+from qcompiler.targets.cuda.program import Parameters, program_json
+from qcompiler.targets.cuda.source import module_source
+from qcompiler.types import Precision
+
+PROGRAM, FATBIN, SOURCE = "program.json", "kernels.fatbin", "kernels.cu"
+
+
+class CudaBackend(Backend):
+    """Generates CUDA C++ kernels and a program of launches; the driver runs it."""
+
+    def __init__(self, spec: TargetSpec, arch: Arch) -> None:
+        super().__init__(spec)
+        self.arch = arch
+
+    def supports(self, node: Node) -> Support:
+        """Say whether a CUDA kernel serves the node; there is no fallback."""
+        if node.op.name in VIEWS:
+            return Support(True)
+        answer = lower_node(self.arch, node)
+        return Support(False, answer) if isinstance(answer, str) else Support(True)
+
+    def passes(self) -> tuple[Pass, ...]:
+        """Channels last; the tensor cores take signed and unsigned bytes alike."""
+        return (ChannelsLast(), ContiguousReductions(), SplitToSlices())
+
+    def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> Lowered:
+        """Turn the shaped graph into launches."""
+        return lower_graph(graph, self.arch, progress)
+
+    def build(
+        self, lowered: Lowered, tuning: TuningBudget, progress: ProgressFn = no_progress
+    ) -> Built:
+        """Compile the kernels with nvcc, or keep their source where there is none."""
+        del tuning
+        progress("build", 0, 1)
+        parameters = Parameters()
+        program = program_json(
+            lowered.graph, lowered.views, lowered.steps, parameters, self.arch.isa
+        )
+        source = module_source(lowered.kernels)
+        notes = list(lowered.notes)
+        members = {PROGRAM: dumps(program)}
+        nvcc = find_nvcc()
+        problem = "no nvcc was found" if nvcc is None else nvcc.problem(self.arch.sm)
+        if nvcc is None or problem:
+            members[SOURCE] = source.encode()
+            notes.append(
+                f"{problem}: the kernels stay source, which NVRTC compiles when the model is loaded"
+            )
+        else:
+            members[FATBIN], _ = compile_fatbin(nvcc, source, self.arch.sm)
+        progress("build", 1, 1)
+        return Built(
+            library=None,
+            parameters=tuple(parameters.arrays),
+            parameter_names=tuple(parameters.names),
+            graph=lowered.graph,
+            regions=_regions(lowered),
+            members=members,
+            executor="cuda",
+            notes=tuple(notes),
+        )
+
+
+def _regions(lowered: Lowered) -> tuple[Region, ...]:
+    nodes = {node.name: node for node in lowered.graph.nodes}
+    return tuple(
+        Region(
+            step.name, (nodes[step.name].op.name,), nodes[step.name].sources,
+            precision_of(nodes[step.name]), tuple(step.kernels), step.macs,
+        )
+        for step in lowered.steps
+    )  # fmt: skip
+
+
+def make(name: str) -> Backend:
+    """Entry point: return the backend of a row of the table.
+
+    Raises:
+        UnknownTargetError: No row of that name.
+    """
+    arch = arch_named(name)
+    spec = TargetSpec(
+        name=name,
+        description=f"NVIDIA GPUs of compute capability {arch.sm / 10:.1f} and later ({arch.card})",
+        precisions=(Precision.W8A8, Precision.W4A8, Precision.FP32),
+        isa=arch.isa,
+    )
+    return CudaBackend(spec, arch)
