@@ -395,17 +395,17 @@ def check_runnable(target: TargetInfo, what: str) -> None:
             f"{', '.join(missing)}, which this CPU ({cpu.name}) lacks",
             hint="compile for this machine with target 'host'",
         )
-
-
-class _Reader:
-    """Checked access to the members of an opened artifact."""
-
     if "amx_tile" in target.cpu_features and not allow_tiles():
         raise UnsupportedByTargetError(
             f"{what} was compiled for {target.name}, and the system refuses this process the AMX "
             f"tile registers",
             hint="Linux 5.16 or later gives them; else compile for target 'x86-avx512vnni'",
         )
+
+
+class _Reader:
+    """Checked access to the members of an opened artifact."""
+
     def __init__(self, path: PathLike, archive: zipfile.ZipFile, size: int) -> None:
         self.path = path
         self.size = size

@@ -78,11 +78,6 @@ class EpilogueWriter:
             for value, start in zip(values, starts, strict=True):
                 self._store([value], start)
 
-    def _store(self, values: Sequence[Expr], index: Expr) -> None:
-        if self.out.dtype == "float32":
-            lanes = lanes_of(values[0])
-            for position, value in enumerate(values):
-                store(self.out, index + position * lanes, value)
     def store_quad(
         self,
         accumulators: Sequence[Expr],
@@ -126,6 +121,11 @@ class EpilogueWriter:
         found = all(self.isa.intrinsic(name, bits) for name in ("pack_i16", "pack_u8", "pack_i8"))
         return found and self.out.dtype in ("uint8", "int8")
 
+    def _store(self, values: Sequence[Expr], index: Expr) -> None:
+        if self.out.dtype == "float32":
+            lanes = lanes_of(values[0])
+            for position, value in enumerate(values):
+                store(self.out, index + position * lanes, value)
         else:
             saturate = self.facts.saturating
             store_narrow(self.isa, self.out, index, values, saturate=saturate)

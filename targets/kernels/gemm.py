@@ -24,9 +24,9 @@ import math
 from typing import Any
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.batched import emit_batched
 from qcompiler.targets.kernels.amx import TilesKernel
 from qcompiler.targets.kernels.amx_plan import tiles_plan
+from qcompiler.targets.kernels.batched import emit_batched
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Packed, pack_conv, pack_matmul
@@ -132,13 +132,13 @@ def _build(
         if packed.facts.dot == "winograd" and isinstance(workload, ConvWorkload):
             sizes = winograd_plan(workload, isa)
             WinogradKernel(isa, workload, sizes, flat(a), flats, writer, name).emit()
-        elif b is None:
-            kernel.emit()
-        elif isinstance(workload, MatmulWorkload):
-            emit_batched(kernel, workload, flat(b))
-    return builder.finish()
         elif packed.facts.dot == "tiles":
             tiles = tiles_plan(geometry, params)
             TilesKernel(
                 isa, geometry, tiles, kernel, params, packed.facts, flat(a), flats, writer, name
             ).emit()
+        elif b is None:
+            kernel.emit()
+        elif isinstance(workload, MatmulWorkload):
+            emit_batched(kernel, workload, flat(b))
+    return builder.finish()
