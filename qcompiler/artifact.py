@@ -75,6 +75,13 @@ _ZIP_ERRORS = (
 )
 
 
+def _private_memory(size: int) -> mmap.mmap:
+    """Return anonymous memory; shared memory, the default, gets no huge pages on most systems."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
+
+
 class ParamBlock:
     """The parameters of a compiled model in one block of memory, laid out as params.bin.
 
@@ -88,7 +95,7 @@ class ParamBlock:
         self.entries = entries
         self.nbytes = nbytes
         # An anonymous map is page-aligned, zero-filled and costs nothing until it is touched.
-        self._buffer = mmap.mmap(-1, max(nbytes, 1))
+        self._buffer = _private_memory(max(nbytes, 1))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages: slower, not wrong
                 self._buffer.madvise(mmap.MADV_HUGEPAGE)
