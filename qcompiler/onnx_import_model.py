@@ -117,6 +117,12 @@ def _check_header(proto: onnx.ModelProto, name: str) -> None:
         raise ModelError(f"{name} is not a valid ONNX model: it names no opset")
 
 
+_INLINER_ERRORS = (
+    *(RuntimeError, ValueError, DecodeError),
+    *(onnx.checker.ValidationError, onnx.shape_inference.InferenceError),
+)
+
+
 def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     _check_functions(proto, name)
     try:
@@ -124,7 +130,7 @@ def _inlined(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
             inlined = onnx.inliner.inline_local_functions(proto, convert_version=True)
         except RuntimeError:  # converting a function of another opset takes the types around it
             inlined = onnx.inliner.inline_local_functions(_with_types(proto), convert_version=True)
-    except (RuntimeError, ValueError, DecodeError, onnx.checker.ValidationError) as error:
+    except _INLINER_ERRORS as error:
         raise ModelError(f"{name}: its functions cannot be inlined: {one_line(error)}") from None
     made: onnx.ModelProto = inlined
     return made

@@ -198,6 +198,7 @@ def _inside(root: pathlib.Path, location: str) -> pathlib.Path | None:
         return None
     try:
         path = (root / location).resolve()
+        path.is_file()
     except (OSError, RuntimeError):  # a name that is too long, links in a circle
         return None
     return path if path.is_relative_to(root) else None
