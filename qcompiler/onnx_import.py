@@ -37,6 +37,15 @@ from qcompiler.onnx_import_context import (
     OpContext,
     attributes_of,
     check_folded_size,
+    standalone,
+)
+from qcompiler.onnx_import_control import (
+    Branch,
+    Unroller,
+    convert_if,
+    convert_loop,
+    convert_scan,
+    unroll_limit,
 )
 from qcompiler.onnx_import_function import function_body
 from qcompiler.onnx_import_inputs import Declared, bind_inputs, declared_shape, mark_batch
@@ -75,7 +84,7 @@ CONVERTER_MODULES = (
 )
 """Modules whose import fills the table of converters."""
 
-_CONTROL_FLOW = frozenset({"Loop", "Scan", "SequenceMap"})
+_CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 _INTEGERS_TOO = frozenset({"MatMul", "Gemm", "Resize", "Upsample"})
 _REFERENCE_ERRORS = (
     *(RuntimeError, ValueError, TypeError, IndexError, KeyError),
@@ -112,6 +121,7 @@ def load_onnx(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
     sample_shapes: Mapping[str, Shape] | None = None,
+    max_unrolled: int | None = None,
 ) -> Graph:
     """Import an ONNX model.
 
@@ -122,6 +132,8 @@ def load_onnx(
         freeze: Inputs that become constants, by name.
         sample_shapes: Shapes of the arrays of samples, by name: where an extent is still open, the
             samples say what the model is used with.
+        max_unrolled: Nodes that unrolled loops may amount to; None takes the environment variable
+            QCOMPILER_MAX_UNROLLED, or 10,000.
 
     Returns:
         A verified graph at stage FLOAT, or QDQ if the model has quantized tensors. Its inputs and
@@ -131,10 +143,10 @@ def load_onnx(
         ModelError: Not a readable, valid ONNX model.
         UnsupportedOpError: Operators or dtypes that cannot be imported, all of them at once.
         ShapeError: Shapes that do not fit, or symbolic extents without a value.
-        UsageError: An unknown input name in `input_shapes` or `freeze`.
+        UsageError: An unknown input name in `input_shapes` or `freeze`; a limit below 1.
     """
     source = model if isinstance(model, OnnxModel) else read_model(model)
-    return _Importer(source).run(
+    return _Importer(source, unroll_limit(max_unrolled)).run(
         dict(input_shapes or {}), dict(freeze or {}), dict(sample_shapes or {})
     )
 
@@ -152,8 +164,9 @@ class _Scope:
 
 
 class _Importer:
-    def __init__(self, model: OnnxModel) -> None:
+    def __init__(self, model: OnnxModel, max_unrolled: int) -> None:
         self.model = model
+        self.unroller = Unroller(max_unrolled)
         self.opsets = model.opsets
         proto = model.proto.graph
         taken = {v.name for v in proto.input} | {t.name for t in proto.initializer}
@@ -223,7 +236,7 @@ class _Importer:
                     n + 1 if (want in open_first and (want is not None or i == 0)) else n
                     for i, (want, n) in enumerate(zip(d.shape, shapes[d.name], strict=True))
                 )
-        probe = _Importer(self.model)
+        probe = _Importer(self.model, self.unroller.limit)
         probe.probing = True
         try:
             other = probe.run(longer, freeze, {})
@@ -343,8 +356,6 @@ class _Importer:
         """Refuse what cannot be imported whatever its operands; check the rest by its schema."""
         if node.op_type in _RANDOM and domain == "":
             raise UnsupportedOpError("its result is random")
-        if node.op_type in _CONTROL_FLOW and domain == "":
-            raise UnsupportedOpError("loops are not supported")
         if (domain, node.op_type) in CONVERTERS and domain:
             return
         if _schema(node.op_type, domain, self.opsets[domain]) is None:
@@ -354,8 +365,8 @@ class _Importer:
 
     def _results(self, ctx: OpContext, domain: str, scope: _Scope) -> Sequence[Value | None] | None:
         self.builder.created.clear()
-        if ctx.proto.op_type == "If" and domain == "":
-            return self._inline_if(ctx, scope)
+        if ctx.proto.op_type in _CONTROL_FLOW and domain == "":
+            return self._control_flow(ctx, scope)
         results: Sequence[Value | None] | None = self._converted(ctx, domain)
         if results is None:
             expanded = self._expanded(ctx, domain, scope)
@@ -393,13 +404,33 @@ class _Importer:
 
     # ----------------------------------------------------------------------------- control flow
 
-    def _inline_if(self, ctx: OpContext, scope: _Scope) -> list[Value | None]:
-        """Take the branch that a constant condition selects."""
-        taken = bool(ctx.static(0, "condition").reshape(-1)[0])
-        branch: onnx.GraphProto = ctx.attr("then_branch" if taken else "else_branch")
-        inner = _Scope({}, {t.name: t for t in branch.initializer}, scope)
-        self._convert_all(branch, inner)
-        return [self._lookup(inner, o.name) for o in branch.output]
+    def _control_flow(self, ctx: OpContext, scope: _Scope) -> list[Value | None]:
+        """Select between branches, or unroll a loop."""
+
+        def open_graph(proto: onnx.GraphProto) -> Branch:
+            # What does not depend on the graph's inputs is imported once for all iterations.
+            shared = _Scope({}, {t.name: t for t in proto.initializer}, scope)
+            nodes = needed_nodes(proto, self.model.name)
+            read = {name for node in nodes for name in reads(node)}
+            read |= {o.name for o in proto.output}
+            for node in nodes:
+                if node.op_type == "Constant":
+                    self._convert(node, shared, read)
+
+            def run(inputs: Sequence[Value | None]) -> list[Value | None]:
+                names = [v.name for v in proto.input]
+                inner = _Scope(dict(zip(names, inputs, strict=True)), {}, shared)
+                for node in nodes:
+                    if node.op_type != "Constant":
+                        self._convert(node, inner, read)
+                return [self._lookup(inner, o.name) for o in proto.output]
+
+            return run
+
+        if ctx.proto.op_type == "If":
+            return convert_if(ctx, open_graph)
+        convert = convert_loop if ctx.proto.op_type == "Loop" else convert_scan
+        return convert(ctx, open_graph, self.unroller)
 
     # -------------------------------------------------------------------------------- functions
 
@@ -448,7 +479,7 @@ class _Importer:
         schema = _schema(ctx.proto.op_type, domain, ctx.version)
         if schema is None:
             raise UnsupportedOpError("this form of the operator is not supported")
-        node = _standalone(ctx, schema)
+        node = standalone(ctx, schema)
         if all(v is None or v.is_constant for v in ctx.inputs):
             folded = self._evaluate(ctx, node, domain)
             if folded is not None:
@@ -555,22 +586,3 @@ def _required_schema(node: onnx.NodeProto, domain: str, version: int) -> onnx.de
     if schema is None:
         raise UnsupportedOpError("no operator of that name is known")
     return schema
-
-
-def _standalone(ctx: OpContext, schema: onnx.defs.OpSchema) -> onnx.NodeProto:
-    """Return the node with positional names (x0.. and y0..), without results nobody reads."""
-    node = onnx.NodeProto()
-    node.CopyFrom(ctx.proto)
-    node.name, node.doc_string = "", ""
-    del node.input[:], node.output[:]
-    node.input.extend(f"x{i}" if v is not None else "" for i, v in enumerate(ctx.inputs))
-    last = len(schema.outputs) - 1
-    for i, (output, wanted) in enumerate(zip(ctx.proto.output, ctx.wanted, strict=True)):
-        option = schema.outputs[min(i, last)].option
-        keep = wanted or (output and option != onnx.defs.OpSchema.FormalParameterOption.Optional)
-        node.output.append(f"y{i}" if keep else "")
-    while node.output and not node.output[-1]:
-        del node.output[-1]
-    while node.input and not node.input[-1]:
-        del node.input[-1]
-    return node

@@ -261,3 +261,22 @@ def converter(*ops: str, domain: str = "") -> Callable[[Converter], Converter]:
         return fn
 
     return add
+
+
+def standalone(ctx: OpContext, schema: onnx.defs.OpSchema) -> onnx.NodeProto:
+    """Return the node with positional names (x0.. and y0..), without results nobody reads."""
+    node = onnx.NodeProto()
+    node.CopyFrom(ctx.proto)
+    node.name, node.doc_string = "", ""
+    del node.input[:], node.output[:]
+    node.input.extend(f"x{i}" if v is not None else "" for i, v in enumerate(ctx.inputs))
+    last = len(schema.outputs) - 1
+    for i, (output, wanted) in enumerate(zip(ctx.proto.output, ctx.wanted, strict=True)):
+        option = schema.outputs[min(i, last)].option
+        keep = wanted or (output and option != onnx.defs.OpSchema.FormalParameterOption.Optional)
+        node.output.append(f"y{i}" if keep else "")
+    while node.output and not node.output[-1]:
+        del node.output[-1]
+    while node.input and not node.input[-1]:
+        del node.input[-1]
+    return node

@@ -65,6 +65,8 @@ SHAPE_OPERANDS: dict[str, tuple[int, ...]] = {
 """Operands that only say shapes, axes, ranges or counts: a compiler needs them as constants."""
 SHAPE_OPERANDS["MaxUnpool"] = (2,)
 SHAPE_OPERANDS["OneHot"] = (1,)
+SHAPE_OPERANDS["Loop"] = (0, 1)
+"""The trip count and the condition of a loop decide the shape of its scan outputs."""
 
 REFUSALS = ("cannot have the shape", "NaN or infinite", "opsets 7 to")
 """Refusals of the whole model or its data: empty inputs, NaN or infinity, opsets out of range."""
@@ -74,6 +76,7 @@ _FORWARDS = frozenset(
         *("Cast", "Concat", "Gather", "Slice", "Reshape", "Squeeze", "Unsqueeze", "Identity"),
         *("Add", "Sub", "Mul", "Div", "Mod", "Neg", "Max", "Min", "Where", "Equal", "Less"),
         *("Greater", "Range", "Expand", "ConstantOfShape", "Size", "Shape", "Abs"),
+        *("Ceil", "Relu"),
     }
 )
 _EXCLUDED_OPS = re.compile(
@@ -167,6 +170,16 @@ def shape_inputs(model: onnx.ModelProto) -> list[str]:
     """Return the inputs that only say shapes, axes, ranges, counts or (`CastLike`) a dtype."""
     results = {o.name for o in model.graph.output}
     integers = onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.FLOAT
+    loops = [n for n in model.graph.node if n.op_type == "Loop"]
+
+    def counts_trips(name: str) -> bool:
+        """Whether a trip count or condition depends on the value, whatever else reads it."""
+        if any(name in n.input[:2] for n in loops):
+            return True
+        return any(
+            name in n.input and n.op_type in _FORWARDS and any(map(counts_trips, n.output))
+            for n in model.graph.node
+        )
 
     def only_shapes(name: str) -> bool:
         if name in results:
@@ -192,6 +205,9 @@ def shape_inputs(model: onnx.ModelProto) -> list[str]:
         ]
         if all(n.op_type == "CastLike" and i == 1 for n, i in readers):
             names.append(info.name)  # nothing reads its elements
+            continue
+        if loops and counts_trips(info.name):
+            names.append(info.name)
             continue
         t = info.type.tensor_type
         if t.elem_type not in integers or len(t.shape.dim) > 1:
