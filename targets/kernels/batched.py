@@ -97,7 +97,7 @@ def _rows(kernel: MacroKernel, workload: MatmulWorkload, matrix: Expr, first_row
     if kernel.geometry.direct and not workload.transpose_a:
         source = Source(kernel.a, origin, k)
     else:
-        dtype = "float32" if workload.a_dtype == "float32" else "uint8"
+        dtype = "float32" if workload.a_dtype == "float32" else kernel.geometry.dot_dtype
         work = scratch(rows * k + 64, dtype)
         count = bind(minimum(rows, m - first_row))
         with serial(count) as row:
@@ -123,9 +123,11 @@ def _rows(kernel: MacroKernel, workload: MatmulWorkload, matrix: Expr, first_row
 
 
 def _row_sum(isa: Isa, buffer: Buffer, base: Expr, count: int) -> Expr:
-    """The int32 sum of `count` consecutive u8."""
+    """The int32 sum of `count` consecutive 8-bit values."""
     total: Expr = splat(0, "int32", 1)
     at = 0
+    if isa.a_dtype == "int8":
+        total, at = _signed_row_sum(isa, buffer, base, count)
     for bits in (isa.vector_bits, 128):
         size = bits // 8
         name = isa.intrinsic("sum_u8", bits)
@@ -156,6 +158,29 @@ def _row_sum(isa: Isa, buffer: Buffer, base: Expr, count: int) -> Expr:
     return load(rest, 0, 1)
 
 
+def _signed_row_sum(isa: Isa, buffer: Buffer, base: Expr, count: int) -> tuple[Expr, int]:
+    """The int32 sum of consecutive s8, in registers of sixteen, and how many it took."""
+    whole = count // 16
+    if not whole:
+        return splat(0, "int32", 1), 0
+    sums = registers(4, "int32")
+    store(sums, 0, splat(0, "int32", 4))
+    dot = isa.intrinsic("dot_s8s8", 128)
+    with serial(whole) as chunk:
+        piece = bind(load(buffer, base + chunk * 16, 16))
+        if dot is not None:
+            total = intrinsic("int32x4", dot, load(sums, 0, 4), piece, splat(1, "int8", 16))
+        else:
+            pairs = str(isa.intrinsic("pairs_i16", 128))
+            wide = cast(piece, "int16")
+            halves = shuffle([bind(wide)], range(8)) + shuffle([bind(wide)], range(8, 16))
+            total = load(sums, 0, 4) + intrinsic("int32x4", pairs, bind(halves))
+        store(sums, 0, total)
+    lanes = bind(load(sums, 0, 4))
+    half = bind(shuffle([lanes], [0, 1]) + shuffle([lanes], [2, 3]))
+    return bind(shuffle([half], [0]) + shuffle([half], [1])), whole * 16
+
+
 class _Operands:
     """Packs one task's block of B."""
 
@@ -174,7 +199,9 @@ class _Operands:
         self.kind = kernel.facts.dot
         self.is_float = self.kind == "float"
         self.group = kernel.geometry.k_group
+        self.signed = kernel.isa.a_dtype == "int8"
         dtype = {"float": "float32", "exact": "int16"}.get(self.kind, "int8")
+        dtype = "int8" if self.kind == "exact" and self.signed else dtype
         steps = plan.col_block * kernel.geometry.k_groups
         self.weight = scratch(steps * plan.nt * self.group, dtype)
         self.bias = scratch(plan.col_block * plan.nt, "float32" if self.is_float else "int32")
@@ -220,8 +247,8 @@ class _Operands:
     def _ones(self, lanes: int) -> list[Expr]:
         """A group of activations that are all one."""
         if self.kind == "exact":
-            return [splat(1, "int16", 2 * lanes)] * 2
-        return [splat(1, "uint8", 4 * lanes)]
+            return [splat(1, "int8" if self.signed else "int16", 2 * lanes)] * 2
+        return [splat(1, self.kernel.isa.a_dtype, 4 * lanes)]
 
     def _add_sums(self, step: Step, base: Expr, start: int, stop: int) -> None:
         """Add the packed K-groups `start` to `stop` to the column sums."""
@@ -251,8 +278,12 @@ class _Operands:
             store(self.weight, at, quads)
             return [quads]
         words = bind(reinterpret(quads, "int16", 2 * lanes))
-        eight = splat(8, "int16", 2 * lanes)
-        halves = [bind((words << eight) >> eight), bind(words >> eight)]
+        if self.signed:  # members 0 and 1, then 2 and 3
+            picked = [shuffle([words], range(h, 2 * lanes, 2)) for h in range(2)]
+            halves = [bind(reinterpret(half, "int8", 2 * lanes)) for half in picked]
+        else:
+            eight = splat(8, "int16", 2 * lanes)
+            halves = [bind((words << eight) >> eight), bind(words >> eight)]
         for half, value in enumerate(halves):
             at = base + ((k * 2 + half) * plan.nv + v) * (plan.lanes * 2) + lane * 2
             store(self.weight, at, value)
@@ -337,8 +368,9 @@ class _Operands:
                 step = (k * plan.nv + v) * (plan.lanes * self.group)
                 at = step + lane * self.group + r
                 if self.kind == "exact":
-                    half = (k * 2 + r % 2) * plan.nv + v
-                    at = half * (plan.lanes * 2) + lane * 2 + r // 2
+                    first, second = (r // 2, r % 2) if self.signed else (r % 2, r // 2)
+                    half = (k * 2 + first) * plan.nv + v
+                    at = half * (plan.lanes * 2) + lane * 2 + second
                 store(self.weight, base + at, cast(value, str(self.weight.dtype)))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXACT", "TileOrder", "group_time", "plan_depths"]
+__all__ = ["EXACT", "TileOrder", "chain_depth", "group_time", "plan_depths"]
 
 Array = npt.NDArray[Any]
 
@@ -89,6 +89,26 @@ def plan_depths(packed: Array, a_max: int) -> int | list[TileOrder]:
     if plain and tiles * (count * _COST[plain] + _SECTION) <= listed:
         return plain
     return orders
+
+
+def chain_depth(packed: Array, largest: int) -> int:
+    """How many K-groups in a row `smlal` may add in int16: 4, 2, 1, or 0 where not even one.
+
+    A lane adds the products of two members of each group, 0 and 2 or 1 and 3; it fits when the
+    magnitudes of their weights add up to at most 32767 / `largest`.
+
+    Args:
+        packed: int8 weights [T, Q, V, L, 4].
+        largest: Largest magnitude of an activation.
+    """
+    lanes = np.abs(packed.astype(np.int16))
+    sums = (lanes[..., :2] + lanes[..., 2:]).reshape(*packed.shape[:2], -1).astype(np.int32)
+    limit = 32767 // max(largest, 1)
+    for depth in (4, 2, 1):
+        total = np.cumsum(np.pad(sums, ((0, 0), (depth, depth - 1), (0, 0))), axis=1)
+        if int((total[:, depth:] - total[:, :-depth]).max()) <= limit:
+            return depth
+    return 0
 
 
 def _plain_fits(high: Array, low: Array, limits: tuple[int, int], depth: int) -> bool:

@@ -8,7 +8,7 @@ residual where the epilogue has one, `Packed.arrays`, the output.
 
 How it runs.  A vector register holds one byte of V channels.  The taps along one axis (rows, or
 columns where that is cheaper: the *gathered* axis) of a few neighbouring outputs are interleaved
-byte by byte, four (`vpdpbusd`) or two (`vpmaddwd`, widened) to a group, by unpack instructions, and
+byte by byte, four (`vpdpbusd`, `sdot`) or two (`vpmaddwd`, widened) to a group, by unpack instructions, and
 kept in a work area of one strip.  Each group is made once and serves every tap along the other
 (*strip*) axis and every output of the tile: outputs at different positions of the gathered axis
 differ only in their weights, which are packed with zeros where a row is not theirs.  Padding is
@@ -213,10 +213,14 @@ class _Block:
     def _fill_padding(self, column: Expr) -> None:
         quarter = self.lanes // 4
         repeat = 0x01010101 if self.plan.group == 4 else 0x00010001
-        zero = tir.cast(tir.load(self.kernel.buffers["scalars"], 0, 1), "int32")
-        value = tir.bind(tir.splat(zero * repeat, "int32", quarter))
+        value = tir.bind(tir.splat(self._zero_byte() * repeat, "int32", quarter))
         for part in range(self.plan.groups * 4):
             self._put(column, part, value)
+
+    def _zero_byte(self) -> Expr:
+        """The byte that stands for zero, as int32."""
+        zero = tir.cast(tir.load(self.kernel.buffers["scalars"], 0, 1), "int32")
+        return T.bitwise_and(zero, tir.splat(255, "int32", 1))
 
     def _put(self, column: Expr, part: int, value: Expr) -> None:
         quarter = self.lanes // 4
@@ -238,7 +242,7 @@ class _Block:
                 self._put(column, g * 4 + part, vector)
 
     def _row(self, base: Expr, row: Expr, column: Expr, *, inside: bool) -> Expr:
-        """V channels of one input pixel as uint8; the zero point where `row` is outside."""
+        """V channels of one input pixel as bytes; the zero point where `row` is outside."""
         plan = self.plan
         a, b = plan.axes
         held = row if inside else T.max(T.min(row, a.size - 1), 0)
@@ -251,10 +255,10 @@ class _Block:
             value = tir.bind(value)
             picks = [lane // repeat for lane in range(self.lanes)]
             value = tir.shuffle([value] * repeat, picks)
-        if plan.workload.a_dtype == "int8":
+        if plan.workload.a_dtype != plan.isa.a_dtype:
             value = T.bitwise_xor(value, tir.splat(128, "uint8", self.lanes))
         if not inside:
-            fill = tir.cast(tir.load(self.kernel.buffers["scalars"], 0, 1), "uint8")
+            fill = tir.cast(self._zero_byte(), "uint8")
             valid = T.And(row >= 0, row < a.size)
             value = T.Select(valid, value, tir.splat(fill, "uint8", self.lanes))
         return tir.bind(value)
@@ -282,7 +286,7 @@ class _Block:
         loaded: dict[tuple[int, int], Expr] = {}
         width = self.lanes if plan.group == 4 else self.lanes // 2
         bits = self.lanes * 8
-        data_dtype = "uint8" if plan.group == 4 else "int16"
+        data_dtype = plan.isa.a_dtype if plan.group == 4 else "int16"
         for s, (k, row, g) in enumerate(plan.steps):
             weight = tir.bind(
                 tir.load(constants["weight"], self.packed_weight + (s * 4 + part) * width, width)
@@ -296,7 +300,7 @@ class _Block:
                 acc, data = accs[row, col], loaded[source]
                 dtype = tir.vector("int32", quarter)
                 if plan.group == 4:
-                    name = plan.isa.intrinsic("dot_u8s8", bits)
+                    name = plan.isa.intrinsic(plan.isa.dot_operation, bits)
                     total = tir.intrinsic(dtype, str(name), acc, data, weight)
                 else:
                     name = plan.isa.intrinsic("madd_i16", bits)

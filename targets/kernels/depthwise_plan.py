@@ -20,7 +20,7 @@ import numpy.typing as npt
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.lanes import lane_channels
-from qcompiler.targets.kernels.packing import LIMITS, Facts, Packed
+from qcompiler.targets.kernels.packing import LIMITS, Facts, Packed, operand_shift
 from qcompiler.targets.kernels.plan import Dot
 from qcompiler.targets.kernels.workload import ConvWorkload, GemmValues
 
@@ -82,7 +82,7 @@ class Plan:
     @cached_property
     def group(self) -> int:
         """Rows interleaved in one 32-bit lane."""
-        return 4 if self.isa.dot == "vpdpbusd" else 2
+        return 4 if self.isa.adds_to_int32 else 2
 
     @cached_property
     def multiplier(self) -> int:
@@ -195,6 +195,8 @@ def is_plain(workload: ConvWorkload, isa: Isa, params: DepthwiseParams) -> bool:
     multiplier = workload.co // workload.c
     if workload.co < 16 or multiplier not in (1, 2, 4, 8, 16):
         return True
+    if not isa.adds_to_int32 and isa.intrinsic("madd_i16", isa.vector_bits) is None:
+        return True  # nothing multiplies neighbours
     return Plan(workload, isa, params).products > TILE_PRODUCTS
 
 
@@ -264,8 +266,10 @@ def pack_depthwise(
             f"int8{workload.weight_shape}"
         )
     count = workload.co
-    shift = 128 if workload.a_dtype == "int8" else 0  # the kernel reads the stored bytes as uint8
-    zero = values.a_zero_point + shift
+    plain = is_plain(workload, isa, params)
+    # The plain form reads all bytes as uint8, the others as the dot instruction wants them.
+    multiplied = "uint8" if plain else isa.a_dtype
+    zero = values.a_zero_point + operand_shift(workload.a_dtype, multiplied)
     flat = weight.reshape(count, -1).astype(np.int64)
     bias = np.zeros(count, np.int64) if values.bias is None else values.bias.astype(np.int64)
     if bias.shape != (count,):
@@ -275,7 +279,6 @@ def pack_depthwise(
     )
     scalars, saturating = _scalars(workload, values, flat, bias, multiplier)
     scalars[0] = zero
-    plain = is_plain(workload, isa, params)
     if plain:
         arrays = {"weight": np.ascontiguousarray(weight.reshape(count, -1).T.astype(np.int16))}
         corrected = bias
@@ -290,7 +293,9 @@ def pack_depthwise(
     arrays["bias"] = corrected[order].astype(np.uint64).astype(np.uint32).view(np.int32)
     arrays["multiplier"] = np.ascontiguousarray(multiplier[order])
     arrays["scalars"] = scalars
-    dot: Dot = "vpdpbusd" if isa.dot == "vpdpbusd" and not plain else "exact"
+    dot: Dot = "exact"
+    if isa.adds_to_int32 and not plain:
+        dot = "vpdpbusd" if isa.dot == "vpdpbusd" else "sdot"
     facts = Facts(dot, saturating, values.zero_point != 0, clip=False)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 

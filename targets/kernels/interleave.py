@@ -77,8 +77,7 @@ def narrowed(isa: Isa, parts: Sequence[Expr], zero_point: Expr | None, dtype: st
     if zero_point is not None and dtype == "int16":
         parts = [part + tir.splat(zero_point, "int32", lanes // 4) for part in parts]
     parts = [tir.bind(part) for part in parts]
-    pack = str(isa.intrinsic("pack_i16", lanes * 8))
-    words = [tir.intrinsic(half, pack, parts[i], parts[i + 1]) for i in (0, 2)]
+    words = [tir.saturated(isa, parts[i], parts[i + 1], "int16") for i in (0, 2)]
     if zero_point is not None and dtype != "int16":
         shift = tir.splat(tir.cast(zero_point, "int16"), "int16", lanes // 2)
         words = [tir.intrinsic(half, "llvm.sadd.sat", word, shift) for word in words]
@@ -87,5 +86,4 @@ def narrowed(isa: Isa, parts: Sequence[Expr], zero_point: Expr | None, dtype: st
         channels = lane_channels(lanes).reshape(2, 2, -1, 4)  # pair, member, 128-bit lane, word
         position = np.argsort(channels.transpose(0, 2, 1, 3).reshape(-1))
         return tir.shuffle(words, position.tolist())
-    pack = str(isa.intrinsic("pack_u8" if dtype == "uint8" else "pack_i8", lanes * 8))
-    return tir.intrinsic(tir.vector(dtype, lanes), pack, *words)
+    return tir.saturated(isa, *words, dtype)

@@ -33,6 +33,7 @@ from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
+from qcompiler.targets.kernels.neon import by_element_loops, chain, rows_of_tile
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry, Storage, TilePlan
 from qcompiler.targets.kernels.simd import worth_threads
@@ -101,7 +102,7 @@ class MacroKernel:
     def task_loop(self, macs: int) -> Any:
         """The loop over tasks, on the thread pool where the work pays for waking it."""
         lanes = self.isa.lanes()
-        per_cycle = {"vpdpbusd": 8, "maddubs": 4, "none": 2}[self.isa.dot] * lanes
+        per_cycle = _PRODUCTS[self.isa.dot] * lanes
         if self.geometry.a_dtype == "float32":
             per_cycle = (2 if self.isa.fma else 1) * lanes
         threads = self.tasks > 1 and worth_threads(macs / per_cycle)
@@ -208,7 +209,7 @@ class MacroKernel:
         g = self.geometry
         pitch = g.band_width * g.c
         rows = g.band_rows(self.plan.band)
-        dtype = "float32" if g.a_dtype == "float32" else "uint8"
+        dtype = "float32" if g.a_dtype == "float32" else g.dot_dtype
         band = scratch(rows * pitch + _CHUNK, dtype)
         fill = bind(cast(load(self.constants["scalars"], 0, 1), dtype))
         left = min(g.pl, g.band_width) * g.c
@@ -256,7 +257,7 @@ class MacroKernel:
 
         dtype = "float32" if self.facts.dot == "float" else "int32"
         narrow = max(self.facts.depths) > 1
-        acc = Accumulators(len(pixels), nv, lanes, dtype, narrow=narrow)
+        acc = Accumulators(rows_of_tile(self.facts.dot, pixels), nv, lanes, dtype, narrow=narrow)
         near_tile = bind(tile - source.first_tile)
         near_row = bind(row - source.first_row)
         for v in range(nv):
@@ -309,6 +310,9 @@ class MacroKernel:
         if self.facts.dot == "mixed":
             self._mixed_loops(source, a_index, a_steps, tile, acc)
             return
+        if self.isa.a_dtype == "int8" and self.facts.dot != "float":
+            by_element_loops(self, source, a_index, a_steps, tile, acc)
+            return
         step = Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
         first = bind(tile * (g.k_groups * step.weight_elements))
         (depth,) = self.facts.depths
@@ -347,6 +351,10 @@ class MacroKernel:
                 step.emit(source.buffer, a_index, steps, a_steps, begin)
             table = bind(table + count * size)
             group = bind(group + count * size)
+
+
+_PRODUCTS = {"vpdpbusd": 8, "sdot": 8, "smmla": 16, "maddubs": 4, "smlal": 3, "none": 2}
+"""Products in a cycle for each 32-bit lane, by dot instruction (two ports)."""
 
 
 class Accumulators:
@@ -447,7 +455,7 @@ class Step:
         """The weight vectors of one K-group: for each column vector one, or two halves."""
         if self.storage != "plain":
             return weight_vectors(self.weight, self.kind, index, self.acc.nv, self.acc.lanes)
-        halves = 2 if self.kind == "exact" else 1
+        halves = 2 if self.kind in ("exact", "smlal") else 1
         size = self.weight_elements // self.acc.nv // halves
         return [
             [
@@ -473,7 +481,7 @@ class Step:
             return [bind(splat(load(source, index, 1), "float32", lanes))]
         quad = splat(reinterpret(load(source, index, 4), "int32", 1), "int32", lanes)
         if self.kind != "exact":
-            return [bind(reinterpret(quad, "uint8", 4 * lanes))]
+            return [bind(reinterpret(quad, self.isa.a_dtype, 4 * lanes))]
         words = bind(reinterpret(quad, "uint16", 2 * lanes))
         even = words & splat(255, "uint16", 2 * lanes)
         odd = words >> splat(8, "uint16", 2 * lanes)
@@ -486,9 +494,15 @@ class Step:
             return acc + a[0] * w[0]  # contracted to one FMA where the row has it
         if self.kind == "vpdpbusd":
             return self._call("dot_u8s8", "int32", lanes, acc, a[0], w[0])
+        if self.kind == "sdot":  # the operand that may be one element of a register comes last
+            return self._call("dot_s8s8", "int32", lanes, acc, w[0], a[0])
         if self.kind == "maddubs":
             pairs = self._call("madd_u8s8", "int16", 2 * lanes, a[0], w[0])
             return acc + self._widened(pairs)
+        if self.kind == "smlal":
+            return acc + chain(self.isa, a, w)
+        if self.isa.a_dtype == "int8":
+            return acc + chain(self.isa, a[:1], w[:1]) + chain(self.isa, a[1:], w[1:])
         for even_or_odd, weight in zip(a, w, strict=True):
             acc = acc + self._call("madd_i16", "int32", lanes, even_or_odd, weight)
         return acc
@@ -529,13 +543,14 @@ def fill_elements(buffer: Buffer, start: Expr, value: Expr, count: int) -> None:
 
 
 def copy_elements(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int) -> None:
-    """Copy `count` elements; s8 becomes u8 by adding 128."""
-    flip = source.dtype == "int8" and target.dtype == "uint8"
+    """Copy `count` elements; s8 becomes u8 by adding 128, and u8 becomes s8."""
+    flip = source.dtype != target.dtype
 
     def piece(at: Expr, size: int) -> None:
         value = load(source, start + at, size)
         if flip:
             value = reinterpret(value, "uint8", size) ^ splat(128, "uint8", size)
+            value = reinterpret(value, str(target.dtype), size)
         store(target, to + at, value)
 
     whole, rest = _chunks(count)

@@ -6,6 +6,8 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
 
 * float32: `[T, Q, V, L]`;
 * one 8-bit dot kind: int8 `[T, Q, V, L, G]`;
+* smlal: int8 `[T, Q, 2, V, L, 2]`: the first two, then the last two members of each group, and
+  exact too where products are made from s8 by s8;
 * exact: int16 `[T, Q, 2, V, L, 2]`: first the even, then the odd members of each group, as pairs
   for `vpmaddwd`, because the kernel splits a group of activation bytes into even and odd bytes;
 * mixed: each tile has its own order of K-groups, in sections by the depth of the int16 sums (see
@@ -31,7 +33,13 @@ import numpy.typing as npt
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.amx_plan import tiles_constants
-from qcompiler.targets.kernels.depth import EXACT, TileOrder, group_time, plan_depths
+from qcompiler.targets.kernels.depth import (
+    EXACT,
+    TileOrder,
+    chain_depth,
+    group_time,
+    plan_depths,
+)
 from qcompiler.targets.kernels.plan import (
     Dot,
     Geometry,
@@ -55,7 +63,7 @@ from qcompiler.targets.kernels.workload import (
     MatmulWorkload,
 )
 
-__all__ = ["SCALARS", "Facts", "Packed", "pack_conv", "pack_matmul"]
+__all__ = ["SCALARS", "Facts", "Packed", "operand_shift", "pack_conv", "pack_matmul"]
 
 Array = npt.NDArray[Any]
 
@@ -205,13 +213,13 @@ def _pack(
         tiles = _tiles(geometry, plan, weight, columns)
         return _float_constants(geometry, tiles[..., 0], columns, values)
 
-    shift = 128 if geometry.a_dtype == "int8" else 0  # the kernel adds it to the stored bytes
+    shift = operand_shift(geometry.a_dtype, isa.a_dtype)
     qmin, qmax = LIMITS[geometry.a_dtype]
     a_min = (qmin if values.a_qmin is None else values.a_qmin) + shift
     a_max = (qmax if values.a_qmax is None else values.a_qmax) + shift
     a_zero_point = values.a_zero_point + shift
     # Padding is stored as the zero point, so it takes part in the largest stored value.
-    largest = max(a_max, a_zero_point)
+    largest = max(a_max, -a_min, abs(a_zero_point))
 
     count = geometry.groups * geometry.n
     flat = weight.reshape(count, -1).astype(np.int64)
@@ -275,6 +283,13 @@ def _nibbles(groups: Array, dot: Dot) -> Array:
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
 
+def operand_shift(stored: str, multiplied: str) -> int:
+    """What a kernel adds to 8-bit values stored in one signedness to multiply them in another."""
+    if stored == multiplied:
+        return 0
+    return 128 if multiplied == "uint8" else -128
+
+
 def _multiplier(values: GemmValues, count: int) -> npt.NDArray[np.float32]:
     """The multiplier of each of `count` columns."""
     given = 1.0 if values.multiplier is None else values.multiplier
@@ -311,7 +326,7 @@ def _pack_activations(
     columns = column_index(geometry.n, params.lanes, params.nv)
     if workload.a_dtype == "float32":
         return _float_constants(geometry, None, columns, values)
-    a_zero_point = values.a_zero_point + (128 if workload.a_dtype == "int8" else 0)
+    a_zero_point = values.a_zero_point + operand_shift(workload.a_dtype, isa.a_dtype)
     b_zero_point = values.b_zero_point - (128 if workload.b_dtype == "uint8" else 0)
     bias = _bias(values, geometry.n)
     multiplier = _multiplier(values, geometry.n)
@@ -324,7 +339,9 @@ def _pack_activations(
         arrays["multiplier"] = _per_column(multiplier, geometry, columns)
     arrays["scalars"] = scalars
     arrays["zero_points"] = points.astype(np.uint64).astype(np.uint32).view(np.int32)
-    dot: Dot = "vpdpbusd" if isa.dot == "vpdpbusd" else "exact"
+    dot: Dot = "exact"
+    if isa.adds_to_int32:
+        dot = "vpdpbusd" if isa.dot == "vpdpbusd" else "sdot"
     facts = Facts(dot, saturating, values.zero_point != 0, False, b_zero_point != 0)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
@@ -388,12 +405,16 @@ def _pack_weights(
         How they will be multiplied, and to which depths.
     """
     groups = tiles.transpose(0, 3, 1, 2, 4)  # [T, Q, V, L, G]
-    if isa.dot == "vpdpbusd":
+    if isa.dot in ("vpdpbusd", "sdot", "smmla"):
         arrays["weight"] = np.ascontiguousarray(groups)
-        return "vpdpbusd", (1,)
+        return isa.dot, (1,)
     if isa.dot == "none":
         arrays["weight"] = _even_odd(groups)
         return "exact", (1,)
+    if isa.dot == "smlal":
+        arrays["weight"] = _halves(groups)
+        depth = chain_depth(groups, a_max)
+        return ("smlal", (depth,)) if depth else ("exact", (1,))
     orders = plan_depths(groups, a_max)
     if isinstance(orders, int):
         arrays["weight"] = np.ascontiguousarray(groups)
@@ -431,6 +452,11 @@ def _pack_lists(
     counts = np.asarray([[len(section) for section in sections] for sections in lists])
     first = np.stack([np.cumsum(safe) - safe, np.cumsum(exact) - exact], axis=1)
     arrays["spans"] = np.concatenate([counts, first], axis=1).astype(np.int32)
+
+
+def _halves(groups: Array) -> Array:
+    """int8 `[..., V, L, 4]` as `[..., 2, V, L, 2]`: members 0 and 1, then 2 and 3."""
+    return np.ascontiguousarray(np.moveaxis(groups.reshape(*groups.shape[:-1], 2, 2), -2, -4))
 
 
 def _even_odd(groups: Array) -> Array:

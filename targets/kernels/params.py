@@ -112,12 +112,14 @@ class _StepCost:
     """Other registers: activations, products, constants."""
     per_product: int
     """Instructions for each accumulator."""
-    per_pixel: int
+    per_pixel: float
     """Instructions for each pixel's activations."""
     cycles: float
     """Cycles of the multiplication ports for each accumulator (two ports)."""
     latency: float
     """Cycles from one addition to an accumulator to the next."""
+    held: int = 0
+    """Registers for each pixel's activations, held over several K-groups."""
 
 
 def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
@@ -125,6 +127,12 @@ def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
         return _StepCost(1, 1, 1, 1, 0.5, 4.0) if isa.fma else _StepCost(1, 2, 3, 1, 0.5, 4.0)
     if isa.dot == "vpdpbusd":
         return _StepCost(1, 1, 1, 1, 0.5, 5.0)
+    if isa.dot == "smlal":
+        # Two multiplications and the widening addition share two ports; weights come in pairs.
+        return _StepCost(2, 4, 3, 2.25, 1.5, 4.0, held=1)
+    if isa.dot in ("sdot", "smmla"):
+        # Sixteen bytes of each pixel serve four K-groups (two of smmla) by element.
+        return _StepCost(1, 1, 1, 0.25 if isa.dot == "sdot" else 1.0, 0.5, 4.0, held=1)
     if isa.dot == "maddubs" and not packs_b:
         # The registers are those of the K-groups that are multiplied by int16 pairs.
         return _StepCost(2, 4, 3, 1, 1.0, 2.0)
@@ -140,7 +148,7 @@ def _register_tiles(geometry: Geometry, isa: Isa, cost: _StepCost) -> list[tuple
     found: list[tuple[int, int, int]] = []
     for nv in range(1, min(8, vectors) + 1):
         others = nv * cost.registers_per_vector + cost.registers
-        most = (isa.vector_registers - others) // nv
+        most = (isa.vector_registers - others) // (nv + cost.held)
         found.extend((lanes, mt, nv) for mt in range(1, min(most, 14, pixels) + 1))
     return found
 

@@ -11,7 +11,7 @@ product have one run and a width of one, with all pixels along H.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -32,9 +32,10 @@ __all__ = [
     "tile_plan",
 ]
 
-Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd", "tiles"]
+Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd", "smlal", "sdot", "smmla", "tiles"]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
-"mixed" by a list of K-groups of either kind for each tile, "winograd" by transformed operands,
+"mixed" by a list of K-groups of either kind for each tile, "smlal", "sdot" and "smmla" by those
+instructions, "winograd" by transformed operands,
 "tiles" by AMX."""
 
 Storage = Literal["plain", "int4"]
@@ -64,6 +65,8 @@ class Geometry:
     oh: int
     ow: int
     k_group: int
+    dot_dtype: str = "uint8"
+    """Dtype in which 8-bit activations are multiplied; others are shifted by 128 on the way."""
 
     @property
     def cg(self) -> int:
@@ -112,10 +115,10 @@ class Geometry:
         """Whether tiles may read the activations where they lie.
 
         Otherwise a task copies its band of rows, padded, into a work area first: for padding, to
-        turn s8 into u8, and so that the last run, rounded up to the group, stays in bounds.
+        change the signedness, and so that the last run, rounded up to the group, stays in bounds.
         """
         aligned = self.run % self.k_group == 0
-        return not self.padded and aligned and self.a_dtype != "int8"
+        return not self.padded and aligned and self.a_dtype in (self.dot_dtype, "float32")
 
     @property
     def band_width(self) -> int:
@@ -136,6 +139,13 @@ class Geometry:
 def geometry_of(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> Geometry:
     """The geometry of a convolution or of a matrix product (of one, for an activation B)."""
     group = 1 if workload.a_dtype == "float32" else isa.k_group
+    if isinstance(workload, MatmulWorkload) and not workload.b_constant:
+        group = min(group, 4)  # what packs B at run time makes groups of four
+    geometry = _geometry(workload, group)
+    return replace(geometry, dot_dtype=isa.a_dtype)
+
+
+def _geometry(workload: ConvWorkload | MatmulWorkload, group: int) -> Geometry:
     if isinstance(workload, MatmulWorkload):
         rows = math.prod(workload.a_shape) // workload.k if workload.b_constant else workload.m
         return _matrix(workload.a_dtype, rows, workload.k, workload.n, 1, group)

@@ -230,13 +230,11 @@ def _packed_bytes(isa: Isa, value: Expr, zero_point: int, dtype: str) -> Expr:
         )
         for k in range(4)
     ]
-    pack = str(isa.intrinsic("pack_i16", lanes * 8))
-    words = [tir.intrinsic(half, pack, parts[k], parts[k + 1]) for k in (0, 2)]
+    words = [tir.saturated(isa, parts[k], parts[k + 1], "int16") for k in (0, 2)]
     if zero_point:  # saturating to int16 before and after it changes no 8-bit result
         shift = tir.splat(zero_point, "int16", lanes // 2)
         words = [tir.intrinsic(half, "llvm.sadd.sat", word, shift) for word in words]
-    pack = str(isa.intrinsic("pack_u8" if dtype == "uint8" else "pack_i8", lanes * 8))
-    narrow = tir.intrinsic(tir.vector(dtype, lanes), pack, *[tir.bind(word) for word in words])
+    narrow = tir.saturated(isa, *[tir.bind(word) for word in words], dtype)
     if lanes == 16:
         return narrow
     # Packs work within 128-bit lanes: four bytes of each part, lane after lane.

@@ -58,6 +58,7 @@ __all__ = [
     "reinterpret",
     "requantized",
     "round_to_int32",
+    "saturated",
     "scratch",
     "select_lazy",
     "serial",
@@ -345,7 +346,7 @@ def store_narrow(
 
     Lanes must already be within the dtype's range, unless `saturate` is set, which clamps them to
     it.  Vectors are narrowed in pairs by the pack instructions where that is the shortest way, else
-    by truncation (one `vpmovdb` on AVX-512).
+    by truncation: one `vpmovdb` on AVX-512, and narrow vectors together (`xtn` and `sqxtn` on ARM).
     """
     dtype = str(buffer.dtype)
     lanes = lanes_of(values[0])
@@ -358,11 +359,30 @@ def store_narrow(
         pair = list(values[position : position + 2])
         narrow = _packed(isa, pair, dtype)
         if narrow is None:
-            pair = pair[:1]
-            value = clamp(pair[0], *_INT_RANGE[dtype]) if saturate else pair[0]
-            narrow = cast(value, dtype)
+            pair = list(values[position : position + _together(lanes)])
+            value = pair[0]
+            if len(pair) > 1:
+                value = shuffle([bind(v) for v in pair], range(lanes * len(pair)))
+            narrow = cast(clamp(value, *_INT_RANGE[dtype]) if saturate else value, dtype)
         store(buffer, index + position * lanes, narrow)
         position += len(pair)
+
+
+def _together(lanes: int) -> int:
+    """How many vectors of `lanes` are truncated together: a power of two, to 16 bytes at most."""
+    return max(1, 16 // lanes)
+
+
+def saturated(isa: Isa, low: Expr, high: Expr, dtype: str) -> Expr:
+    """Two vectors of twice the width as one of `dtype`, saturating, within 128-bit lanes."""
+    lanes = 2 * lanes_of(low)
+    operation = {"int16": "pack_i16", "int8": "pack_i8", "uint8": "pack_u8"}[dtype]
+    wide = 32 if dtype == "int16" else 16
+    name = isa.intrinsic(operation, lanes // 2 * wide)
+    if name is not None:
+        return intrinsic(vector(dtype, lanes), name, low, high)
+    joined = shuffle([bind(low), bind(high)], range(lanes))
+    return cast(clamp(joined, *_INT_RANGE[dtype]), dtype)
 
 
 def _packed(isa: Isa, values: Sequence[Expr], dtype: str) -> Expr | None:
