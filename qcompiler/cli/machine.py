@@ -8,13 +8,16 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.cli import options, shell
 from qcompiler.errors import QCompilerError
+
+if TYPE_CHECKING:
+    from qcompiler.targets.base import TargetSpec
 
 State = Literal["ok", "missing", "broken"]
 
@@ -33,7 +36,8 @@ def targets(json_output: options.JsonOption = False) -> int:
                 "name": name,
                 "description": spec.description,
                 "precisions": [p.value for p in spec.precisions],
-                "runs_here": not missing,
+                "runs_here": not _obstacle(spec),
+                "obstacle": _obstacle(spec),
                 "missing_cpu_features": list(missing),
             }
         )
@@ -45,12 +49,28 @@ def targets(json_output: options.JsonOption = False) -> int:
     for heading in ("target", "description", "precisions", "runs here"):
         table.add_column(heading)
     for row in rows:
-        lacking = ", ".join(row["missing_cpu_features"])
-        here = "yes" if row["runs_here"] else f"no, the CPU lacks {lacking}"
+        here = "yes" if row["runs_here"] else f"no, {row['obstacle']}"
         name = f"{row['name']} (host)" if row["name"] == host else row["name"]
         table.add_row(name, row["description"], ", ".join(row["precisions"]), here)
     shell.out_console().print(table)
     return shell.DONE
+
+
+def _obstacle(spec: TargetSpec) -> str:
+    """Return why code for a target does not run on this machine; empty where it does."""
+    from qcompiler.artifact import check_runnable
+    from qcompiler.cpu import missing_features
+    from qcompiler.errors import UnsupportedByTargetError
+    from qcompiler.manifest import TargetInfo
+
+    lacking = ", ".join(missing_features(spec.cpu_features))
+    if lacking:
+        return f"the CPU lacks {lacking}"
+    try:
+        check_runnable(TargetInfo(spec.name, spec.isa or "", triple=spec.triple or ""), "it")
+    except UnsupportedByTargetError as error:
+        return error.message
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@
 // whole warp (mma.sync, ldmatrix, shfl); the last one to arrive does the warp's work by the
 // documented fragment layout (PTX ISA 8.7, sections 9.7.14 and 9.7.15). Asynchronous copies happen
 // as late as their waits allow, so that a missing wait shows; shared memory starts as garbage.
-// Deadlocks, misaligned copies and divergence at warp instructions end the launch with an error.
+// Deadlocks, misaligned accesses, bank conflicts of ldmatrix and divergence at warp instructions end
+// the launch with an error.
 //
 // Included by the kernels' own text (QC_EMULATE); one launcher per kernel comes from QC_ENTRY.
 
@@ -316,6 +317,14 @@ static inline void qc_load_matrix_x4(unsigned (&r)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulate::fail("a misaligned row of ldmatrix");
   emulate_matrix_lane mine{r, static_cast<const unsigned char*>(row)};
   emulate::together(&mine, [](void** at) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      unsigned banks = 0;  // of 16 bytes: eight rows that share none are read at once
+      for (int row = 0; row < 8; ++row) {
+        const auto* from = static_cast<emulate_matrix_lane*>(at[matrix * 8 + row]);
+        banks |= 1u << (reinterpret_cast<uintptr_t>(from->row) / 16 % 8);
+      }
+      if (banks != 255) emulate::fail("a bank conflict in ldmatrix");
+    }
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < 4; ++matrix) {
         const auto* from = static_cast<emulate_matrix_lane*>(at[matrix * 8 + lane / 4]);
