@@ -35,6 +35,8 @@ _TOLERANCE = 1e-9
 """Share of a limit by which a sum may pass it: the order of additions, nothing else."""
 _SCALE = 1e4
 """What the objective's greatest coefficient becomes: HiGHS stops within 1e-6 of the optimum."""
+_ATTEMPTS = 40
+"""Choices that may pass a limit by less than the solver's tolerance before it gives up."""
 _TIME = 60.0
 """Seconds that one program may take; real ones need milliseconds."""
 
@@ -346,20 +348,16 @@ class _Program:
     def solve(
         self, minimize: Resource, limits: Limits, excluded: Sequence[Mapping[str, str]]
     ) -> Solution | None:
-        """Solve once; where rounding let a limit slip, tighten it and solve again."""
-        slack = dict.fromkeys(RESOURCES, 0.0)
-        for _ in range(6):
-            chosen = self._run(minimize, limits, slack, excluded)
+        """Solve; a choice that passes a limit within the solver's tolerance is ruled out."""
+        passed: list[Mapping[str, str]] = []
+        for _ in range(_ATTEMPTS):
+            chosen = self._run(minimize, limits, [*excluded, *passed])
             if chosen is None:
                 return None
             solution = totals(self.problem, chosen)
-            over = [
-                r for r in RESOURCES if not _keeps(solution.total(r), float(getattr(limits, r)))
-            ]
-            if not over:
+            if solution.within(limits):
                 return solution
-            for r in over:
-                slack[r] += 2 * (solution.total(r) - float(getattr(limits, r)))
+            passed.append(chosen)
         raise AssignmentError("the solver cannot separate choices this close to a limit")
 
     def _costs(self, resource: Resource) -> npt.NDArray[np.float64]:
@@ -402,10 +400,10 @@ class _Program:
         for cast in p.casts:  # y >= source + target - 1
             row = {self.casts[cast.key]: -1.0}
             ends = 0
-            for name, forms in ((cast.source, cast.source_forms), (cast.target, cast.target_forms)):
-                if name is not None:
+            for end, forms in ((cast.source, cast.source_forms), (cast.target, cast.target_forms)):
+                if end is not None:
                     ends += 1
-                    for i in self._of(name, forms):
+                    for i in self._of(end, forms):
                         row[i] = row.get(i, 0.0) + 1.0
             self._row(row, -np.inf, max(ends - 1, 0) if ends else -1)
 
@@ -413,21 +411,27 @@ class _Program:
         self,
         minimize: Resource,
         limits: Limits,
-        slack: Mapping[Resource, float],
         excluded: Sequence[Mapping[str, str]],
     ) -> dict[str, str] | None:
         rows, low, high = list(self.rows), list(self.low), list(self.high)
+        upper = np.ones(self.count)
         for resource in RESOURCES:
             limit = float(getattr(limits, resource))
             if not math.isfinite(limit):
                 continue
-            base = float(getattr(self.problem.base, resource))
+            room = limit + abs(limit) * _TOLERANCE - float(getattr(self.problem.base, resource))
             cost = self.costs[resource]
-            scale = float(np.abs(cost).max(initial=0.0)) or 1.0
+            if room > 0 and not (cost < 0).any():
+                # What alone is too much is ruled out; the row is then scaled by the room there is,
+                # however small that is beside the greatest cost.
+                upper[cost > room] = 0.0
+                cost = np.where(cost > room, 0.0, cost)
+                scale = room
+            else:
+                scale = float(np.abs(cost).max(initial=0.0)) or 1.0
             rows.append({int(i): float(cost[i]) / scale for i in np.flatnonzero(cost)})
-            room = limit * (1 + _TOLERANCE) if limit > 0 else limit
             low.append(-np.inf)
-            high.append((room - slack[resource] - base) / scale)
+            high.append(room / scale)
         for choice in excluded:
             taken = [self.index[n, o] for n, o in choice.items() if (n, o) in self.index]
             rows.append(dict.fromkeys(taken, 1.0))
@@ -440,7 +444,7 @@ class _Program:
         result: Any = milp(
             cost * (_SCALE / scale),
             constraints=LinearConstraint(_matrix(rows, self.count), low, high),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, upper),
             integrality=integrality,
             options={"mip_rel_gap": 0.0, "time_limit": _TIME},
         )

@@ -58,6 +58,7 @@ from qcompiler.types import Array, Precision
 _STAND_INS = 4
 
 if TYPE_CHECKING:
+    from qcompiler.auto import Choice
     from qcompiler.onnx_import import ModelSource
 
 
@@ -95,6 +96,7 @@ def compile(
     methods: str | Sequence[Pass] = (),
     seed: int = 0,
     locked: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, str | Precision] | None = None,
     progress: ProgressFn | None = None,
 ) -> CompiledModel:
     """Compile a trained ONNX model for a target.
@@ -105,7 +107,8 @@ def compile(
         calibration: Representative samples (see `qcompiler.data.load_samples`); needed for integer
             precisions unless the model is already quantized.
         precision: "w8a8", "w4a8" (first and last products keep 8 bits; where the target has it),
-            "fp32", a PrecisionPlan, or the path of a saved plan.
+            "fp32", a PrecisionPlan, or the path of a saved plan; "auto" searches the fastest plan
+            that keeps the budget, by latency measured on the target (`qcompiler.auto`).
         evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
             is better); measures what compilation costs.
         budget: Limits that the result must keep.
@@ -118,6 +121,8 @@ def compile(
         seed: Seed of everything random.
         locked: Artifact or lock file to make again: whatever differs from it is refused, and its
             plan is taken where "auto" would search for one.
+        overrides: Precisions forced by selector: a node name, a pattern over node names, or
+            `op:NAME`; later ones win.
         progress: Called with (what is going on, units done, units in total).
 
     Returns:
@@ -141,6 +146,25 @@ def compile(
         _check_locked(lock, decided, model, calibration, evaluate, tuning)
         if precision == "auto":
             precision = lock.precision_plan()
+    choice: Choice | None = None
+    if isinstance(precision, str) and precision == "auto":
+        from qcompiler.auto import choose
+
+        choice = choose(
+            model,
+            backend,
+            calibration=calibration,
+            evaluate=evaluate,
+            budget=budget,
+            input_shapes=input_shapes,
+            freeze=freeze,
+            tuning=tuning,
+            methods=methods,
+            overrides=overrides,
+            seed=seed,
+            progress=report_progress,
+        )
+        precision, evaluate, tuning = choice.plan, choice.evaluate, choice.tuning
     clock = TimeInstrument()
     result = quantize_model(
         model,
@@ -150,10 +174,14 @@ def compile(
         input_shapes=input_shapes,
         freeze=freeze,
         methods=methods,
+        overrides=overrides,
         seed=seed,
         progress=report_progress,
         instruments=(clock,),
     )
+    if choice is not None:
+        result.sources.update(choice.sources)
+        result.log.extend(choice.notes)
     if lock is not None:
         lock.check_plan(result.plan, result.sources["plan"])
     built = build_graph(result.graph, backend, report_progress, tuning=tuning, seed=seed)
@@ -174,6 +202,8 @@ def compile(
         pass_seconds=clock.seconds,
         progress=report_progress,
     )
+    if choice is not None:
+        choice.finish(compiled)
     _check_budget(compiled, budget)
     return compiled
 
@@ -230,6 +260,7 @@ def quantize_model(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
     methods: str | Sequence[Pass] = (),
+    overrides: Mapping[str, str | Precision] | None = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
     instruments: Sequence[Instrument] = (),
@@ -265,6 +296,8 @@ def quantize_model(
         graph = integer if stage is Stage.INTEGER else graph
         return Quantized(None, graph, plan, sources, 0, ctx.log)
     plan = _plan(precision, graph, spec)
+    if overrides:
+        plan = plan.overridden(graph, overrides)
     if wanted and not plan.has_integers:
         raise UsageError("the methods serve integer precisions; the plan has none",
                          hint="leave them out, or ask for an integer precision")  # fmt: skip

@@ -128,6 +128,7 @@ def measured_report(
                     "python": platform.python_version()},
         "digests": dict(compiled.artifact.sources),
         "lock": None if compiled.artifact.lock is None else dict(compiled.artifact.lock),
+        "assignment": None,
         "notes": notes,
     }  # fmt: skip
     reference = None
@@ -140,7 +141,7 @@ def measured_report(
         reference = float_model(compiled, source, quantized=result.float_graph is None)
     except QCompilerError as error:
         notes.append(f"the float model could not be run for comparison: {error}")
-    scored, why = _runnable(compiled, built)
+    scored, why = runnable(compiled, built)
     if why:
         notes.append(f"{why}: accuracy is the interpreter's (the same integers), no latency")
     if evaluate is not None:
@@ -154,7 +155,7 @@ def measured_report(
     return report
 
 
-def _runnable(compiled: CompiledModel, built: Built) -> tuple[CompiledModel, str]:
+def runnable(compiled: CompiledModel, built: Built) -> tuple[CompiledModel, str]:
     """Return a model that runs here, and why that is not the compiled one, if it is not."""
     try:
         check_runnable(compiled.target, "the model")

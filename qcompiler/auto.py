@@ -1,0 +1,424 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""`precision="auto"`: the fastest plan that keeps the budget, by measured latency and sensitivity.
+
+calibrate -> sensitivity of every product -> latency of every kernel at every precision -> solve,
+build, evaluate, learn, solve again. Each step leaves what it found in the cache, so an interrupted
+search goes on where it was, and another target starts with the sensitivities.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qcompiler.assignment_log import assignment_log, measured_log, reasons_of
+from qcompiler.cache import Cache, cache_folder, key_of
+from qcompiler.cpu import host_cpu
+from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
+from qcompiler.decisions import Network, network_of
+from qcompiler.errors import DataError, InfeasibleBudgetError, UsageError
+from qcompiler.interrupts import interruptible
+from qcompiler.metrics import SQNR_CEILING
+from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no_progress
+from qcompiler.plan import PrecisionPlan, uniform
+from qcompiler.printer import digest
+from qcompiler.records import RecordFile
+from qcompiler.runtime import CompiledModel
+from qcompiler.search import search
+from qcompiler.targets.base import Backend
+from qcompiler.tuning import Tuning
+from qcompiler.types import Precision
+from qcompiler.workshop import Judge, Prepared, Workshop, prepare, records_file
+
+if TYPE_CHECKING:
+    from qcompiler.latency import LatencyTable
+    from qcompiler.onnx_import import ModelSource
+    from qcompiler.passes.sensitivity_report import SensitivityReport
+
+__all__ = ["SAMPLES", "Choice", "choose", "default_budget", "latency_of", "sensitivity_of"]
+
+SAMPLES = 32
+"""Calibration samples of the sensitivity analysis: losses are compared, not reported."""
+_JOINT_SAMPLES = 128
+"""Calibration samples on which joint models are compared with float."""
+_HELD = frozenset({"fp16", "w8", "w4"})
+"""Precisions that only hold weights in fewer bits."""
+_TUNING_SHARE = 0.6
+"""Share of the wall-clock budget that kernel tuning gets, of what is left when it starts."""
+
+Score = Callable[[CompiledModel], float]
+
+
+@dataclass
+class Choice:
+    """The chosen plan and why.
+
+    Attributes:
+        plan: Precision per node.
+        log: The decision log (docs/json.md, "assignment"); `finish` completes it.
+        least: Least feasible limits, where the budget cannot be kept; else empty.
+        sources: Digests of further data that steered the choice.
+        notes: What the user should know, one sentence each.
+        evaluate: What the result is to be scored with.
+        tuning: Records that the build is to use; nothing further is tuned.
+        budget: The budget in force, defaults filled in.
+    """
+
+    plan: PrecisionPlan
+    log: dict[str, Any] | None
+    least: dict[str, float] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    evaluate: Evaluation | Score | None = None
+    budget: Budget = field(default_factory=Budget)
+    tuning: Tuning | None = None
+
+    def finish(self, compiled: CompiledModel) -> None:
+        """Add the log to the report of the compiled model, with what that measured.
+
+        Raises:
+            InfeasibleBudgetError: No plan that was tried keeps the budget; `best` is the model.
+        """
+        if self.log is None or compiled.report is None:
+            return
+        log = measured_log(self.log, compiled.report)
+        compiled.report = {**compiled.report, "assignment": log}
+        if log["infeasible"] is not None:
+            raise InfeasibleBudgetError(
+                log["infeasible"]["message"],
+                least=dict(log["infeasible"]["least"]),
+                best=compiled,
+                hint="relax the limit to the figure named, or give more time or data",
+            )
+
+
+def choose(
+    model: ModelSource,
+    backend: Backend,
+    *,
+    calibration: SampleSource | None,
+    evaluate: Evaluation | Score | None = None,
+    budget: Budget | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    freeze: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
+    methods: str | Sequence[Pass] = (),
+    overrides: Mapping[str, str | Precision] | None = None,
+    seed: int = 0,
+    progress: ProgressFn = no_progress,
+) -> Choice:
+    """Return the plan of least latency that keeps the budget.
+
+    Args and errors: as `qcompiler.compile`.
+    """
+    from qcompiler.passes.methods import parse_methods
+
+    wanted = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
+    started = time.perf_counter()
+    deadline = None if tuning is None or tuning.seconds is None else started + tuning.seconds
+    seconds: dict[str, float] = {}
+    prepared = prepare(
+        model, calibration=calibration, input_shapes=input_shapes, freeze=freeze,
+        methods=wanted, seed=seed, progress=progress,
+    )  # fmt: skip
+    nothing = _nothing_to_choose(prepared, backend)
+    if nothing is not None:
+        plan = (
+            uniform(prepared.graph, Precision.FP32) if not prepared.quantized else PrecisionPlan()
+        )
+        return Choice(
+            plan,
+            None,
+            notes=[nothing],
+            evaluate=evaluate,
+            budget=budget or Budget(),
+            tuning=_only_records(tuning),
+        )
+    if prepared.table is None or calibration is None:
+        raise DataError(
+            "automatic precision needs calibration samples, got none",
+            hint="give calibration=... (--calibration), or precision='fp32'",
+        )
+    limits, evaluation, by_default = default_budget(budget, evaluate, calibration, prepared)
+    cache = Cache(cache_folder(None if tuning is None else tuning.records))
+    with interruptible():
+        precisions = wanted_precisions(backend, prepared, limits)
+        mark = time.perf_counter()
+        sensitivity = sensitivity_of(prepared, precisions, cache, seed=seed, progress=progress)
+        seconds["sensitivity"] = time.perf_counter() - mark
+        mark = time.perf_counter()
+        backend, known = _tuned_backend(
+            prepared, backend, precisions, tuning, deadline, cache, seed, progress
+        )
+        if tuning is not None and tuning.searches:
+            seconds["tuning"] = time.perf_counter() - mark
+        workshop = Workshop(prepared, backend, seed=seed, progress=progress)
+        mark = time.perf_counter()
+        file = records_file(cache, backend.spec.name, None if tuning is None else tuning.records)
+        late = _late(deadline)
+        table = workshop.latency_table(precisions, file, deadline=late)
+        seconds["latency"] = time.perf_counter() - mark
+        mark = time.perf_counter()
+        network = network_of(prepared.graph, table, precisions, sensitivity)
+        network = network.with_fixed(_fixed(network, prepared, overrides))
+        judge = Judge(prepared, model, evaluation, cache, _JOINT_SAMPLES)
+        trials = {p.value: workshop.uniform(p) for p in precisions}
+        seconds["assign"] = time.perf_counter() - mark
+        mark = time.perf_counter()
+        outcome = search(
+            network, workshop, judge, limits, uniform=trials, late=late, progress=progress
+        )
+        seconds["rounds"] = time.perf_counter() - mark
+    log = assignment_log(outcome, table, limits, judge, trials, by_default, seconds, overrides)
+    plan = outcome.network.plan(outcome.choices, reasons_of(log))
+    if overrides:
+        plan = plan.overridden(prepared.graph, overrides)
+    sources = {}
+    if isinstance(evaluation, Evaluation):
+        sources["evaluation"] = load_samples(evaluation.samples).digest()
+    notes = [log["statement"]] if by_default else []
+    notes += [outcome.note] if outcome.note else []
+    return Choice(plan, log, dict(outcome.broken), sources, notes, evaluation, limits, known)
+
+
+def _nothing_to_choose(prepared: Prepared, backend: Backend) -> str | None:
+    from qcompiler.passes.single_node import units
+
+    if prepared.quantized:
+        return "the model is quantized already: its precisions and scales are kept"
+    if not any(p.is_integer for p in backend.spec.precisions):
+        return f"target {backend.spec.name} has float kernels only: everything stays float"
+    if not units(prepared.graph):
+        return "no operator of the model has an integer form that pays: everything stays float"
+    return None
+
+
+def wanted_precisions(backend: Backend, prepared: Prepared, limits: Budget) -> list[Precision]:
+    """Return the precisions of the target that are worth measuring, W8A8 and FP32 among them.
+
+    Weights held in fewer bits for float products are there for limits on size.
+    """
+    del prepared
+    found = []
+    for p in backend.spec.precisions:
+        held = p.value in _HELD and limits.max_size_mb is not None
+        if p.is_integer or p is Precision.FP32 or held:
+            found.append(p)
+    return found
+
+
+def default_budget(
+    budget: Budget | None,
+    evaluate: Evaluation | Score | None,
+    calibration: SampleSource,
+    prepared: Prepared,
+) -> tuple[Budget, Evaluation | Score | None, bool]:
+    """Return the budget in force, what scores it, and whether a limit on the drop was filled in.
+
+    Without any limit on drop or latency, "auto" means: nearly as good as float. That is 1 point of
+    top-1 or top-5; 1 % of a score of one's own; without labels a divergence of 0.01 nat of class
+    scores, or an SQNR of 30 dB, on the calibration samples.
+
+    Raises:
+        UsageError: A limit on the drop without anything to evaluate.
+    """
+    given = budget or Budget()
+    if given.max_drop is not None or given.max_slice_drop is not None:
+        if evaluate is None:
+            raise UsageError(
+                "a limit on the drop needs something that measures it",
+                hint="give evaluate=... (--evaluate and --metric)",
+            )
+        return given, evaluate, False
+    if given.max_latency_ms is not None:
+        return given, evaluate, False
+    if evaluate is None:
+        classes = _scores_classes(prepared)
+        evaluate = Evaluation(calibration, "kl" if classes else "sqnr")
+    if not isinstance(evaluate, Evaluation):
+        return dataclasses.replace(given, max_drop=0.01), evaluate, True
+    limit = {"top1": 1.0, "top5": 1.0, "kl": 0.01, "cosine": 0.01, "sqnr": SQNR_CEILING - 30.0}
+    return dataclasses.replace(given, max_drop=limit.get(evaluate.metric, 0.01)), evaluate, True
+
+
+def _scores_classes(prepared: Prepared) -> bool:
+    from qcompiler.passes.sensitivity import head_of
+
+    kinds = {head_of(prepared.graph, v, "auto", None).kind for _, v in prepared.graph.outputs}
+    return "mse" not in kinds
+
+
+def _late(deadline: float | None) -> Callable[[], bool]:
+    return lambda: deadline is not None and time.perf_counter() > deadline
+
+
+def _fixed(
+    network: Network, prepared: Prepared, overrides: Mapping[str, str | Precision] | None
+) -> dict[str, str]:
+    """Return what overrides bind: item -> precision.
+
+    Raises:
+        UsageError: As `PrecisionPlan.overridden`; a precision that is not among an item's options.
+    """
+    if not overrides:
+        return {}
+    plain = uniform(prepared.graph)
+    forced = plain.overridden(prepared.graph, overrides)
+    fixed = {}
+    for item in network.problem.items:
+        if forced.nodes[item.name] == plain.nodes[item.name]:
+            continue
+        wanted = forced.precision(item.name).value
+        if wanted not in item.options:
+            known = ", ".join(item.options)
+            raise UsageError(
+                f"node {item.name!r} cannot have the precision {wanted}: on this target it has "
+                f"{known}",
+                node=item.name,
+            )
+        fixed[item.name] = wanted
+    return fixed
+
+
+# -------------------------------------------------------------------------------- sensitivities
+
+
+def sensitivity_of(
+    prepared: Prepared,
+    precisions: Sequence[Precision],
+    cache: Cache,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    progress: ProgressFn = no_progress,
+) -> SensitivityReport:
+    """Return what each product's rounding costs at the model's outputs, without labels.
+
+    A finished analysis of the same network and data is taken from the cache if it has the widths,
+    whatever the target was; an unfinished one goes on.
+    """
+    from qcompiler.passes.sensitivity import Settings, measure_sensitivity
+    from qcompiler.passes.sensitivity_report import SensitivityReport
+
+    assert prepared.table is not None
+    assert prepared.samples is not None
+    some = [p for p in precisions if p is not Precision.FP32]
+    weights = {p.weight_bits for p in some if p.weight_bits <= 8} | {8}
+    activations = {p.activation_bits for p in some if p.activation_bits <= 8} | {8}
+    key = key_of(
+        digest(prepared.graph), prepared.sources["calibration"], prepared.table.spec, samples, seed
+    )
+    known = cache.load("sensitivity", key)
+    if isinstance(known, dict):
+        have_w, have_a = set(known.get("weight_bits", ())), set(known.get("activation_bits", ()))
+        if weights <= have_w and activations <= have_a:
+            try:
+                return SensitivityReport.from_json(known["report"])
+            except (UsageError, KeyError):
+                pass  # damaged: measured anew
+        weights, activations = weights | have_w, activations | have_a
+    how = Settings(
+        weight_bits=tuple(sorted(weights, reverse=True)),
+        samples=samples,
+        fisher_samples=0,
+        seed=seed,
+        activation_bits=tuple(sorted(activations, reverse=True)),
+    )
+    part = cache.path("sensitivity-part", key_of(key, sorted(weights), sorted(activations)))
+    found = measure_sensitivity(
+        prepared.graph, prepared.table, prepared.samples, settings=how, state=part,
+        progress=progress,
+    )  # fmt: skip
+    cache.save(
+        "sensitivity", key,
+        {"weight_bits": sorted(weights), "activation_bits": sorted(activations),
+         "report": found.to_json()},
+    )  # fmt: skip
+    part.unlink(missing_ok=True)
+    return found
+
+
+# -------------------------------------------------------------------------------------- tuning
+
+
+def _tuned_backend(
+    prepared: Prepared,
+    backend: Backend,
+    precisions: Sequence[Precision],
+    tuning: Tuning | None,
+    deadline: float | None,
+    cache: Cache,
+    seed: int,
+    progress: ProgressFn,
+) -> tuple[Backend, Tuning | None]:
+    """Return the backend with tuned kernels, after its share of the wall-clock budget.
+
+    Beside it: the records that hold their parameters, None where there are none.
+
+    Kernels of every precision compete for the same time: first those of W8A8, which any plan may
+    keep, then the others.
+    """
+    if tuning is None:
+        return backend, None
+    records = tuning.records
+    if records is None:
+        records = cache.folder
+        tuning = dataclasses.replace(tuning, records=records)
+    file = RecordFile(os.fspath(records), backend.spec.name)
+    if tuning.searches:
+        workshop = Workshop(prepared, backend, seed=seed, progress=progress)
+        some = [p for p in precisions if p.is_integer] or list(precisions)
+        for i, precision in enumerate(some):
+            limit = tuning
+            if deadline is not None:
+                left = (deadline - time.perf_counter()) * _TUNING_SHARE
+                share = left / 2 if i == 0 and len(some) > 1 else left / max(len(some) - i, 1)
+                if share < 1.0:
+                    break
+                limit = dataclasses.replace(tuning, seconds=share)
+            quantized = workshop.quantize(uniform(prepared.graph, precision))
+            shaped = PassManager(backend.passes()).run(quantized.graph, PassContext())
+            backend.tune(shaped, limit, seed=seed, progress=progress)
+    if not file.path.exists():
+        return backend, None
+    tuned = backend.with_records(file.read(host_cpu().name))
+    return tuned, Tuning(records=records)
+
+
+def _only_records(tuning: Tuning | None) -> Tuning | None:
+    if tuning is None or tuning.records is None or not os.path.exists(tuning.records):
+        return None
+    return Tuning(records=tuning.records)
+
+
+def latency_of(
+    model: ModelSource,
+    backend: Backend,
+    *,
+    calibration: SampleSource,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    freeze: Mapping[str, Any] | None = None,
+    records: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: ProgressFn = no_progress,
+) -> LatencyTable:
+    """Return the latency table of a model on a target (`qcompile analyze --target`).
+
+    Args and errors: as `qcompiler.compile`; `records` holds tuned parameters and known latencies.
+    """
+    prepared = prepare(
+        model, calibration=calibration, input_shapes=input_shapes, freeze=freeze, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    cache = Cache(cache_folder(records))
+    tuned = backend
+    file = records_file(cache, backend.spec.name, records)
+    if records is not None and file.path.exists():
+        tuned = backend.with_records(file.read(host_cpu().name))
+    workshop = Workshop(prepared, tuned, seed=seed, progress=progress)
+    return workshop.latency_table(wanted_precisions(backend, prepared, Budget()), file)

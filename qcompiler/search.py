@@ -1,0 +1,482 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The search for a plan: solve, build, measure, learn, and solve again.
+
+A sum of single losses only estimates the loss of the whole, and a loss only estimates the drop of a
+metric. So every solution is built and evaluated. What that shows is learned twice: as factors
+between joint and summed losses, and as a curve from loss to drop; and the limit on the loss moves
+between the last solution that kept the budget and the first that did not.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qcompiler.assign import Limits, Solution, front, solve, totals
+from qcompiler.data import Budget
+from qcompiler.decisions import FLOAT, INTEGER, Network
+from qcompiler.passmanager import ProgressFn, no_progress
+from qcompiler.types import Precision
+from qcompiler.workshop import Figures, Judge, Trial, Workshop, race
+
+__all__ = ["Curve", "Outcome", "Round", "search"]
+
+_ROUNDS = 8
+_GAIN = 0.004
+"""Share of the latency below which a further solution is not worth building."""
+_FRONT = 20
+_SLACK = 0.01
+"""Share of a latency limit that is kept in hand: measurements differ."""
+
+
+@dataclass
+class Curve:
+    """Drop of the metric as a function of the loss: measured points, never falling."""
+
+    points: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, loss: float | None, drop: float | None) -> None:
+        """Take in a measured joint model."""
+        if loss is not None and drop is not None and math.isfinite(loss) and math.isfinite(drop):
+            self.points.append((max(loss, 0.0), drop))
+
+    @property
+    def monotone(self) -> list[tuple[float, float]]:
+        """Points of the closest curve that never falls (pool adjacent violators)."""
+        blocks: list[list[float]] = []  # sum of drops, count, then the losses
+        for loss, drop in sorted(self.points):
+            blocks.append([drop, 1.0, loss])
+            while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+                last = blocks.pop()
+                blocks[-1] = [blocks[-1][0] + last[0], blocks[-1][1] + last[1],
+                              *blocks[-1][2:], *last[2:]]  # fmt: skip
+        return [(loss, b[0] / b[1]) for b in blocks for loss in b[2:]]
+
+    def drop(self, loss: float) -> float | None:
+        """Return the drop to expect; None where nothing was measured."""
+        known = self.monotone
+        if not known:
+            return None
+        losses = [p[0] for p in known]
+        at = bisect.bisect_left(losses, loss)
+        if at < len(known) and losses[at] == loss:
+            return known[at][1]
+        if at == 0:  # from no loss at all, which costs nothing
+            first, drop = known[0]
+            return drop * loss / first if first > 0 else drop
+        low, high = known[at - 1], known[at] if at < len(known) else None
+        if high is None:  # beyond: on with the overall rate
+            return low[1] * loss / low[0] if low[0] > 0 else low[1]
+        if low[0] <= 0:
+            return low[1] + (high[1] - low[1]) * loss / high[0]
+        share = math.log(loss / low[0]) / math.log(high[0] / low[0])
+        return low[1] + (high[1] - low[1]) * share
+
+    def loss(self, drop: float, most: float) -> float:
+        """Return the greatest loss, up to `most`, at which the drop is at most `drop`."""
+        expected = self.drop(most)
+        if expected is None or expected <= drop:
+            return most
+        low, high = 0.0, most
+        for _ in range(80):
+            middle = (low + high) / 2
+            found = self.drop(middle)
+            low, high = (middle, high) if found is not None and found <= drop else (low, middle)
+        return low
+
+
+@dataclass
+class Round:
+    """One joint model that was built and evaluated."""
+
+    choices: Mapping[str, str]
+    predicted: Figures
+    measured: Figures
+    kept: bool
+    learned: str
+    trial: Trial | None = None
+
+    def to_json(self, number: int) -> dict[str, Any]:
+        """Return the JSON form that reports hold."""
+        return {
+            "round": number,
+            "predicted": self.predicted.to_json(),
+            "measured": self.measured.to_json(),
+            "kept": self.kept,
+            "counts": counts(self.choices),
+            "learned": self.learned,
+        }
+
+
+def counts(choices: Mapping[str, str], names: Sequence[str] | None = None) -> dict[str, int]:
+    """Return how many items have each precision, the commonest first."""
+    found: dict[str, int] = {}
+    for name, precision in choices.items():
+        if names is None or name in names:
+            found[precision] = found.get(precision, 0) + 1
+    return dict(sorted(found.items(), key=lambda p: (-p[1], p[0])))
+
+
+@dataclass
+class Outcome:
+    """What a search found.
+
+    Attributes:
+        network: The problem with what was learned.
+        choices: The best choice: it keeps the budget, or comes closest.
+        solution: Its totals by the learned problem.
+        trial: Its joint model.
+        predicted: What the problem says of it.
+        curve: From loss to drop.
+        rounds: All joint models, in order.
+        front: The Pareto front of the learned problem.
+        objective: What was minimised.
+        limit: The limit on the loss (or on the latency) that the choice was solved under.
+        broken: Limits that it does not keep, with the least feasible value found.
+        seconds: Measured latencies in the last race: "chosen", "float", "w8a8".
+        note: Why the choice is not the solver's, where it is not; else empty.
+    """
+
+    network: Network
+    choices: Mapping[str, str]
+    solution: Solution
+    trial: Trial
+    predicted: Figures
+    curve: Curve
+    rounds: list[Round]
+    front: list[Solution]
+    objective: Literal["latency", "loss"]
+    limit: float
+    broken: dict[str, float]
+    seconds: dict[str, float]
+    note: str = ""
+
+
+class Search:
+    """One search; see `search`."""
+
+    def __init__(
+        self,
+        network: Network,
+        workshop: Workshop,
+        judge: Judge,
+        budget: Budget,
+        late: Callable[[], bool],
+        progress: ProgressFn,
+        most: int,
+    ) -> None:
+        self.network = network
+        self.workshop = workshop
+        self.judge = judge
+        self.budget = budget
+        self.late = late
+        self.progress = progress
+        self.most = most
+        self.curve = Curve()
+        self.rounds: list[Round] = []
+        self.by_choice: dict[tuple[tuple[str, str], ...], Round] = {}
+        self.latency_rate = 1.0
+
+    # -------------------------------------------------------------------------- joint models
+
+    def predicted(self, solution: Solution) -> Figures:
+        """Return what is expected of a solution."""
+        return Figures(
+            solution.loss,
+            self.curve.drop(solution.loss),
+            solution.latency * self.latency_rate,
+            solution.size,
+        )
+
+    def attempt(self, choices: Mapping[str, str], why: str = "") -> Round:
+        """Build and evaluate the joint model of a choice, once."""
+        key = tuple(sorted(choices.items()))
+        if key in self.by_choice:
+            return self.by_choice[key]
+        solution = totals(self.network.problem, choices)
+        predicted = self.predicted(solution)
+        self.progress("search", len(self.rounds), self.most)
+        trial = self.workshop.make(self.network.plan(choices, {}))
+        self.judge.judge(trial)
+        if trial.figures.seconds is None and self.timed():
+            trial.note(seconds=race({"this": trial}, rounds=2, runs=5)["this"])
+        limits = dataclasses.replace(self.budget, max_latency_ms=None)
+        kept = trial.figures.keeps(limits)
+        made = Round(dict(choices), predicted, trial.figures, kept, why, trial)
+        self.rounds.append(made)
+        self.by_choice[key] = made
+        self.curve.add(trial.figures.loss, trial.figures.drop)
+        self.progress("search", len(self.rounds), self.most)
+        return made
+
+    def timed(self) -> bool:
+        """Whether the target runs here."""
+        from qcompiler.artifact import check_runnable
+        from qcompiler.errors import UnsupportedByTargetError
+
+        try:
+            check_runnable(self.workshop.uniform(Precision.FP32).compiled.target, "the model")
+        except UnsupportedByTargetError:
+            return False
+        return True
+
+    def learn(self, made: Round) -> str:
+        """Scale losses by what a joint model showed; return what was learned as a sentence."""
+        solution = totals(self.network.problem, made.choices)
+        loss = made.measured.loss
+        if loss is None or solution.loss <= 0 or loss <= 0:
+            return ""
+        ratio = loss / solution.loss
+        if 0.8 <= ratio <= 1.25:
+            return "" if made.kept else "the losses add up as predicted; the limit moves down"
+        factor = min(max(ratio, 0.1), 10.0)
+        used = {p for p in made.choices.values() if p != FLOAT}
+        rates = {
+            p: self.network.rates.get(p, 1.0) * (factor if p in used else 1.0)
+            for p in {*self.network.rates, *used}
+        }
+        self.network = self.network.with_rates(rates)
+        return f"losses add up to {ratio:.3g} times their sum"
+
+    # --------------------------------------------------------------------------- least latency
+
+    def least_latency(self, limits: Limits) -> Iterator[Round]:
+        """Yield joint models, ever closer to the fastest one that keeps the budget."""
+        problem = self.network.problem
+        fastest = solve(problem, "latency", limits, then="loss")
+        if fastest is None:
+            return
+        excluded: list[Mapping[str, str]] = []
+        good: Solution | None = None
+        bad: float | None = None
+        for known in self.rounds:  # uniform models are solutions, too
+            found = totals(problem, known.choices)
+            if known.kept and (good is None or found.latency < good.latency):
+                good = found
+        while len(self.rounds) < self.most and not self.late():
+            problem = self.network.problem
+            top = solve(problem, "latency", limits, then="loss", excluded=excluded)
+            if top is None:
+                return
+            if good is not None:
+                good = totals(problem, good.choices)
+                if top.latency >= good.latency * (1 - _GAIN):
+                    return
+            most = top.loss if bad is None else min(top.loss, bad)
+            limit = self._next_limit(most, good, bad)
+            bound = dataclasses.replace(limits, loss=min(limits.loss, limit))
+            point = solve(problem, "latency", bound, then="loss", excluded=excluded)
+            if point is None or (good is not None and point.latency >= good.latency * (1 - _GAIN)):
+                if bad is not None and good is not None and most > good.loss * 1.02:
+                    # Nothing faster up to there: look between there and what failed.
+                    bound = dataclasses.replace(limits, loss=_below(bad))
+                    point = solve(problem, "latency", bound, then="loss", excluded=excluded)
+                if point is None or (
+                    good is not None and point.latency >= good.latency * (1 - _GAIN)
+                ):
+                    return
+            made = self.attempt(point.choices)
+            excluded.append(point.choices)
+            made.learned = self.learn(made) or made.learned
+            after = totals(self.network.problem, point.choices)
+            if made.kept:
+                if good is None or after.latency < good.latency:
+                    good = after
+                if bad is not None and bad <= after.loss:
+                    bad = None
+            else:
+                bad = after.loss if bad is None else min(bad, after.loss)
+                if not made.learned:
+                    made.learned = "the limit on the loss moves down"
+            yield made
+
+    def _next_limit(self, most: float, good: Solution | None, bad: float | None) -> float:
+        """Return the limit on the loss to solve under next."""
+        low = 0.0 if good is None else good.loss
+        wanted = most
+        if self.budget.max_drop is not None:
+            wanted = self.curve.loss(self.budget.max_drop, most)
+        high = most if bad is None else min(most, _below(bad))
+        if bad is None:
+            return max(wanted, low * 1.05) if good is not None else wanted
+        middle = math.sqrt(max(low, high * 1e-3) * high)
+        return min(max(min(wanted, high), low * 1.05), max(middle, low * 1.05))
+
+    # ------------------------------------------------------------------------------ least loss
+
+    def least_loss(self, limits: Limits) -> Iterator[Round]:
+        """Yield joint models of least loss within a latency, ever closer to the limit."""
+        target = limits.latency
+        room = target * (1 - _SLACK)
+        excluded: list[Mapping[str, str]] = []
+        while len(self.rounds) < self.most and not self.late():
+            bound = dataclasses.replace(limits, latency=room / self.latency_rate)
+            point = solve(self.network.problem, "loss", bound, then="latency", excluded=excluded)
+            if point is None:
+                return
+            made = self.attempt(point.choices)
+            made.learned = self.learn(made)
+            excluded.append(point.choices)
+            yield made
+            seconds = made.measured.seconds
+            if seconds is None or not math.isfinite(target) or seconds <= target:
+                return
+            self.latency_rate *= max(seconds / (point.latency * self.latency_rate), 1.0)
+            made.kept = False
+            made.learned = f"it takes {seconds / point.latency:.3g} times the sum of its kernels"
+            room = target * (1 - _SLACK)
+
+
+def _below(value: float) -> float:
+    return value * (1 - 1e-6)
+
+
+def search(
+    network: Network,
+    workshop: Workshop,
+    judge: Judge,
+    budget: Budget,
+    *,
+    uniform: Mapping[str, Trial],
+    late: Callable[[], bool] = lambda: False,
+    rounds: int = _ROUNDS,
+    progress: ProgressFn = no_progress,
+) -> Outcome:
+    """Return the best plan for a budget.
+
+    With a limit on the drop the latency is made least; with limits on latency or size alone, the
+    loss. The result was built and measured, and so was our own float model beside it: it is never
+    the slower one.
+
+    Args:
+        network: The problem.
+        workshop: Makes joint models.
+        judge: Evaluates them.
+        budget: Limits.
+        uniform: Precision -> the model with everything at that precision, built and judged.
+        late: Whether time is up.
+        rounds: Joint models to build at most, beyond the uniform ones.
+        progress: Called per joint model.
+    """
+    work = Search(network, workshop, judge, budget, late, progress, rounds + len(uniform))
+    for precision, trial in uniform.items():
+        judge.judge(trial)
+        work.curve.add(trial.figures.loss, trial.figures.drop)
+        rate = _uniform_rate(network, precision, trial)
+        if rate is not None:
+            work.network = work.network.with_rates({**work.network.rates, precision: rate})
+    for precision, trial in uniform.items():
+        choices = work.network.choices(trial.plan)
+        if any(choices[n] != o for n, o in network.problem.fixed.items()):
+            continue
+        key = tuple(sorted(choices.items()))
+        if key in work.by_choice or precision not in (FLOAT, INTEGER):
+            if key in work.by_choice:
+                continue
+            if set(choices.values()) - {precision, INTEGER, FLOAT}:
+                continue
+        kept = trial.figures.keeps(dataclasses.replace(budget, max_latency_ms=None))
+        predicted = work.predicted(totals(work.network.problem, choices))
+        made = Round(choices, predicted, trial.figures, kept, f"everything in {precision}", trial)
+        work.rounds.append(made)
+        work.by_choice[key] = made
+    limits = Limits(size=math.inf if budget.max_size_mb is None else budget.max_size_mb * 1e6)
+    objective: Literal["latency", "loss"] = "latency"
+    if budget.max_drop is None and budget.max_slice_drop is None:
+        objective = "loss"
+        if budget.max_latency_ms is not None:
+            limits = dataclasses.replace(limits, latency=budget.max_latency_ms * 1e-3)
+    steps = work.least_latency(limits) if objective == "latency" else work.least_loss(limits)
+    for _ in steps:
+        pass
+    return _finished(work, objective, limits)
+
+
+def _uniform_rate(network: Network, precision: str, trial: Trial) -> float | None:
+    """Return measured over summed loss of a uniform model, where that says something."""
+    if precision == FLOAT or trial.figures.loss is None:
+        return None
+    choices = network.choices(trial.plan)
+    summed = totals(network.problem, choices).loss
+    if summed <= 0 or trial.figures.loss <= 0:
+        return None
+    return min(max(trial.figures.loss / summed, 0.05), 20.0)
+
+
+def _finished(work: Search, objective: Literal["latency", "loss"], limits: Limits) -> Outcome:
+    """Choose among what was built: by a race of all that keep the budget."""
+    budget = work.budget
+    kept = [r for r in work.rounds if r.kept and r.trial is not None]
+    by_name: dict[str, Round] = {}
+    note = ""
+    floats = [r for r in work.rounds if set(r.choices.values()) <= {FLOAT}]
+    eights = [r for r in work.rounds if set(r.choices.values()) <= {INTEGER, FLOAT}]
+    timed = work.timed()
+    if objective == "latency":
+        ordered = sorted(kept, key=lambda r: r.measured.seconds or totals(
+            work.network.problem, r.choices).latency)  # fmt: skip
+        picked = ordered[:3]
+    else:
+        within = [r for r in kept if _in_time(r, budget)]
+        picked = sorted(within, key=lambda r: r.measured.loss or 0.0)[:1]
+    for i, r in enumerate(picked):
+        by_name[f"{i}"] = r
+    for name, group in (("float", floats), ("w8a8", [r for r in eights if r not in floats])):
+        if group:
+            by_name.setdefault(name, group[0])
+    seconds: dict[str, float] = {}
+    if timed and by_name:
+        trials = {n: r.trial for n, r in by_name.items() if r.trial is not None}
+        seconds = race(trials)
+        for n, r in by_name.items():
+            if r.trial is not None:
+                r.measured = r.trial.note(seconds=seconds[n])
+    broken: dict[str, float] = {}
+    if picked:
+        chosen = picked[0]
+        if timed and objective == "latency":
+            chosen = min(picked, key=lambda r: r.measured.seconds or math.inf)
+            base = floats[0] if floats else None
+            ours = chosen.measured.seconds
+            if base is not None and base.kept and base is not chosen and ours is not None:
+                theirs = base.measured.seconds
+                if theirs is not None and theirs <= ours:
+                    chosen = base
+                    note = "no integer plan was faster than float"
+        over = chosen.measured.broken(budget)
+        broken = over
+    else:
+        chosen, broken = _closest(work, budget)
+    solution = totals(work.network.problem, chosen.choices)
+    points = front(
+        work.network.problem, dataclasses.replace(limits, latency=math.inf), points=_FRONT
+    )
+    assert chosen.trial is not None  # every round has one until reports are made
+    found = dict(seconds)
+    found["chosen"] = chosen.measured.seconds or math.nan
+    limit = solution.loss if objective == "latency" else limits.latency
+    return Outcome(
+        work.network, chosen.choices, solution, chosen.trial, work.predicted(solution), work.curve,
+        work.rounds, points, objective, limit, broken, found, note,
+    )  # fmt: skip
+
+
+def _in_time(made: Round, budget: Budget) -> bool:
+    limit, seconds = budget.max_latency_ms, made.measured.seconds
+    return limit is None or seconds is None or seconds * 1e3 <= limit
+
+
+def _closest(work: Search, budget: Budget) -> tuple[Round, dict[str, float]]:
+    """Return the joint model that breaks the budget least, and the least feasible limits."""
+
+    def excess(made: Round) -> float:
+        over = made.measured.broken(budget)
+        return sum(v / max(float(getattr(budget, n)), 1e-9) for n, v in over.items())
+
+    best = min(work.rounds, key=excess)
+    return best, best.measured.broken(budget)
