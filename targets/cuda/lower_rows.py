@@ -263,14 +263,12 @@ def _norm(arch: Arch, node: Node) -> Answer:
     axis = 2 if per_row else int(node.attr("axis")) % x.type.rank
     extents = (math.prod(x.shape[:axis]), math.prod(x.shape[axis:]), 1)
     channels = x.shape[1] if per_row else 1
-    count = channels if per_row else extents[1]
     constants = []
     for v, default in ((node.optional(1), 1.0), (node.optional(2), 0.0)):
         if v is not None and not v.is_constant:
             return "its scale or bias is computed at run time"
-        values = np.full(count, default) if v is None else v.array()
-        if not per_row:
-            values = np.broadcast_to(values, x.shape[axis:])
+        values = np.full(1, default) if v is None else v.array()
+        values = np.broadcast_to(values, (channels,) if per_row else x.shape[axis:])
         constants.append(np.ascontiguousarray(values.reshape(-1), np.float32))
     source, target = c_type(x.dtype), c_type(out.dtype)
     return row_launch(

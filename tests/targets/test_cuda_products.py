@@ -229,7 +229,7 @@ def run_with_tiles(rng: np.random.Generator, tiles: list[Tile], monkeypatch: Any
 def test_tiles_give_the_same_integers(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_with_tiles(rng, [Tile(128, 64, 128, 32, 32, 3), Tile(32, 32, 32, 16, 16, 2)], monkeypatch)
+    run_with_tiles(rng, [Tile(128, 64, 128, 32, 32, 3), Tile(64, 32, 32, 32, 16, 2)], monkeypatch)
 
 
 @needs_emulator

@@ -428,6 +428,11 @@ static inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 static inline float __int2float_rn(int a) { return static_cast<float>(a); }
 static inline float __ll2float_rn(long long a) { return static_cast<float>(a); }
 static inline int __float2int_rn(float a) { return static_cast<int>(std::nearbyint(a)); }
+static inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 using std::fabs;
 using std::ldexp;
 static inline int atomicMax(int* at, int value) {
