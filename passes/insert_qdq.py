@@ -31,6 +31,7 @@ from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.calibrate import Calibrate, CalibrationTable
 from qcompiler.passes.channel_affine import use_depthwise
 from qcompiler.passes.fuse import Fuse
+from qcompiler.passes.narrow_products import NarrowProducts
 from qcompiler.passes.regions import Kind, Regions, analyse, integer_operands
 from qcompiler.passes.weights import weight_qparams
 from qcompiler.passmanager import Pass, PassContext
@@ -107,6 +108,8 @@ def quantize_passes(plan: PrecisionPlan, methods: Sequence[Pass] = ()) -> list[P
             calibration table run after calibration, the others before it, in the given order.
     """
     passes: list[Pass] = [InsertQdq(), Fuse()]
+    if plan.has_narrow:
+        passes.append(NarrowProducts())
     if not plan.has_integers:
         return passes
     late = [m for m in methods if CalibrationTable in m.requires]

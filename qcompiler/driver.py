@@ -53,9 +53,10 @@ from qcompiler.runtime import CompiledModel
 from qcompiler.slices import MINIMUM
 from qcompiler.targets.base import Backend, Built, TargetSpec, TuningBudget
 from qcompiler.tuning import Tuning, TuningOutcome
-from qcompiler.types import Array, Precision
+from qcompiler.types import UNCALIBRATED, Array, Precision
 
 _STAND_INS = 4
+_NOT_EXPORTED = frozenset(p.value for p in UNCALIBRATED)
 
 if TYPE_CHECKING:
     from qcompiler.auto import Choice
@@ -276,6 +277,7 @@ def quantize_model(
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import quantize_passes
     from qcompiler.passes.methods import parse_methods
+    from qcompiler.passes.narrow_products import NarrowProducts
 
     wanted = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
 
@@ -301,13 +303,17 @@ def quantize_model(
     if wanted and not plan.has_integers:
         raise UsageError("the methods serve integer precisions; the plan has none",
                          hint="leave them out, or ask for an integer precision")  # fmt: skip
+    if stage is not Stage.INTEGER and plan.has_narrow:
+        named = sorted({d.precision.value for d in plan.nodes.values()} & _NOT_EXPORTED)
+        raise UsageError(f"a QDQ model cannot say what precision {', '.join(named)} computes",
+                         hint="compile it instead, or export at fp32 or a wNaM precision")  # fmt: skip
     sources["graph"] = digest(graph)
     ctx.put(plan)
     count = 0
     passes = [
         p
         for p in quantize_passes(plan, wanted)
-        if stage is Stage.INTEGER or not isinstance(p, Fuse)
+        if stage is Stage.INTEGER or not isinstance(p, (Fuse, NarrowProducts))
     ]
     if plan.has_integers:
         if samples is None:

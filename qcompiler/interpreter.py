@@ -103,6 +103,16 @@ def evaluate(node: Node, arrays: list[Array | None]) -> tuple[Array, ...]:
     return results
 
 
+def known(value: Value) -> Array | None:
+    """Return the elements of a constant, or of a constant that a cast or dequantize widens."""
+    if value.is_constant:
+        return value.array()
+    node = value.producer
+    if node is None or node.op.name not in ("cast", "dequantize") or not node.input(0).is_constant:
+        return None
+    return evaluate(node, [node.input(0).array()])[0]
+
+
 def _read(values: Mapping[Value, Array], value: Value | None) -> Array | None:
     if value is None:
         return None

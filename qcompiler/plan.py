@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph, Node
 from qcompiler.ops import OpKind
@@ -65,6 +67,12 @@ class PrecisionPlan:
         return decision.reason if decision is not None else ""
 
     @property
+    def has_narrow(self) -> bool:
+        """Whether any node has a precision of `narrow_products`."""
+        found = (d.precision for d in self.nodes.values())
+        return any(p.is_dynamic or p.is_weight_only for p in found)
+
+    @property
     def has_integers(self) -> bool:
         """Whether any node computes in integers."""
         return any(d.precision.is_integer for d in self.nodes.values())
@@ -93,7 +101,7 @@ class PrecisionPlan:
             if not chosen:
                 empty.append(selector)
             for node in chosen:
-                obstacle = integer_obstacle(node) if precision.is_integer else None
+                obstacle = obstacle_to(node, precision)
                 if obstacle is not None:
                     raise UsageError(
                         f"node {node.name!r} cannot have the precision {precision.value}: "
@@ -238,6 +246,71 @@ def _movement_obstacle(node: Node) -> str | None:
     return None
 
 
+def obstacle_to(node: Node, precision: Precision) -> str | None:
+    """Return why the node cannot have a precision, or None where it can."""
+    if precision is Precision.FP32:
+        return None
+    return integer_obstacle(node) if precision.is_integer else narrow_obstacle(node, precision)
+
+
+_HALF_MAX = 65504.0
+
+
+def narrow_obstacle(node: Node, precision: Precision) -> str | None:
+    """Return why a node cannot have a precision that needs no calibration, or None.
+
+    Those hold weights in fewer bits, or quantize activations at run time (`narrow_products`).
+    """
+    name = node.op.name
+    if name == "gather" and precision is Precision.FP16:
+        return _half_obstacle(node, 0)
+    if name not in ("conv", "matmul"):
+        return f"it has no weights to multiply: {name}"
+    w = node.input(1)
+    if not w.is_constant or w.dtype is not DType.FLOAT32 or w.type.rank < 2 or not w.type.size:
+        return f"the second operand of {name} is not a constant matrix of float32"
+    if precision is Precision.FP16:
+        return _half_obstacle(node, 1)
+    if not np.isfinite(w.array()).all():
+        return f"the weights of {name} have NaN or infinity"
+    if name == "conv" and precision.is_dynamic:
+        return "activations are quantized at run time for matrix products only: conv"
+    if name == "conv" and node.attr("group") != 1:
+        return "convolutions of several groups keep float weights"
+    if name == "matmul" and (
+        w.type.rank != 2 or node.input(0).type.rank < 2 or node.attr("transpose_a")
+    ):
+        return "the matrix product is not one of rows with a constant matrix"
+    if precision.is_weight_only:
+        extent = w.shape[summed_axis(node)]
+        if group_size(extent, 32) < LEAST_GROUP:
+            return f"{extent} weights along the summed axis make no groups of {LEAST_GROUP} or more"
+    return None
+
+
+LEAST_GROUP = 8
+"""Fewest weights that share a scale: below, scales take as much memory as what they save."""
+
+
+def group_size(extent: int, limit: int) -> int:
+    """Return the largest group size up to `limit` that divides an extent."""
+    return max(size for size in range(1, min(extent, limit) + 1) if extent % size == 0)
+
+
+def summed_axis(node: Node) -> int:
+    """Return the axis of the weights along which groups share a scale."""
+    return 1 if node.op.name == "conv" or node.attr("transpose_b") else 0
+
+
+def _half_obstacle(node: Node, at: int) -> str | None:
+    w = node.input(at)
+    if not w.is_constant or w.dtype is not DType.FLOAT32:
+        return f"operand {at} of {node.op.name} is not a float32 constant"
+    if w.type.size and not float(np.abs(w.array()).max()) <= _HALF_MAX:
+        return f"the weights of {node.op.name} leave the range of half precision"
+    return None
+
+
 def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> PrecisionPlan:
     """Return the plan that gives every node the precision where it has such a form.
 
@@ -251,12 +324,11 @@ def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> Precis
     wanted = Precision.parse(precision) if isinstance(precision, str) else precision
     nodes: dict[str, Decision] = {}
     for node in graph.nodes:
-        if not wanted.is_integer:
-            nodes[node.name] = Decision(wanted, f"{wanted.value} was asked for")
-            continue
-        obstacle = integer_obstacle(node)
+        obstacle = obstacle_to(node, wanted)
         if obstacle is not None:
             nodes[node.name] = Decision(Precision.FP32, obstacle)
+        elif not wanted.is_integer:
+            nodes[node.name] = Decision(wanted, _asked(wanted))
         elif node.op.kind is OpKind.COMPUTE:
             constant = node.input(1).is_constant
             what = "weights and activations" if constant else "both operands"
@@ -294,6 +366,18 @@ def edges_in_eight_bits(graph: Graph, plan: PrecisionPlan) -> PrecisionPlan:
     return plan.replaced(changes)
 
 
+def _asked(precision: Precision) -> str:
+    """Return the reason of a node that has a precision without calibration."""
+    if precision is Precision.FP16:
+        return "weights held in float16, computed in float32"
+    if precision.is_weight_only:
+        return f"weights held in int{precision.weight_bits} by groups, computed in float32"
+    if precision.is_dynamic:
+        by = "tensor" if precision is Precision.W8A8_DYNAMIC_TENSOR else "row"
+        return f"activations quantized per {by} at run time"
+    return f"{precision.value} was asked for"
+
+
 def _words(precision: Precision) -> str:
     w, a = precision.weight_bits, precision.activation_bits
     return f"int{w}" if w == a else f"int{w} weights, int{a} activations"
@@ -309,8 +393,32 @@ def precision_of(node: Node) -> Precision:
             if p.is_integer and (p.weight_bits, p.activation_bits) == (bits, 8):
                 return p
         return Precision.W8A8
+    narrow = _narrow_precision(node)
+    if narrow is not None:
+        return narrow
     quantized = any(v.type.is_quantized for v in (*node.operands, *node.outputs))
     return Precision.W8A8 if quantized else Precision.FP32
+
+
+def _narrow_precision(node: Node) -> Precision | None:
+    """Return the precision of a node with weights in fewer bits or a product at run-time scales."""
+    if node.op.name == "dynamic_quantize":
+        per_row = node.attr("per") == "row"
+        return Precision.W8A8_DYNAMIC if per_row else Precision.W8A8_DYNAMIC_TENSOR
+    if node.op.name == "dynamic_matmul":
+        per_row = node.input(2).type.rank > 0
+        return Precision.W8A8_DYNAMIC if per_row else Precision.W8A8_DYNAMIC_TENSOR
+    if node.op.name == "gather" and node.input(0).dtype is DType.FLOAT16:
+        return Precision.FP16
+    w = node.optional(1)
+    held = w.producer.input(0) if w is not None and w.producer is not None else None
+    if node.op.name not in ("conv", "matmul") or held is None or not held.is_constant:
+        return None
+    if held.dtype is DType.FLOAT16:
+        return Precision.FP16
+    if held.qparams is not None:
+        return Precision.W4 if held.dtype.bits == 4 else Precision.W8
+    return None
 
 
 def found_in(graph: Graph) -> PrecisionPlan:
@@ -318,7 +426,7 @@ def found_in(graph: Graph) -> PrecisionPlan:
     nodes: dict[str, Decision] = {}
     for node in graph.nodes:
         precision = precision_of(node)
-        if precision.is_integer:
+        if precision is not Precision.FP32:
             decision = Decision(precision, "quantized in the model: its scales are kept")
         else:
             reason = f"no integer form of {node.op.name} fits what the model says"

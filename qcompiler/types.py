@@ -273,7 +273,13 @@ class TensorType:
 
 
 class Precision(enum.Enum):
-    """What a node computes in: weight bits and activation bits, or a float width."""
+    """What a node computes in: weight bits and activation bits, or a float width.
+
+    `wNaM`: integers, with scales of activations from calibration. The others need no calibration:
+    `fp16`: weights held in half precision; `w8`, `w4`: weights held in integers, one scale per
+    group along K, both computing in float32; `w8a8-dynamic`: integer products of activations that
+    are quantized at run time, one scale per row (token), or one per tensor.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -282,21 +288,37 @@ class Precision(enum.Enum):
     W7A8 = "w7a8"
     W6A8 = "w6a8"
     W4A8 = "w4a8"
+    W8A8_DYNAMIC = "w8a8-dynamic"
+    W8A8_DYNAMIC_TENSOR = "w8a8-dynamic-tensor"
+    W8 = "w8"
+    W4 = "w4"
 
     @property
     def is_integer(self) -> bool:
-        """Whether the node computes in integers."""
-        return self.value.startswith("w")
+        """Whether the node computes in integers with calibrated scales."""
+        return self.value.startswith("w") and "a" in self.value and not self.is_dynamic
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the node quantizes its activations at run time."""
+        return "-dynamic" in self.value
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether the node computes in float32 with weights held in fewer bits."""
+        return self.value in ("fp16", "w8", "w4")
 
     @property
     def weight_bits(self) -> int:
         """Width of the weights in bits."""
-        return int(self.value[1]) if self.is_integer else int(self.value[2:])
+        return int(self.value[1]) if self.value.startswith("w") else int(self.value[2:])
 
     @property
     def activation_bits(self) -> int:
         """Width of the activations in bits."""
-        return int(self.value[3]) if self.is_integer else int(self.value[2:])
+        if self.is_weight_only:
+            return 32
+        return int(self.value[3]) if self.value.startswith("w") else int(self.value[2:])
 
     @classmethod
     def parse(cls, text: str) -> Precision:
@@ -310,3 +332,13 @@ class Precision(enum.Enum):
         except ValueError:
             known = ", ".join(p.value for p in cls)
             raise UsageError(f"unknown precision {text!r}: expected one of {known}") from None
+
+
+UNCALIBRATED = (
+    Precision.FP16,
+    Precision.W8A8_DYNAMIC,
+    Precision.W8A8_DYNAMIC_TENSOR,
+    Precision.W8,
+    Precision.W4,
+)
+"""The precisions of fewer bits that need no calibration data, as `narrow_products` makes them."""

@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from qcompiler.ir import Node, Value
 from qcompiler.records import Records, WorkloadKey, stable_text
 from qcompiler.targets.isa import Isa
-from qcompiler.types import Array
 
 if TYPE_CHECKING:
     from qcompiler.targets.kernels.packing import Packed
+    from qcompiler.targets.kernels.weight_forms import Weights
     from qcompiler.targets.kernels.workload import ConvWorkload, GemmValues, MatmulWorkload
 
 __all__ = [
@@ -47,7 +49,7 @@ class Tunable:
     """The node whose meaning the kernel has."""
     inputs: tuple[Value, ...]
     """Values that the kernel reads at run time, in its argument order."""
-    weight: Array | None
+    weight: Weights | None
     """Weights before packing; None where the second operand is an activation."""
     values: GemmValues
 
@@ -78,8 +80,11 @@ class Tunable:
             workload = _matmul(self.workload)
             return gemm.pack_matmul(workload, self.isa, params, self.weight, self.values)
         assert self.weight is not None  # a convolution's weights are constants
-        pack = depthwise.pack_depthwise if self.kernel == "depthwise" else gemm.pack_conv
-        return pack(_conv(self.workload), self.isa, params, self.weight, self.values)
+        conv = _conv(self.workload)
+        if self.kernel == "conv":
+            return gemm.pack_conv(conv, self.isa, params, self.weight, self.values)
+        assert isinstance(self.weight, np.ndarray)  # by construction in the lowering table
+        return depthwise.pack_depthwise(conv, self.isa, params, self.weight, self.values)
 
     def build(self, params: Params, packed: Packed, symbol: str) -> Any:
         """Return the PrimFunc."""

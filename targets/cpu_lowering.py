@@ -9,7 +9,6 @@ A row answers None where no generator serves the node; float nodes then go throu
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -20,7 +19,7 @@ import numpy as np
 from qcompiler import numerics
 from qcompiler.ir import Node, Value
 from qcompiler.targets.base import Support
-from qcompiler.targets.choice import Choose, Tunable, default_choice
+from qcompiler.targets.choice import Choose, default_choice
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.tvm_lower import VIEWS, KernelCall
 from qcompiler.types import Array, DType, QuantParams
@@ -50,9 +49,9 @@ class CpuLowering:
             isa: The row.
             choose: Chooses the parameters of every kernel that has some.
         """
-        from qcompiler.targets import cpu_moves, cpu_recurrent  # their rows enter themselves
+        from qcompiler.targets import cpu_moves, cpu_products, cpu_recurrent  # enter their rows
 
-        del cpu_moves, cpu_recurrent
+        del cpu_moves, cpu_products, cpu_recurrent
         self.isa = isa
         self.choose = choose
 
@@ -129,193 +128,6 @@ def is_float32(*values: Value | None) -> bool:
 def scalar_multiplier(*factors: float, over: float = 1.0) -> float:
     """Return `numerics.multiplier` of numbers as a Python float that float32 holds exactly."""
     return float(numerics.multiplier(*factors, over=over).reshape(()))
-
-
-# ------------------------------------------------------------- convolution and matrix product
-
-
-def _weights(w: Value) -> tuple[Array, Array] | None:
-    """Return (int8 weights, float64-exact scales) of a constant with zero point 0, or None."""
-    if not w.is_constant or w.qparams is None:
-        return None
-    data, q = w.array(), w.qparams
-    if w.dtype is DType.UINT8 and (q.zero_point == 128).all():
-        data = (data.astype(np.int16) - 128).astype(np.int8)
-    elif w.dtype not in (DType.INT8, DType.INT4) or not q.is_symmetric:
-        return None
-    return data, q.scale
-
-
-def _epilogue(node: Node, x: Value, weight_scale: Array, channels: int) -> tuple[Any, Any] | None:
-    """Return (Epilogue, GemmValues) of an integer product, or None where kernels lack it."""
-    from qcompiler.targets.kernels.workload import Epilogue, GemmValues
-
-    out, bias, residual = node.output, node.optional(2), node.optional(3)
-    if not is_per_tensor(x) or x.dtype is DType.INT16:
-        return None
-    if bias is not None and (not bias.is_constant or bias.type.size != channels):
-        return None
-    xq = grid(x)
-    common: dict[str, Any] = {
-        "bias": None if bias is None else bias.array().reshape(-1).astype(np.int32),
-        "a_zero_point": xq.z,
-        "a_qmin": xq.qmin,
-        "a_qmax": xq.qmax,
-    }
-    if out.qparams is None:
-        if residual is not None:
-            return None
-        multiplier = numerics.multiplier(xq.scale, weight_scale)
-        values = GemmValues(multiplier=_per_channel(multiplier, channels), **common)
-        return Epilogue("float32"), values
-    if not is_per_tensor(out):
-        return None
-    oq = grid(out)
-    multiplier = numerics.multiplier(xq.scale, weight_scale, over=oq.scale)
-    extra: dict[str, Any] = {}
-    if residual is not None:
-        if not is_per_tensor(residual):
-            return None
-        rq = grid(residual)
-        extra = {
-            "residual_zero_point": rq.z,
-            "residual_multiplier": scalar_multiplier(rq.s, over=oq.s),
-        }
-    values = GemmValues(
-        multiplier=_per_channel(multiplier, channels),
-        zero_point=oq.z,
-        qmin=oq.qmin,
-        qmax=oq.qmax,
-        **common,
-        **extra,
-    )
-    return Epilogue(storage(out), None if residual is None else storage(residual)), values
-
-
-def _per_channel(multiplier: Array, channels: int) -> Array:
-    return np.ascontiguousarray(np.broadcast_to(multiplier.reshape(-1), (channels,)), np.float32)
-
-
-def _float_epilogue(node: Node, channels: int) -> tuple[Any, Any] | None:
-    from qcompiler.targets.kernels.workload import Epilogue, GemmValues
-
-    bias, residual = node.optional(2), node.optional(3)
-    if bias is not None and (not bias.is_constant or bias.type.size != channels):
-        return None
-    if residual is not None and residual.shape != node.output.shape:
-        return None
-    values = GemmValues(
-        bias=None if bias is None else bias.array().reshape(-1).astype(np.float32),
-        act_min=node.attr("act_min"),
-        act_max=node.attr("act_max"),
-    )
-    return Epilogue("float32", None if residual is None else "float32"), values
-
-
-@row("qconv", "conv")
-def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
-    x, w, out = node.input(0), node.input(1), node.output
-    if x.type.rank != 4 or node.attr("layout") != "NHWC" or not w.is_constant:
-        return None
-    channels = out.shape[3]
-    if node.op.name == "qconv":
-        weights = _weights(w)
-        found = None if weights is None else _epilogue(node, x, weights[1], channels)
-        if weights is None or found is None:
-            return None
-        data, a_dtype = weights[0], storage(x)
-    else:
-        found = _float_epilogue(node, channels)
-        if found is None or not is_float32(x, w, out):
-            return None
-        data, a_dtype = w.array(), "float32"
-    residual = node.optional(3)
-    inputs = (x,) if residual is None else (x, residual)
-    group = int(node.attr("group"))
-    from qcompiler.targets.kernels import depthwise
-    from qcompiler.targets.kernels.depthwise_float import (
-        build_float_depthwise,
-        pack_float_depthwise,
-    )
-    from qcompiler.targets.kernels.workload import ConvWorkload
-
-    epilogue, values = found
-    n, h, width, c = x.shape
-    pads = node.attr("pads")
-    workload = ConvWorkload(
-        n, h, width, c, channels, data.shape[2], data.shape[3], epilogue,
-        strides=tuple(node.attr("strides")), pads=(pads[0], pads[1], pads[2], pads[3]),
-        dilations=tuple(node.attr("dilations")), groups=group, a_dtype=a_dtype,
-    )  # fmt: skip
-    if a_dtype == "float32" and group == c > 1:
-        packed = pack_float_depthwise(workload, data, values)
-        return KernelCall(
-            "depthwise",
-            ("depthwise", workload, packed.facts, packed.shapes),
-            partial(build_float_depthwise, workload, self.isa, packed),
-            inputs,
-            packed.arrays,
-            workload.macs,
-        )
-    kernel = "depthwise" if depthwise.is_depthwise(workload) and c > 1 else "conv"
-    return _chosen(self, Tunable(kernel, workload, self.isa, node, inputs, data, values))
-
-
-def _chosen(self: CpuLowering, tunable: Tunable) -> KernelCall:
-    """Return the call of a kernel with the parameters that `choose` picks."""
-    from qcompiler.targets.choice import build_kernel
-
-    params, packed = self.choose(tunable)
-    kernel, workload = tunable.kernel, tunable.workload
-    return KernelCall(
-        "depthwise" if kernel == "depthwise" else tunable.node.op.name,
-        (kernel, workload, self.isa.name, params, packed.facts, packed.shapes),
-        partial(build_kernel, kernel, workload, self.isa, params, packed),
-        tunable.inputs,
-        packed.arrays,
-        workload.macs,
-    )
-
-
-@row("qmatmul", "matmul")
-def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
-    from qcompiler.targets.kernels.workload import MatmulWorkload
-
-    a, b, out = node.input(0), node.input(1), node.output
-    if a.type.rank < 2 or b.type.rank < 2 or 0 in out.shape:
-        return None
-    constant = b.is_constant and b.type.rank == 2
-    channels = out.shape[-1]
-    data: Array | None = None
-    if node.op.name == "matmul":
-        found = _float_epilogue(node, channels)
-        if found is None or not is_float32(a, b, out):
-            return None
-        data = b.array() if constant else None
-    elif constant:
-        weights = _weights(b)
-        found = None if weights is None else _epilogue(node, a, weights[1], channels)
-        if weights is None or found is None:
-            return None
-        data = weights[0]
-    else:
-        if not is_per_tensor(b) or b.dtype is DType.INT16:
-            return None
-        found = _epilogue(node, a, grid(b).scale, channels)
-        if found is None:
-            return None
-        found = found[0], dataclasses.replace(found[1], b_zero_point=grid(b).z)
-    epilogue, values = found
-    workload = MatmulWorkload(
-        a.shape, b.shape, epilogue, a_dtype=storage(a),
-        b_dtype="int8" if data is not None and data.dtype == np.int8 else storage(b),
-        b_constant=constant, transpose_a=node.attr("transpose_a"),
-        transpose_b=node.attr("transpose_b"),
-    )  # fmt: skip
-    residual = node.optional(3)
-    inputs = (a,) if constant else (a, b)
-    inputs = inputs if residual is None else (*inputs, residual)
-    return _chosen(self, Tunable("matmul", workload, self.isa, node, inputs, data, values))
 
 
 # ------------------------------------------------------------------------------ elementwise

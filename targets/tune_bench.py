@@ -15,7 +15,7 @@ import numpy as np
 
 from qcompiler.cpu import host_cpu
 from qcompiler.errors import TuningError
-from qcompiler.interpreter import evaluate
+from qcompiler.interpreter import evaluate, known
 from qcompiler.ir import Value
 from qcompiler.targets.choice import Tunable
 from qcompiler.targets.tune_process import (
@@ -104,11 +104,11 @@ class TaskBench:
     def open(self, tunable: Tunable, seed: int) -> None:
         """Make a workload's operands and its right result, by the interpreter."""
         rng = np.random.default_rng(seed)
-        operands = {
-            v: v.array() if v.is_constant else random_operand(v, rng)
-            for v in tunable.node.inputs
-            if v is not None
-        }
+        operands = {}
+        for v in tunable.node.inputs:
+            if v is not None and v not in operands:
+                held = known(v)
+                operands[v] = random_operand(v, rng) if held is None else held
         read = [None if v is None else operands[v] for v in tunable.node.inputs]
         (self.expected,) = evaluate(tunable.node, read)
         self.inputs = [operands[v] for v in tunable.inputs]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from qcompiler.targets.base import Backend
 from qcompiler.targets.cpu import backend_of_row
 from qcompiler.targets.isa import Isa, isa_named
-from qcompiler.types import Precision
+from qcompiler.types import UNCALIBRATED, Precision
 
 _DESCRIPTIONS = {
     "x86-64": "any x86-64 CPU (SSE2): int16 products, the slow common ground",
@@ -23,12 +23,12 @@ def _precisions(isa: Isa) -> tuple[Precision, ...]:
 
     4-bit weights take half the memory on every row. Where `vpmaddubsw` multiplies, fewer bits also
     let more products share one widening instruction (`kernels.depth`); the other rows take the
-    same time for any 8-bit operands.
+    same time for any 8-bit operands. What needs no calibration comes last.
     """
     if isa.dot != "maddubs":
-        return (Precision.W8A8, Precision.W4A8, Precision.FP32)
+        return (Precision.W8A8, Precision.W4A8, Precision.FP32, *UNCALIBRATED)
     narrow = (Precision.W8A7, Precision.W7A8, Precision.W6A8, Precision.W4A8)
-    return (Precision.W8A8, *narrow, Precision.FP32)
+    return (Precision.W8A8, *narrow, Precision.FP32, *UNCALIBRATED)
 
 
 def make(name: str) -> Backend:

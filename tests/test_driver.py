@@ -159,7 +159,7 @@ def test_own_scoring_function(calibration: dict[str, Any]) -> None:
         ({}, DataError, "needs calibration samples"),
         ({"target": "z80"}, UnknownTargetError, "unknown target 'z80'"),
         ({"precision": "w9a9"}, UsageError, "unknown precision 'w9a9'"),
-        ({"precision": "fp16", "target": "x86-64"}, UnsupportedByTargetError, "no kernels for"),
+        ({"precision": "w8a7", "target": "x86-64"}, UnsupportedByTargetError, "no kernels for"),
         ({"precision": "fp32", "input_shapes": {"inputs": (1, 1, 8, 8)}}, UsageError, "'inputs'"),
         ({"precision": "fp32", "input_shapes": {"input": (1, 2, 8, 8)}}, UsageError, "declared"),
         ({"calibration": {"image": np.zeros((4, 1, 8, 8), "f")}}, DataError, "input"),

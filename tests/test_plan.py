@@ -11,7 +11,7 @@ from qcompiler.errors import UsageError
 from qcompiler.ir import Graph
 from qcompiler.plan import Decision, PrecisionPlan, uniform
 from qcompiler.printer import digest
-from qcompiler.types import DType, Precision, TensorType
+from qcompiler.types import UNCALIBRATED, DType, Precision, TensorType
 
 
 def network() -> Graph:
@@ -51,11 +51,37 @@ def test_functions_of_many_magnitudes_stay_float(op):
     assert uniform(g).reason("f").startswith("its results span too many magnitudes for 8 bits")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_float_plans_have_no_integers(precision):
-    plan = uniform(network(), precision)
+@pytest.mark.parametrize(
+    ("precision", "reason"),
+    [
+        ("fp32", "fp32 was asked for"),
+        ("fp16", "weights held in float16, computed in float32"),
+        ("w4", "weights held in int4 by groups, computed in float32"),
+        ("w8a8-dynamic", "activations quantized per row at run time"),
+        ("w8a8-dynamic-tensor", "activations quantized per tensor at run time"),
+    ],
+)
+def test_plans_without_calibration_have_no_integers(precision, reason):
+    graph = Graph("net")
+    x = graph.add_input("x", TensorType((2, 16), DType.FLOAT32))
+    node = graph.add("matmul", [x, graph.constant(np.ones((16, 4), np.float32))], name="fc")
+    graph.set_outputs([("y", node.output)])
+    plan = uniform(graph, precision)
     assert not plan.has_integers
-    assert plan.reason("layer1.fc") == f"{precision} was asked for"
+    assert plan.has_narrow == (precision != "fp32")
+    assert plan.precision("fc").value == precision
+    assert plan.reason("fc") == reason
+
+
+def test_widths_of_precisions():
+    bits = {p.value: (p.weight_bits, p.activation_bits) for p in Precision}
+    assert bits["w4a8"] == (4, 8)
+    assert bits["w8a8-dynamic"] == bits["w8a8-dynamic-tensor"] == (8, 8)
+    assert bits["w8"] == (8, 32)
+    assert bits["w4"] == (4, 32)
+    assert bits["fp16"] == (16, 32)
+    assert bits["fp32"] == (32, 32)
+    assert [p for p in Precision if p.is_integer and p in UNCALIBRATED] == []
 
 
 def test_nodes_that_a_plan_does_not_name_are_float():

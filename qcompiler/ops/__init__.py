@@ -4,6 +4,7 @@
 
 from qcompiler.ops import (  # noqa: F401  (importing a module registers its rows)
     cast,
+    dynamic,
     elementwise,
     linear,
     movement,

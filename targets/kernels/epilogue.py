@@ -51,6 +51,11 @@ class EpilogueWriter:
     residual: Buffer | None
     multiplier: Buffer | None
     scalars: Buffer
+    row_scale: Buffer | None = None
+    """Scales of A's rows, or the one of A."""
+    addend: Buffer | None = None
+    columns: int = 1
+    """Columns of the output, where there are row scales."""
 
     def store_row(
         self, accumulators: Sequence[Expr], lane: Expr, starts: Sequence[Expr], valid: int
@@ -154,6 +159,8 @@ class EpilogueWriter:
             return bind(acc)
         if out_dtype == "int32":
             return acc
+        if self.row_scale is not None:
+            return self._dynamic(self.row_scale, acc, lane, index, valid)
         value = cast(acc, "float32") * load(self.multiplier, lane, lanes)
         if out_dtype == "float32":
             return bind(value)
@@ -168,6 +175,20 @@ class EpilogueWriter:
         if self.facts.zero_point:
             rounded = rounded + splat(cast(load(self.scalars, 1, 1), "int32"), "int32", lanes)
         return bind(rounded)
+
+    def _dynamic(self, scales: Buffer, acc: Expr, lane: Expr, index: Expr, valid: int) -> Expr:
+        """The float32 outputs of one vector whose activations have a scale made at run time."""
+        lanes = lanes_of(acc)
+        row = index // self.columns if self.epilogue.row_scale == "row" else 0
+        scale = splat(load(scales, row, 1), "float32", lanes)
+        value = cast(acc, "float32") * fence(scale * load(self.multiplier, lane, lanes))
+        if self.addend is not None:
+            value = fence(value) + load(self.addend, lane, lanes)
+        if self.residual is not None:
+            value = fence(value) + self._residual(self.residual, index, lanes, valid)
+        if self.facts.clip:
+            value = minimum(maximum(value, self._scalar(2, lanes)), self._scalar(3, lanes))
+        return bind(value)
 
     def _scalar(self, position: int, lanes: int) -> Expr:
         return splat(load(self.scalars, position, 1), "float32", lanes)

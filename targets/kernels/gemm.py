@@ -14,8 +14,9 @@ Layers with equal `kernel_key` can share one function.  Arguments of the functio
 1. the activations, of the workload's `a_shape` (convolution: NHWC);
 2. B, of `b_shape`, where it is an activation (`b_constant` False);
 3. the residual, of `out_shape`, where the epilogue has one;
-4. the packed constants, `Packed.arrays` in order;
-5. the output, of `out_shape`.
+4. the scales of A, of `row_scale_shape`, where the epilogue has some;
+5. the packed constants, `Packed.arrays` in order;
+6. the output, of `out_shape`.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def _build(
             b = builder.argument("b", workload.b_shape, workload.b_dtype)
         if epilogue.residual_dtype is not None:
             residual = builder.argument("residual", workload.out_shape, epilogue.residual_dtype)
+        row_scale = None
+        if isinstance(workload, MatmulWorkload) and epilogue.row_scale is not None:
+            row_scale = builder.argument("row_scale", workload.row_scale_shape, "float32")
         constants = {
             label: builder.argument(label, shape, dtype) for label, shape, dtype in packed.shapes
         }
@@ -116,6 +120,9 @@ def _build(
             residual=None if residual is None else flat(residual),
             multiplier=flats.get("multiplier"),
             scalars=flats["scalars"],
+            row_scale=None if row_scale is None else flat(row_scale),
+            addend=flats.get("addend"),
+            columns=workload.out_shape[-1],
         )
         kernel = MacroKernel(
             isa=isa,

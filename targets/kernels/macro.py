@@ -25,7 +25,8 @@ Hot loops as LLVM 22 emits them, one K-group, none with a vector on the stack:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,7 +58,12 @@ from qcompiler.targets.kernels.tir import (
     store,
     when,
 )
-from qcompiler.targets.kernels.unpack import unpacks_ahead, weight_vectors
+from qcompiler.targets.kernels.unpack import (
+    elements_per_lane,
+    group_terms,
+    unpacks_ahead,
+    weight_vectors,
+)
 from qcompiler.targets.kernels.workload import GemmParams
 
 __all__ = ["MacroKernel", "Source", "Step", "copy_elements", "fill_elements"]
@@ -137,24 +143,41 @@ class MacroKernel:
         self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]
     ) -> None:
         """The same, by columns, with the weights of each column tile unpacked first."""
-        groups = self.geometry.k_groups
-        acc = Accumulators(1, self.plan.nv, self.plan.lanes, "int32")
-        packed = Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
+        packed = self._step(Accumulators(1, self.plan.nv, self.plan.lanes, "int32"))
         plain = replace(packed, storage="plain")
-        area = scratch(
-            groups * plain.weight_elements, "int16" if self.facts.dot == "exact" else "int8"
-        )
+        dtype = {"exact": "int16", "float": "float32"}.get(self.facts.dot, "int8")
+        area = scratch(self.geometry.k_groups * plain.weight_elements, dtype)
         kernel = replace(
             self,
             constants={**self.constants, "weight": area},
             facts=replace(self.facts, storage="plain"),
         )
         with serial(*tiles) as tile:
-            with own_function(f"{self.name}_unpack"), serial(groups) as k:
-                index = (tile * groups + k) * packed.weight_elements
-                packed.unpack(index, area, k * plain.weight_elements)
+            first = bind(tile * (self.geometry.k_groups * packed.weight_elements))
+            with own_function(f"{self.name}_unpack"), self._each_group(packed, tile) as (step, k):
+                step.unpack(first + k * step.weight_elements, area, bind(k * plain.weight_elements))
             for row_tile, size in self._row_tiles(rows):
                 kernel._row(replace(source, weight_tile=tile), row_tile, size, (tile, None))
+
+    def _step(self, acc: Accumulators) -> Step:
+        """The step of a kernel with one kind of K-groups."""
+        return Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
+
+    @contextmanager
+    def _each_group(self, step: Step, tile: Expr) -> Iterator[tuple[Step, Expr]]:
+        """A loop over the K-groups of a column tile; gives the step that multiplies one."""
+        count, size = self.geometry.k_groups, self.facts.group
+        if self.facts.storage not in ("group8", "group4"):
+            with serial(count) as k:
+                yield step, k
+            return
+        with serial(count // size) as group:
+            index = bind((tile * (count // size) + group) * self.plan.nt)
+            zeros = self.constants.get("zeros")
+            scales = self.constants["scales"]
+            terms = group_terms(scales, zeros, index, self.plan.nv, self.plan.lanes)
+            with serial(size) as k:
+                yield replace(step, terms=terms), bind(group * size + k)
 
     def _row_tiles(self, row_range: tuple[Expr, Expr]) -> list[tuple[tuple[Expr, Expr], int]]:
         """The ranges of tile rows of each size."""
@@ -313,19 +336,23 @@ class MacroKernel:
         if self.isa.a_dtype == "int8" and self.facts.dot != "float":
             by_element_loops(self, source, a_index, a_steps, tile, acc)
             return
-        step = Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
+        step = self._step(acc)
         first = bind(tile * (g.k_groups * step.weight_elements))
         (depth,) = self.facts.depths
 
-        def block(start: Expr, size: int) -> None:
+        def block(step: Step, start: Expr, size: int) -> None:
             at = [start + k for k in range(size)]
             steps = [k * g.k_group if offsets is None else load(offsets, k, 1) for k in at]
             step.emit(source.buffer, a_index, steps, a_steps, first + start * step.weight_elements)
 
+        if depth == 1:
+            with self._each_group(step, tile) as (one, k):
+                block(one, k, 1)
+            return
         with serial(g.k_groups // depth) as k:
-            block(k * depth, depth)
+            block(step, k * depth, depth)
         if g.k_groups % depth:
-            block(g.k_groups // depth * depth, g.k_groups % depth)
+            block(step, g.k_groups // depth * depth, g.k_groups % depth)
 
     def _mixed_loops(
         self, source: Source, a_index: Expr, a_steps: list[int], tile: Expr, acc: Accumulators
@@ -392,14 +419,14 @@ class Step:
     weight: Buffer
     acc: Accumulators
     storage: Storage = "plain"
+    terms: Sequence[tuple[Expr, Expr | None]] = ()
+    """Scale and zero of each column vector, for weights in groups."""
 
     @property
     def weight_elements(self) -> int:
         """Elements of the weight buffer that one K-group takes."""
-        per_lane = 1 if self.kind == "float" else 4
-        if self.storage == "int4":
-            per_lane //= 2
-        return self.acc.nv * self.acc.lanes * per_lane
+        members, to_one = elements_per_lane(self.storage, self.kind)
+        return self.acc.nv * self.acc.lanes * members // to_one
 
     def emit(
         self,
@@ -454,7 +481,10 @@ class Step:
     def weights(self, index: Expr) -> list[list[Expr]]:
         """The weight vectors of one K-group: for each column vector one, or two halves."""
         if self.storage != "plain":
-            return weight_vectors(self.weight, self.kind, index, self.acc.nv, self.acc.lanes)
+            nv, lanes = self.acc.nv, self.acc.lanes
+            return weight_vectors(
+                self.isa, self.storage, self.weight, self.kind, index, nv, lanes, self.terms
+            )
         halves = 2 if self.kind in ("exact", "smlal") else 1
         size = self.weight_elements // self.acc.nv // halves
         return [

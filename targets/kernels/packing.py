@@ -16,7 +16,10 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
   in the int16 weights);
 * winograd: int16 `[blocks, 16, C / 2, V, L, 2]` (see `winograd_plan`);
-* weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`).
+* weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`);
+* float32 products with weights in half precision: their bits, uint16 `[T, Q, V, L]`; in groups:
+  int8 `[T, Q, V * L]`, or nibbles `[T, Q, V * L / 2]`, with `scales` float32 and, unless all are 0,
+  `zeros` int8, both `[T, Q / group, V * L]`.
 
 After the weights come `bias` `[T * V * L]` (with the zero point's correction), `multiplier` of the
 same shape, and eight `scalars` (see `SCALARS`).
@@ -48,6 +51,15 @@ from qcompiler.targets.kernels.plan import (
     column_index,
     geometry_of,
     tile_plan,
+)
+from qcompiler.targets.kernels.weight_forms import (
+    FloatWeights,
+    GroupedWeights,
+    Weights,
+    fits_int4,
+    float_weights,
+    laid_out,
+    nibbles,
 )
 from qcompiler.targets.kernels.winograd_plan import (
     NV,
@@ -100,6 +112,8 @@ class Facts:
     from the deepest to `depth.EXACT`."""
     storage: Storage = "plain"
     """How the weights lie in memory."""
+    group: int = 0
+    """K-groups that share a scale, for storage in groups."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +135,7 @@ class Packed:
 
 
 def pack_conv(
-    workload: ConvWorkload, isa: Isa, params: GemmParams, weight: Array, values: GemmValues
+    workload: ConvWorkload, isa: Isa, params: GemmParams, weight: Weights, values: GemmValues
 ) -> Packed:
     """Pack a convolution's constants.
 
@@ -129,7 +143,8 @@ def pack_conv(
         workload: Shapes and dtypes.
         isa: The instruction set's row.
         params: The tiling the kernel will be built with.
-        weight: `[CO, C / groups, KH, KW]` (OIHW), int8 with zero point 0, or float32.
+        weight: `[CO, C / groups, KH, KW]` (OIHW), int8 with zero point 0, or float32; for float32
+            activations also float16 or `GroupedWeights` along C.
         values: The layer's other numbers.
 
     Raises:
@@ -141,15 +156,14 @@ def pack_conv(
             f"{workload.weight_shape}"
         )
     geometry = geometry_of(workload, isa)
-    ohwi = weight.transpose(0, 2, 3, 1).reshape(
-        geometry.groups, geometry.n, geometry.k_rows * geometry.k_cols, geometry.run
-    )
+    runs = (geometry.groups, geometry.n, geometry.k_rows * geometry.k_cols, geometry.run)
+    ohwi = laid_out(weight, lambda w: w.transpose(0, 2, 3, 1).reshape(runs))
     if params.algorithm != "winograd":
         packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
         time = _time(packed) * (_SMALL if packed.facts.storage == "int4" else 1.0)
         if params.algorithm == "direct" or not prefers_winograd(workload, isa, time):
             return packed
-    if not applies(workload, isa):
+    if isinstance(weight, GroupedWeights) or not applies(workload, isa):
         raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
     natural = replace(params, lanes=isa.lanes(), nv=NV)
     transformed = transform_weights(weight, isa.lanes())
@@ -168,7 +182,7 @@ def _time(packed: Packed) -> float:
 
 
 def pack_matmul(
-    workload: MatmulWorkload, isa: Isa, params: GemmParams, b: Array | None, values: GemmValues
+    workload: MatmulWorkload, isa: Isa, params: GemmParams, b: Weights | None, values: GemmValues
 ) -> Packed:
     """Pack the constants of a matrix product.
 
@@ -176,8 +190,8 @@ def pack_matmul(
         workload: Shapes and dtypes.
         isa: The instruction set's row.
         params: The tiling the kernel will be built with.
-        b: The constant B of shape `b_shape` (int8 with zero point 0, or float32), or None where B
-            is an activation.
+        b: The constant B of shape `b_shape` (as `pack_conv` takes weights), or None where B is an
+            activation.
         values: The product's other numbers.
 
     Raises:
@@ -189,8 +203,9 @@ def pack_matmul(
         given = "no constant B" if b is None else f"a constant B of shape {b.shape}"
         raise CodegenError(f"matmul: {given} does not fit {workload}")
     geometry = geometry_of(workload, isa)
-    rows = b if workload.transpose_b else b.T
-    return _pack(geometry, workload.epilogue, isa, params, rows[None, :, None, :], values)
+    turned = workload.transpose_b
+    rows = laid_out(b, lambda w: (w if turned else w.T)[None, :, None, :])
+    return _pack(geometry, workload.epilogue, isa, params, rows, values)
 
 
 def _pack(
@@ -198,20 +213,18 @@ def _pack(
     epilogue: Epilogue,
     isa: Isa,
     params: GemmParams,
-    weight: Array,
+    weight: Weights,
     values: GemmValues,
     transformed: Array | None = None,
 ) -> Packed:
     """Pack weights `[groups, n, runs, run]` and the values; `transformed` weights for Winograd."""
-    is_float = geometry.a_dtype == "float32"
-    expected = "float32" if is_float else "int8"
-    if weight.dtype.name != expected:
-        raise CodegenError(f"weights are {weight.dtype.name}, the kernel takes {expected}")
     plan = tile_plan(geometry, params)
     columns = column_index(geometry.n, plan.lanes, plan.nv)
-    if is_float:
-        tiles = _tiles(geometry, plan, weight, columns)
-        return _float_constants(geometry, tiles[..., 0], columns, values)
+    if geometry.a_dtype == "float32":
+        parts = float_weights(weight, lambda w: _tiles(geometry, plan, w, columns))
+        return _float_constants(geometry, parts, columns, values)
+    if isinstance(weight, GroupedWeights) or weight.dtype.name != "int8":
+        raise CodegenError(f"weights are {weight.dtype.name}, the kernel takes int8")
 
     shift = operand_shift(geometry.a_dtype, isa.a_dtype)
     qmin, qmax = LIMITS[geometry.a_dtype]
@@ -240,14 +253,17 @@ def _pack(
     else:
         tiles = _tiles(geometry, plan, weight, columns)
         dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
-        if dot in ("vpdpbusd", "maddubs", "exact") and _fits_int4(weight):
+        if dot in ("vpdpbusd", "maddubs", "exact") and fits_int4(weight):
             storage = "int4"
-            arrays["weight"] = _nibbles(tiles.transpose(0, 3, 1, 2, 4), dot)
+            arrays["weight"] = nibbles(tiles.transpose(0, 3, 1, 2, 4), dot)
     if dot not in ("mixed", "winograd", "tiles") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
     scalars, saturating = _requantization(epilogue, values, reach, multiplier)
     scalars[0] = a_zero_point
+    clip = _clip(values, scalars) if epilogue.row_scale is not None else False
+    if values.addend is not None:
+        arrays["addend"] = _per_column(values.addend, geometry, columns)
     if epilogue.out_dtype != "int32":
         arrays["multiplier"] = _per_column(multiplier, geometry, columns)
     arrays["scalars"] = scalars
@@ -255,7 +271,7 @@ def _pack(
         dot,
         saturating,
         values.zero_point != 0,
-        clip=False,
+        clip=clip,
         residual_zero_point=values.residual_zero_point != 0,
         depths=depths,
         storage=storage,
@@ -263,31 +279,18 @@ def _pack(
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
 
-def _fits_int4(weight: Array) -> bool:
-    return bool(weight.min() >= -8 and weight.max() <= 7)
-
-
-def _nibbles(groups: Array, dot: Dot) -> Array:
-    """Weights `[T, Q, V, L, G]` of 4 bits plus 8, two to a byte, as `unpack` reads them."""
-    tiles, count, nv, lanes, group = groups.shape
-    biased = (groups + 8).astype(np.uint8)
-    if dot == "exact":
-        members = biased.reshape(tiles, count, nv * lanes * group // 2, 2)
-        return np.ascontiguousarray(members[..., 0] | members[..., 1] << 4)
-    vectors = biased.reshape(tiles, count, nv, lanes * group)
-    pairs = vectors[:, :, 0 : nv - 1 : 2] | vectors[:, :, 1::2] << 4
-    parts = [pairs.reshape(tiles, count, -1)]
-    if nv % 2:
-        low, high = np.split(vectors[:, :, -1], 2, axis=-1)
-        parts.append(low | high << 4)
-    return np.ascontiguousarray(np.concatenate(parts, axis=-1))
-
-
 def operand_shift(stored: str, multiplied: str) -> int:
     """What a kernel adds to 8-bit values stored in one signedness to multiply them in another."""
     if stored == multiplied:
         return 0
     return 128 if multiplied == "uint8" else -128
+
+
+def _clip(values: GemmValues, scalars: Array) -> bool:
+    """Enter the clip of a float32 output into the scalars; whether there is one."""
+    scalars[2] = -np.inf if values.act_min is None else values.act_min
+    scalars[3] = np.inf if values.act_max is None else values.act_max
+    return values.act_min is not None or values.act_max is not None
 
 
 def _multiplier(values: GemmValues, count: int) -> npt.NDArray[np.float32]:
@@ -372,20 +375,16 @@ def _per_column(vector: Array, geometry: Geometry, columns: Array) -> Array:
 
 
 def _float_constants(
-    geometry: Geometry, tiles: Array | None, columns: Array, values: GemmValues
+    geometry: Geometry, weights: FloatWeights | None, columns: Array, values: GemmValues
 ) -> Packed:
-    """Constants of a float32 kernel; `tiles` [T, V, L, Q], or None for an activation B."""
+    """Constants of a float32 kernel, without weights for an activation B."""
     count = geometry.groups * geometry.n
     bias = np.zeros(count, np.float32) if values.bias is None else values.bias
     if bias.shape != (count,) or bias.dtype.name != "float32":
         raise CodegenError(f"bias is {bias.dtype}{bias.shape}, expected float32({count},)")
     scalars = np.zeros(8, np.float32)
-    scalars[2] = -np.inf if values.act_min is None else values.act_min
-    scalars[3] = np.inf if values.act_max is None else values.act_max
-    clip = values.act_min is not None or values.act_max is not None
-    arrays: dict[str, Array] = {}
-    if tiles is not None:
-        arrays["weight"] = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2))
+    clip = _clip(values, scalars)
+    arrays: dict[str, Array] = {} if weights is None else dict(weights.arrays)
     arrays |= {
         "bias": _per_column(bias, geometry, columns),
         "scalars": scalars,
@@ -393,6 +392,8 @@ def _float_constants(
     if geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     facts = Facts("float", saturating=False, zero_point=False, clip=clip)
+    if weights is not None:
+        facts = replace(facts, storage=weights.storage, group=weights.group)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
 

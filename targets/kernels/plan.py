@@ -32,13 +32,15 @@ __all__ = [
     "tile_plan",
 ]
 
-Dot = Literal["float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd", "smlal", "sdot", "smmla", "tiles"]
+Dot = Literal[
+    "float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd", "smlal", "sdot", "smmla", "tiles"
+]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
 "mixed" by a list of K-groups of either kind for each tile, "smlal", "sdot" and "smmla" by those
 instructions, "winograd" by transformed operands,
 "tiles" by AMX."""
 
-Storage = Literal["plain", "int4"]
+Storage = Literal["plain", "int4", "half", "group8", "group4"]
 """How weights lie in memory: as they are multiplied, or in fewer bits (`unpack`)."""
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Weights stored in fewer bits than they are multiplied in: unpacked in registers.
+"""Weights held in fewer bits than they are multiplied in: widened in registers.
 
 A form of storage (`plan.Storage`) says what a K-group of the packed weights looks like:
 
@@ -8,6 +8,9 @@ A form of storage (`plan.Storage`) says what a K-group of the packed weights loo
   the low nibbles are the first, the high nibbles the second; a vector without a partner keeps its
   first half in the low nibbles.  For int16 pairs ("exact") a byte holds an even and an odd member
   of its group.
+* "half": the bits of float16 weights of a float32 product.
+* "group8", "group4": integers of a float32 product, float32(code - zero) * scale with a scale (and
+  a zero) for each column and each run of K-groups; nibbles as above.
 
 Where a task runs few register tiles over a column tile, each unpacks as it goes (products with few
 rows wait for memory, and the weights are half as many bytes).  Elsewhere the task unpacks a column
@@ -16,19 +19,23 @@ tile once into a work area (`unpacks_ahead`), and the register tiles run as if w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.plan import Storage, TilePlan
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
     bind,
     cast,
+    fence,
     load,
     reinterpret,
     shuffle,
     splat,
 )
 
-__all__ = ["unpacks_ahead", "weight_vectors"]
+__all__ = ["elements_per_lane", "group_terms", "unpacks_ahead", "weight_vectors"]
 
 _FEW = 3
 """Register tiles of a task over one column tile from which unpacking ahead pays."""
@@ -40,30 +47,81 @@ def unpacks_ahead(storage: Storage, plan: TilePlan, order: str) -> bool:
     return storage != "plain" and order == "n" and tiles >= _FEW
 
 
-def weight_vectors(weight: Buffer, kind: str, index: Expr, nv: int, lanes: int) -> list[list[Expr]]:
-    """The weight vectors of one K-group stored as "int4".
+def elements_per_lane(storage: Storage, kind: str) -> tuple[int, int]:
+    """Elements of the packed weights for one lane of a K-group, as a fraction."""
+    members = 1 if kind == "float" else 4
+    return members, 2 if storage in ("int4", "group4") else 1
+
+
+def weight_vectors(
+    isa: Isa,
+    storage: Storage,
+    weight: Buffer,
+    kind: str,
+    index: Expr,
+    nv: int,
+    lanes: int,
+    terms: Sequence[tuple[Expr, Expr | None]] = (),
+) -> list[list[Expr]]:
+    """The weight vectors of one K-group.
 
     Args:
-        weight: The packed weights, bytes.
+        isa: The row.
+        storage: How they lie in memory, not "plain".
+        weight: The packed weights.
         kind: How they are multiplied (`plan.Dot`).
-        index: First byte of the K-group.
+        index: First element of the K-group.
         nv: Column vectors.
         lanes: 32-bit lanes of each.
+        terms: Scale and zero of each column vector, for storage in groups.
 
     Returns:
-        For each column vector one vector of int8, or two of int16 for kind "exact".
+        For each column vector one vector of int8 or float32, or two of int16 for kind "exact".
     """
+    if storage == "half":
+        halves = [load(weight, index + v * lanes, lanes) for v in range(nv)]
+        return [[bind(_from_half(isa, bind(half), lanes))] for half in halves]
     if kind == "exact":
         return [_pairs(load(weight, index + v * 2 * lanes, 2 * lanes), lanes) for v in range(nv)]
-    size, found = 4 * lanes, []
+    if storage == "group8":
+        codes = [load(weight, index + v * lanes, lanes) for v in range(nv)]
+    else:
+        codes = _bytes(weight, index, nv, lanes if kind == "float" else 4 * lanes)
+    if kind != "float":
+        return [[bind(code)] for code in codes]
+    found = []
+    for code, (scale, zero) in zip(codes, terms, strict=True):
+        wide = cast(bind(code), "int32")
+        if zero is not None:
+            wide = wide - zero
+        found.append([bind(fence(cast(wide, "float32") * scale))])
+    return found
+
+
+def group_terms(
+    scales: Buffer, zeros: Buffer | None, index: Expr, nv: int, lanes: int
+) -> list[tuple[Expr, Expr | None]]:
+    """Scale and zero of each column vector of one run of K-groups."""
+    found: list[tuple[Expr, Expr | None]] = []
+    for v in range(nv):
+        zero = None
+        if zeros is not None:
+            zero = bind(cast(load(zeros, index + v * lanes, lanes), "int32"))
+        found.append((bind(load(scales, index + v * lanes, lanes)), zero))
+    return found
+
+
+def _bytes(weight: Buffer, index: Expr, nv: int, size: int) -> list[Expr]:
+    """Vectors of `size` int8 from nibbles."""
+    found = []
     for v in range(0, nv - 1, 2):
         low, high = _nibbles(load(weight, index + v * (size // 2), size), size)
-        found += [[bind(reinterpret(half, "int8", size))] for half in (low, high)]
+        found += [reinterpret(half, "int8", size) for half in (low, high)]
     if nv % 2:
         half = size // 2
         parts = _nibbles(load(weight, index + (nv - 1) * half, half), half)
         whole = shuffle([bind(part) for part in parts], range(size))
-        found.append([bind(reinterpret(whole, "int8", size))])
+        found.append(reinterpret(whole, "int8", size))
     return found
 
 
@@ -81,3 +139,18 @@ def _pairs(value: Expr, lanes: int) -> list[Expr]:
     eight = splat(8, "int16", 2 * lanes)
     even = (wide & splat(15, "int16", 2 * lanes)) - eight
     return [bind(even), bind((wide >> splat(4, "int16", 2 * lanes)) - eight)]
+
+
+def _from_half(isa: Isa, bits: Expr, lanes: int) -> Expr:
+    """float16 bits as float32: by the conversion instruction, or in integers where there is none.
+
+    Exponent and mantissa moved into place are the number times 2**-112, subnormal or not; the
+    product with 2**112 is exact.  Infinities and NaN are never stored.
+    """
+    if "f16c" in isa.cpu_features or isa.mtriple.startswith("aarch64"):
+        return cast(reinterpret(bits, "float16", lanes), "float32")
+    wide = bind(cast(bits, "int32"))
+    magnitude = (wide & splat(0x7FFF, "int32", lanes)) << splat(13, "int32", lanes)
+    scaled = reinterpret(magnitude, "float32", lanes) * splat(2.0**112, "float32", lanes)
+    sign = (wide & splat(0x8000, "int32", lanes)) << splat(16, "int32", lanes)
+    return reinterpret(bind(reinterpret(scaled, "int32", lanes)) | sign, "float32", lanes)

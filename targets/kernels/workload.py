@@ -13,6 +13,7 @@ The meaning, with `acc` in int32 and every float32 operation rounded by itself::
                     t = t + f32(residual - residual_zero_point) * residual_multiplier   (if any)
                     out = clamp(rint(t) + zero_point, qmin, qmax)
     float32 out:    out = f32(acc) * multiplier[n]
+    with row scales: out = clip(f32(acc) * (row_scale[m] * multiplier[n]) + addend[n] + residual)
     int32 out:      out = acc
     float32 a:      out = clip(sum_k a * b + bias + residual, act_min, act_max), any summation order
 """
@@ -33,6 +34,7 @@ __all__ = ["ConvWorkload", "Epilogue", "GemmParams", "GemmValues", "MatmulWorklo
 Pads = tuple[int, int, int, int]
 _A_DTYPES = ("uint8", "int8", "float32")
 _OUT_DTYPES = ("uint8", "int8", "int16", "int32", "float32")
+_FLOAT = (None, "float32")
 _RESIDUAL_DTYPES = ("uint8", "int8", "int16", "float32")
 
 
@@ -44,6 +46,9 @@ class Epilogue:
     """uint8, int8, int16 (requantized), float32 (dequantized) or int32 (the sums themselves)."""
     residual_dtype: str | None = None
     """Dtype of a second operand of the output's shape that is added, or None."""
+    row_scale: Literal["row", "tensor"] | None = None
+    """Whether the scale of A is an operand: one number for each row of A, or one in all; the
+    output is then float32."""
 
     def __post_init__(self) -> None:
         if self.out_dtype not in _OUT_DTYPES:
@@ -62,7 +67,11 @@ def _check_operands(what: str, a_dtype: str, epilogue: Epilogue) -> None:
     is_float = a_dtype == "float32"
     if is_float and epilogue.out_dtype != "float32":
         raise CodegenError(f"{what}: float32 operands give float32, not {epilogue.out_dtype}")
-    if epilogue.residual_dtype is None:
+    if epilogue.row_scale is not None and (
+        is_float or epilogue.out_dtype != "float32" or epilogue.residual_dtype not in _FLOAT
+    ):
+        raise CodegenError(f"{what}: row scales turn 8-bit sums into float32: {epilogue}")
+    if epilogue.residual_dtype is None or epilogue.row_scale is not None:
         return
     if is_float != (epilogue.residual_dtype == "float32"):
         raise CodegenError(
@@ -97,6 +106,8 @@ class ConvWorkload:
 
     def __post_init__(self) -> None:
         _check_operands("convolution", self.a_dtype, self.epilogue)
+        if self.epilogue.row_scale is not None:
+            raise CodegenError("convolution: row scales are for matrix products")
         extents = (self.n, self.h, self.w, self.c, self.co, self.kh, self.kw, self.groups)
         if min(*extents, *self.strides, *self.dilations) < 1 or min(self.pads) < 0:
             raise CodegenError(f"convolution: extents, strides and dilations must be >= 1: {self}")
@@ -199,6 +210,11 @@ class MatmulWorkload:
         return (*self.batch_shape, self.m, self.n)
 
     @property
+    def row_scale_shape(self) -> tuple[int, ...]:
+        """Shape of the scales of A, where they are an operand."""
+        return (*self.a_shape[:-1], 1) if self.epilogue.row_scale == "row" else ()
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates."""
         return math.prod(self.out_shape) * self.k
@@ -229,7 +245,9 @@ class GemmValues:
     """float32(scale_residual / scale_out)."""
     act_min: float | None = None
     act_max: float | None = None
-    """Clip of a float32 kernel's output."""
+    """Clip of the output of a float32 kernel, or of one with row scales."""
+    addend: npt.NDArray[np.float32] | None = None
+    """[N]: added to the scaled sums of a kernel with row scales."""
 
 
 @dataclass(frozen=True, slots=True)
