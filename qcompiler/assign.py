@@ -35,8 +35,10 @@ _TOLERANCE = 1e-9
 """Share of a limit by which a sum may pass it: the order of additions, nothing else."""
 _SCALE = 1e4
 """What the objective's greatest coefficient becomes: HiGHS stops within 1e-6 of the optimum."""
-_ATTEMPTS = 40
-"""Choices that may pass a limit by less than the solver's tolerance before it gives up."""
+_ATTEMPTS = 4
+"""Choices that may pass a limit, within the solver's tolerance, before a margin is kept."""
+_MARGIN = 4e-6
+"""Share of a limit that is then kept: HiGHS allows 1e-6."""
 _TIME = 60.0
 """Seconds that one program may take; real ones need milliseconds."""
 
@@ -350,8 +352,9 @@ class _Program:
     ) -> Solution | None:
         """Solve; a choice that passes a limit within the solver's tolerance is ruled out."""
         passed: list[Mapping[str, str]] = []
-        for _ in range(_ATTEMPTS):
-            chosen = self._run(minimize, limits, [*excluded, *passed])
+        for attempt in range(2 * _ATTEMPTS):
+            margin = 0.0 if attempt < _ATTEMPTS else _MARGIN * 4 ** (attempt - _ATTEMPTS)
+            chosen = self._run(minimize, limits, [*excluded, *passed], margin)
             if chosen is None:
                 return None
             solution = totals(self.problem, chosen)
@@ -412,6 +415,7 @@ class _Program:
         minimize: Resource,
         limits: Limits,
         excluded: Sequence[Mapping[str, str]],
+        margin: float,
     ) -> dict[str, str] | None:
         rows, low, high = list(self.rows), list(self.low), list(self.high)
         upper = np.ones(self.count)
@@ -431,7 +435,7 @@ class _Program:
                 scale = float(np.abs(cost).max(initial=0.0)) or 1.0
             rows.append({int(i): float(cost[i]) / scale for i in np.flatnonzero(cost)})
             low.append(-np.inf)
-            high.append(room / scale)
+            high.append(room / scale - margin)
         for choice in excluded:
             taken = [self.index[n, o] for n, o in choice.items() if (n, o) in self.index]
             rows.append(dict.fromkeys(taken, 1.0))

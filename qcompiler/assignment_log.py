@@ -403,10 +403,10 @@ def _reason(entry: Mapping[str, Any], log: Mapping[str, Any], *, figures: bool =
             return str(log["note"])
         best = min(others, key=lambda p: options[p]["latency_us"])
         ours, theirs = options[FLOAT]["latency_us"], options[best]["latency_us"]
-        if theirs < ours and blocked in ("max_drop", "max_slice_drop"):
-            text = f"integers cost too much accuracy: {blocked} binds"
+        if theirs < ours and str(blocked).startswith("max_"):
+            text = f"{best} would break the budget: {blocked} binds"
             if figures and entry["next_step"]:
-                text += f" ({best} would save {ours - theirs:.3g} us)"
+                text += f" (it would save {ours - theirs:.3g} us)"
             return text
         if not figures:
             return "integers were not faster, conversions included"

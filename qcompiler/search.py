@@ -249,7 +249,10 @@ class Search:
         """Yield joint models, ever closer to the fastest one that keeps the budget."""
         problem = self.network.problem
         fastest = solve(problem, "latency", limits, then="loss")
-        if fastest is None:
+        if fastest is None:  # the least that there is
+            least = solve(problem, "size", then="loss")
+            if least is not None:
+                yield self.attempt(least.choices)
             return
         excluded: list[Mapping[str, str]] = []
         good: Solution | None = None

@@ -28,6 +28,7 @@ def compile_(
     ] = "host",
     calibration: options.CalibrationOption = None,
     precision: options.PrecisionOption = "w8a8",
+    override: options.OverrideOption = None,
     methods: options.MethodsOption = "",
     evaluate: options.EvaluateOption = None,
     metric: options.MetricOption = None,
@@ -56,7 +57,8 @@ def compile_(
         typer.Option(
             "--tune-seconds",
             metavar="S",
-            help="Tune for so long first; what is found goes to --records where given.",
+            help="Tune for so long first; what is found goes to --records where given. With "
+            "--precision auto: for tuning and the search for precisions together.",
         ),
     ] = None,
     report: Annotated[
@@ -88,11 +90,13 @@ def compile_(
         raise UsageError(f"--tune-seconds {tune_seconds}: expected a number above 0")
     shapes = options.parse_shapes(input_shape or ())
     constants = options.parse_constants(freeze or ())
+    overrides = options.parse_overrides(override or ())
     shell.input_file(model, "model")
     shell.output_file(output, "artifact")
     if report is not None:
         shell.output_file(report, "report")
-    if records is not None and tune_seconds is None and not records.is_dir():
+    new = tune_seconds is not None or precision == "auto"  # those write what they measure
+    if records is not None and not new and not records.is_dir():
         shell.input_file(records, "tuning records")
 
     if locked is not None:
@@ -129,6 +133,7 @@ def compile_(
                 tuning=tuning,
                 seed=seed,
                 locked=locked,
+                overrides=overrides,
                 progress=bars,
             )
         except InfeasibleBudgetError as error:

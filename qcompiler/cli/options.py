@@ -76,8 +76,17 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="P",
-        help="w8a8, fp32, w4a8 (target reference, and export), "
-        "or the path of a saved plan (.json).",
+        help="w8a8, fp32, w4a8 and what else `qcompile targets` lists; auto: the fastest plan that "
+        "keeps the budget; or the path of a saved plan (.json).",
+    ),
+]
+OverrideOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--override",
+        metavar="SELECTOR=P",
+        help="Force a precision: SELECTOR is a node name, a pattern over node names, or op:NAME; "
+        "repeatable, later ones win.",
     ),
 ]
 MethodsOption = Annotated[
@@ -92,7 +101,9 @@ MethodsOption = Annotated[
 InputShapeOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--input-shape", metavar="NAME:1x3x224x224", help="Shape of a dynamic input; repeatable."
+        "--input-shape",
+        metavar="NAME:1x3x224x224",
+        help="Shape of a dynamic input, or a range (ids:1x1..128); repeatable.",
     ),
 ]
 FreezeOption = Annotated[
@@ -101,21 +112,27 @@ FreezeOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Seed of everything random.")]
 
-_SHAPE = re.compile(r"\d+(x\d+)*")
+_SHAPE = re.compile(r"\d+(\.\.\d+)?(x\d+(\.\.\d+)?)*")
 
 
-def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[Any, ...]] | None:
     """Return the shapes that NAME:1x3x224x224 options give, or None without any.
+
+    An extent LEAST..GREATEST becomes a pair.
 
     Raises:
         UsageError: Malformed text, an extent of 0, or a name given twice.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         name, separator, shape = text.rpartition(":")
         if not separator or not name or not _SHAPE.fullmatch(shape):
-            raise UsageError(f"--input-shape {text!r}: expected NAME:1x3x224x224")
-        extents = tuple(int(d) for d in shape.split("x"))
+            raise UsageError(
+                f"--input-shape {text!r}: expected NAME:1x3x224x224, or NAME:1x1..128 for a range"
+            )
+        extents = tuple(
+            tuple(int(e) for e in d.split("..")) if ".." in d else int(d) for d in shape.split("x")
+        )
         if 0 in extents:
             raise UsageError(f"--input-shape {text!r}: every extent must be at least 1")
         if name in shapes:
@@ -155,6 +172,26 @@ def parse_constants(texts: Sequence[str]) -> dict[str, Any] | None:
             raise UsageError(f"--freeze {text!r}: expected numbers, got {parsed.dtype}")
         constants[name] = parsed
     return constants or None
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, str] | None:
+    """Return selector -> precision of SELECTOR=PRECISION options, or None without any.
+
+    Raises:
+        UsageError: Malformed text, or a selector given twice.
+    """
+    rules: dict[str, str] = {}
+    for text in texts:
+        selector, separator, precision = text.rpartition("=")
+        if not separator or not selector or not precision:
+            raise UsageError(
+                f"--override {text!r}: expected SELECTOR=PRECISION",
+                hint="for example --override 'layer1.*=w8a8' or --override op:matmul=fp32",
+            )
+        if selector in rules:
+            raise UsageError(f"--override: {selector!r} is given twice")
+        rules[selector] = precision
+    return rules or None
 
 
 def require_metric(
