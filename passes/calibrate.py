@@ -19,6 +19,7 @@ from qcompiler.onnx_export import to_onnx
 from qcompiler.ops import OpKind, Stage
 from qcompiler.ort import Session
 from qcompiler.passes.observers import Observer, ObserverName, TensorStats
+from qcompiler.passes.recurrent_states import state_steps
 from qcompiler.passes.regions import analyse
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import uniform
@@ -102,6 +103,8 @@ class CalibrationTable:
         data: Digest of the samples.
         samples: Number of samples.
         spec: Text form of the pass that made it.
+        states: Recurrent node name -> step of the int16 grid that carries its state; float32
+            carries the state of the others.
     """
 
     tensors: Mapping[str, TensorRange] = field(default_factory=dict)
@@ -109,6 +112,7 @@ class CalibrationTable:
     data: str = ""
     samples: int = 0
     spec: str = ""
+    states: Mapping[str, float] = field(default_factory=dict)
 
     def find(self, name: str) -> TensorRange | None:
         """Return the entry of a value, if it was observed."""
@@ -122,6 +126,7 @@ class CalibrationTable:
             "data": self.data,
             "samples": self.samples,
             "spec": self.spec,
+            **({"states": dict(self.states)} if self.states else {}),
             "tensors": {
                 name: {
                     "range": list(t.range),
@@ -162,6 +167,7 @@ class CalibrationTable:
                 str(doc["data"]),
                 int(doc["samples"]),
                 str(doc["spec"]),
+                {str(k): float(v) for k, v in doc.get("states", {}).items()},
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UsageError(f"the calibration table is damaged: {error!r}") from None
@@ -224,7 +230,14 @@ class Calibrate(Pass):
             ctx.progress("calibrate", done, samples.runs)
         tensors = {name: _entry(s, observer) for name, s in stats.items()}
         ctx.put(
-            CalibrationTable(tensors, digest(graph), samples.digest, samples.count, self.spec())
+            CalibrationTable(
+                tensors,
+                digest(graph),
+                samples.digest,
+                samples.count,
+                self.spec(),
+                state_steps(graph, samples),
+            )
         )
         return False
 
@@ -240,6 +253,8 @@ def observed_values(graph: Graph) -> list[Value]:
     for node in graph.nodes:
         if node.op.kind is OpKind.COMPUTE:
             wanted.update(dict.fromkeys(node.operands[:2]))
+        if node.op.kind is OpKind.RECURRENT:
+            wanted[node.outputs[0]] = None
     order = {v: i for i, v in enumerate(graph.values())}
     return sorted(
         (v for v in wanted if not v.is_constant and v.dtype is DType.FLOAT32),

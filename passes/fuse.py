@@ -46,6 +46,7 @@ from qcompiler.passes.fuse_patterns import (
     layer_norm_operands,
     product,
 )
+from qcompiler.passes.fuse_recurrent import fuse_recurrent
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import TABLE_BINARY
 from qcompiler.types import DType, TensorType
@@ -63,6 +64,7 @@ class Fuse(Pass):
         del ctx
         graph.stage = Stage.INTEGER
         absorb_bias(graph)
+        fuse_recurrent(graph)
         until_stable(graph, fold_constants, merge_casts, absorb_clamps, sink, hoist)
         weights = Weights(graph)
         _islands(graph, weights)

@@ -124,7 +124,7 @@ def _explained(graph: Graph, plan: PrecisionPlan, regions: Regions) -> Precision
         wanted = plan.precision(node.name)
         if node in regions.integer:
             reason = plan.reason(node.name)
-            if node.op.kind is not OpKind.COMPUTE:
+            if node.op.kind not in (OpKind.COMPUTE, OpKind.RECURRENT):
                 fused = [i for n, i in regions.fused if n is node]
                 alone = not fused or node in regions.tables or node.op.name == "softmax"
                 reason = "between integer products" if alone else "joins the kernel before it"
@@ -163,6 +163,8 @@ class _Insertion:
                 self.graph.set_input(node, i, self._pair(v, self._form(node, i, v)))
             if node.op.kind is OpKind.COMPUTE:
                 self._weights(node)
+            elif node.op.kind is OpKind.RECURRENT:
+                self._recurrent(node)
         for v, uses in readers.items():
             if v.producer is None or v.producer not in self.regions.integer:
                 continue  # readers in float read the float itself
@@ -322,6 +324,19 @@ class _Insertion:
             self.graph.set_input(node, 1, real.output)
         if bias is not None:
             self._bias(node, bias, x, weights)
+
+    def _recurrent(self, node: Node) -> None:
+        """Quantize the recurrent weights: one scale per column, so one per gate and unit."""
+        r = node.input(1)
+        data = r.array()
+        weights = self.grids.nodes.get(node.name)
+        if weights is None:
+            weights = weight_qparams(data, 1, self.plan.precision(node.name).weight_bits)
+        held = self.graph.constant(quantize(data, weights), f"{r.name}_q", weights)
+        real = self.graph.add("dequantize", [held], name=f"{r.name}_dequantize")
+        self.graph.set_input(node, 1, real.output)
+        if "carry" in node.attrs:
+            self.graph.set_attrs(node, carry=self.table.states.get(node.name))
 
     def _bias(self, node: Node, bias: Value, x: QuantParams, w: QuantParams) -> None:
         scale = (np.float64(x.s) * w.scale.astype(np.float64)).astype(np.float32)

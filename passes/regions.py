@@ -63,6 +63,8 @@ def integer_operands(node: Node) -> Iterator[tuple[int, Value]]:
     Weights and biases of products are not among them, scalars in elementwise functions neither.
     """
     name, kind = node.op.name, node.op.kind
+    if kind is OpKind.RECURRENT:
+        return  # it reads floats, the sums of its input product; its own product is inside
     for i, v in enumerate(node.inputs):
         if v is None or v.dtype is not DType.FLOAT32:
             continue
@@ -148,11 +150,18 @@ class _Analysis:
             and integer_obstacle(node) is None
         )
 
+    def _is_recurrent(self, node: Node) -> bool:
+        return (
+            node.op.kind is OpKind.RECURRENT
+            and self.plan.precision(node.name).is_integer
+            and integer_obstacle(node) is None
+        )
+
     # ------------------------------------------------------------------ which nodes
 
     def _forward(self, node: Node, anyway: set[Value]) -> None:
         """Decide whether the node could join: everything that it reads is in integers."""
-        if self._is_product(node):
+        if self._is_product(node) or self._is_recurrent(node):
             self.candidates.add(node)
             return
         why = integer_obstacle(node)
@@ -215,7 +224,7 @@ class _Analysis:
         scores: set[Node] = set()  # float nodes whose result a softmax in integers reads
         for node in reversed(self.graph.nodes):
             integer = node in self.candidates and (
-                node.op.kind is OpKind.COMPUTE or self._leads(node, chosen)
+                node.op.kind in (OpKind.COMPUTE, OpKind.RECURRENT) or self._leads(node, chosen)
             )
             readers = [n for v in node.outputs for n in v.users]
             if integer:
@@ -278,6 +287,10 @@ class _Analysis:
 
     def _request(self, node: Node) -> None:
         """Ask for the form in which the node reads its operands (its readers came before)."""
+        if node.op.kind is OpKind.RECURRENT:
+            # The loop itself reads its hidden state back in 8 bits, whoever else reads it.
+            self.requests.setdefault(node.outputs[0], set()).add(Kind.U8)
+            return
         kind = self._operand_kind(node)
         for i, v in self.out.reads(node):
             if node.op.name == "softmax" and not self.integer_scores:
@@ -311,6 +324,8 @@ class _Analysis:
 
     def _settle(self) -> None:
         for value, kinds in self.requests.items():
+            if value.producer is not None and value.producer.op.kind is OpKind.RECURRENT:
+                kinds = kinds - {Kind.S16}  # its readers take what 8 bits hold
             primary = _widest(kinds)
             self.out.primary[value] = primary
             if primary is Kind.S16 and len(kinds) > 1:

@@ -17,6 +17,7 @@ import numpy as np
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph, Node
 from qcompiler.ops import OpKind
+from qcompiler.ops._recurrence import cell_of, settles
 from qcompiler.types import DType, Precision
 
 FORMAT = 1
@@ -196,6 +197,8 @@ def integer_obstacle(node: Node) -> str | None:
         return f"operator works on {results[0].value}, not float32: {name}"
     if kind is OpKind.COMPUTE:
         return _compute_obstacle(node)
+    if kind is OpKind.RECURRENT:
+        return _recurrent_obstacle(node)
     if kind is OpKind.MOVEMENT:
         return _movement_obstacle(node)
     if name in _WIDE or (name == "mul" and node.input(0) is node.input(1)):
@@ -232,6 +235,16 @@ def _compute_obstacle(node: Node) -> str | None:
         return f"the bias of {name} is computed, not constant"
     if node.optional(3) is not None:
         return f"{name} already carries a fused float operand"
+    return None
+
+
+def _recurrent_obstacle(node: Node) -> str | None:
+    if not node.input(1).is_constant:
+        return f"the recurrent weights of {node.op.name} are computed, not constant"
+    cell = cell_of(node.op.name, node.attrs)
+    unbounded = [f[0] for f in cell.functions if not settles(f)]
+    if unbounded:
+        return f"no table stands for {unbounded[0]}: it does not settle beyond [-8, 8]"
     return None
 
 
@@ -329,7 +342,7 @@ def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> Precis
             nodes[node.name] = Decision(Precision.FP32, obstacle)
         elif not wanted.is_integer:
             nodes[node.name] = Decision(wanted, _asked(wanted))
-        elif node.op.kind is OpKind.COMPUTE:
+        elif node.op.kind in (OpKind.COMPUTE, OpKind.RECURRENT):
             constant = node.input(1).is_constant
             what = "weights and activations" if constant else "both operands"
             nodes[node.name] = Decision(wanted, f"{what} are known: {_words(wanted)}")

@@ -132,6 +132,9 @@ class Arithmetic(Protocol):
     def held(self, h: Array) -> Array:
         """Return a hidden state as it is stored and returned."""
 
+    def real(self, h: Array) -> Array:
+        """Return the reals of a stored hidden state."""
+
     def product(self, h: Array, first: int, last: int) -> Array:
         """Return the product of a stored hidden state with columns of R, float32."""
 
@@ -146,6 +149,10 @@ class Floats:
         self.cell, self.r = cell, r
 
     def held(self, h: Array) -> Array:
+        """Return the state itself."""
+        return h
+
+    def real(self, h: Array) -> Array:
         """Return the state itself."""
         return h
 
@@ -177,6 +184,10 @@ class Integers:
     def held(self, h: Array) -> Array:
         """Quantize to the grid of the result."""
         return numerics.quantize(h, self.hidden)
+
+    def real(self, h: Array) -> Array:
+        """Dequantize."""
+        return numerics.dequantize(h, self.hidden)
 
     def product(self, h: Array, first: int, last: int) -> Array:
         """Return float32(sum (h - z_h) * (r - z_r)) * float32(s_h * s_r[n])."""
@@ -212,8 +223,8 @@ def run_sequence(
         extra: float32 [3, H] peepholes (i, o, f) of an LSTM, or [H] bias inside the reset of a GRU.
 
     Returns:
-        The stored hidden states [T, B, H]; the last hidden state [B, H] (stored, but for a GRU as
-        it is carried, in reals); the last cell [B, H] in reals, of an LSTM.
+        The stored hidden states [T, B, H]; the last hidden state [B, H] in reals (of a GRU as it
+        is carried); the last cell [B, H] in reals, of an LSTM.
     """
     steps, batch, _ = gates.shape
     hidden = h0.shape[1]
@@ -234,7 +245,7 @@ def run_sequence(
         y[t] = np.where(live, new, zero)
     if cell.kind == "gru":
         return y, state, None
-    return y, held, state if cell.kind == "lstm" else None
+    return y, arithmetic.real(held), state if cell.kind == "lstm" else None
 
 
 def _limited(cell: Cell, x: Array) -> Array:

@@ -14,9 +14,9 @@ the operator itself is the loop over time. See `_recurrence` for what it compute
 | peephole | [3, H] | i, o, f (LSTM) |
 | bias | [H] | inside the reset (GRU) |
 
-Results: y [T, B, H], the last state h_n [B, H], and c_n [B, H] of an LSTM. In integers y is held in
-8 bits, and h_n like y (that of a GRU is float32: the carried state); c_n is float32. `carry` is the
-step of the int16 grid that the state of an LSTM or GRU is carried on (None: float32).
+Results: y [T, B, H], the last state h_n [B, H], and c_n [B, H] of an LSTM. In integers y is held
+in 8 bits; `carry` is the step of the int16 grid that the state of an LSTM or GRU is carried on
+(None: float32).
 """
 
 from __future__ import annotations

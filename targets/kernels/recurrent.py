@@ -222,7 +222,7 @@ class _Kernel:
         for i, table in enumerate(packed.tables):
             argument(f"table{i}", table.shape)
         argument("y", (w.steps, w.batch, n), w.h_dtype)
-        argument("h_n", state, "float32" if kind == "gru" else w.h_dtype)
+        argument("h_n", state)
         if kind == "lstm":
             argument("c_n", state)
         self.buffers = {label: tir.flat(buffer) for label, buffer in arguments.items()}
@@ -254,8 +254,9 @@ class _Kernel:
                 self._sequence(t, b)
 
         def end(at: Expr, lanes: int) -> None:
-            last = self.state if w.cell.kind == "gru" else self.h
-            tir.store(self.buffers["h_n"], at, tir.load(last, at, lanes))
+            gru = w.cell.kind == "gru"
+            last = tir.load(self.state if gru else self.h, at, lanes)
+            tir.store(self.buffers["h_n"], at, last if gru else self._real(last))
             if w.cell.kind == "lstm":
                 tir.store(self.buffers["c_n"], at, tir.load(self.state, at, lanes))
 
@@ -346,6 +347,15 @@ class _Kernel:
         scaled = tir.clamp(scaled, float(g.qmin - g.zero_point), float(g.qmax - g.zero_point))
         rounded = lrint(scaled) + tir.splat(g.zero_point, "int32", tir.lanes_of(value))
         return tir.cast(rounded, g.dtype)
+
+    def _real(self, held: Expr) -> Expr:
+        """The reals of a stored hidden state."""
+        g = self.w.grid
+        if g is None:
+            return held
+        lanes = tir.lanes_of(held)
+        centred = tir.cast(held, "int32") - tir.splat(g.zero_point, "int32", lanes)
+        return tir.cast(centred, "float32") * tir.splat(g.scale, "float32", lanes)
 
     def _carried(self, value: Expr) -> Expr:
         """A state as the next step reads it."""
