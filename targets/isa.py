@@ -68,8 +68,8 @@ class Isa:
     saturating, within 128-bit lanes), "pack_u8" and "pack_i8" (two int16 vectors to 8 bits),
     "sum_u8" (absolute differences of u8 added by eights to int64), "dot_s8s8" (as "dot_u8s8"),
     "matmul_s8s8" (2 x 8 by 8 x 2 products added to 2 x 2 int32), "mul_s8" (s8 x s8 to int16),
-    "pairs_i16" (neighbouring int16 added to int32), "table_4" and "table_4_else" (16 indices into
-    64 bytes; others give 0, or keep a byte)."""
+    "pairs_i16" (neighbouring int16 added to int32), "gather_f32" (float32 at int32 indices),
+    "table_4" and "table_4_else" (16 indices into 64 bytes; others give 0, or keep a byte)."""
     tiles: TileKind = "none"
     """What multiplies tiles of 16 x 64 bytes, beside `dot` on vectors: "tdpbusd" is AMX-INT8."""
     mcpus: tuple[str, ...] = ()
@@ -114,6 +114,7 @@ _AVX2: dict[IntrinsicKey, str] = {
     ("madd_i16", 256): "llvm.x86.avx2.pmadd.wd",
     ("sum_u8", 256): "llvm.x86.avx2.psad.bw",
     ("round_i32", 256): "llvm.x86.avx.cvt.ps2dq.256",
+    ("gather_f32", 256): "llvm.x86.avx2.gather.d.ps.256",
     ("pack_i16", 256): "llvm.x86.avx2.packssdw",
     ("pack_u8", 256): "llvm.x86.avx2.packuswb",
     ("pack_i8", 256): "llvm.x86.avx2.packsswb",
@@ -131,6 +132,7 @@ _AVX512VNNI: dict[IntrinsicKey, str] = {
     ("sum_u8", 512): "llvm.x86.avx512.psad.bw.512",
     ("madd_u8s8", 512): "llvm.x86.avx512.pmaddubs.w.512",
     ("round_i32", 512): "llvm.x86.avx512.mask.cvtps2dq.512",
+    ("gather_f32", 512): "llvm.x86.avx512.mask.gather.dps.512",
     ("pack_i16", 512): "llvm.x86.avx512.packssdw.512",
     ("pack_u8", 512): "llvm.x86.avx512.packuswb.512",
     ("pack_i8", 512): "llvm.x86.avx512.packsswb.512",
