@@ -8,12 +8,12 @@ residual where the epilogue has one, `Packed.arrays`, the output.
 
 How it runs.  A vector register holds one byte of V channels.  The taps along one axis (rows, or
 columns where that is cheaper: the *gathered* axis) of a few neighbouring outputs are interleaved
-byte by byte, four (`vpdpbusd`, `sdot`) or two (`vpmaddwd`, widened) to a group, by unpack instructions, and
-kept in a work area of one strip.  Each group is made once and serves every tap along the other
-(*strip*) axis and every output of the tile: outputs at different positions of the gathered axis
-differ only in their weights, which are packed with zeros where a row is not theirs.  Padding is
-written to the work area as the zero point, so the inner loop has no borders and the zero point's
-share is a constant in the bias.
+byte by byte, four (`vpdpbusd`, `sdot`) or two (`vpmaddwd`, widened) to a group, by unpack
+instructions, and kept in a work area of one strip.  Each group is made once and serves every tap
+along the other (*strip*) axis and every output of the tile: outputs at different positions of the
+gathered axis differ only in their weights, which are packed with zeros where a row is not theirs.
+Padding is written to the work area as the zero point, so the inner loop has no borders and the zero
+point's share is a constant in the bias.
 
 Unpacking permutes the channels within 128-bit lanes; weights, bias and multipliers are packed in
 that order, and the pack instructions that narrow the results undo it.

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Loops over K for dot instructions that take the activations from a register.
+"""Loops over K for rows whose activations are signed: ARM's dot instructions.
 
 `sdot` multiplies a vector of four columns' weights by one 32-bit element of a register: sixteen
 bytes of a pixel are loaded once and serve four K-groups, with no broadcast.
@@ -9,12 +9,17 @@ bytes of a pixel are loaded once and serve four K-groups, with no broadcast.
 accumulators, `[p0 c0, p0 c1, p1 c0, p1 c1]` and the same of c2 and c3: as many registers as two
 pixels times one vector, so a register tile keeps its shape and only its order changes.
 
-Hot loops as LLVM 22 emits them, none with a vector on the stack:
+`smlal` multiplies s8 by s8 into int16, where as many products are added as the weights are proved
+to allow (`depth.chain_depth`); `sadalp` then adds neighbours into int32.
 
-* `sdot` 5x4, sixteen bytes of K: 80 `sdot` by element, 5 `ldr`, 8 `ldp`;
-* `smmla` 6x3, sixteen bytes of K: 36 `smmla`, 6 `ldr`, 6 `zip`, 6 `ldp`.
+Hot loops as LLVM 22 emits them for sixteen bytes of K:
 
-Sources: Arm A64 instruction set (SDOT by element, SMMLA).
+* `sdot` 5x4: 80 `sdot` by element, 5 `ldr`, 8 `ldp`, 4 of the loop; no vector on the stack;
+* `smmla` 6x4: 48 `smmla`, 6 `ldr`, 6 `zip`, 8 `ldp`, 4 of the loop; no vector on the stack;
+* `smlal` 3x4, chains of one group: 48 each of `smull`, `smlal` and `sadalp`, 24 `dup`, 3 `ldr`, 16
+  `ldp`; two vectors on the stack in some.
+
+Sources: Arm A64 instruction set (SMULL, SMLAL, SADALP, SDOT by element, SMMLA).
 """
 
 from __future__ import annotations
@@ -187,14 +192,15 @@ class _Blocks:
     def _matrices(self, rows: list[Expr], w_index: Expr, groups: int) -> None:
         name = str(self.step.isa.intrinsic("matmul_s8s8", 128))
         rows = rows if len(rows) % 2 == 0 else [*rows, rows[-1]]
-        for j in range(len(rows) // 2):
-            both = [bind(reinterpret(row, "int64", groups)) for row in rows[2 * j : 2 * j + 2]]
-            for k in range(groups):
-                a = bind(reinterpret(shuffle(both, [k, groups + k]), "int8", 16))
-                for v in range(self.acc.nv):
-                    for half in range(2):
-                        at = w_index + k * self.weight_elements + (v * 2 + half) * 16
-                        w = bind(load(self.step.weight, at, 16))
+        words = [bind(reinterpret(row, "int64", groups)) for row in rows]
+        for k in range(groups):
+            pairs = [shuffle(words[m : m + 2], [k, groups + k]) for m in range(0, len(rows), 2)]
+            pairs = [bind(reinterpret(pair, "int8", 16)) for pair in pairs]
+            for v in range(self.acc.nv):
+                for half in range(2):  # all pairs with one vector: few weights are live at a time
+                    at = w_index + k * self.weight_elements + (v * 2 + half) * 16
+                    w = bind(load(self.step.weight, at, 16))
+                    for j, a in enumerate(pairs):
                         m = 2 * j + half
                         total = intrinsic("int32x4", name, self.acc.get(m, v), a, w)
                         self.acc.put(m, v, total)

@@ -128,11 +128,13 @@ def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
     if isa.dot == "vpdpbusd":
         return _StepCost(1, 1, 1, 1, 0.5, 5.0)
     if isa.dot == "smlal":
-        # Two multiplications and the widening addition share two ports; weights come in pairs.
-        return _StepCost(2, 4, 3, 2.25, 1.5, 4.0, held=1)
+        # Weights come in pairs; what is multiplied takes registers of its own.
+        return _StepCost(2, 8, 3, 2.25, 0.75, 4.0, held=1)
     if isa.dot in ("sdot", "smmla"):
-        # Sixteen bytes of each pixel serve four K-groups (two of smmla) by element.
-        return _StepCost(1, 1, 1, 0.25 if isa.dot == "sdot" else 1.0, 0.5, 4.0, held=1)
+        # Sixteen bytes of each pixel serve four K-groups by element, and two of smmla.
+        if isa.dot == "sdot":
+            return _StepCost(1, 1, 1, 0.25, 0.5, 4.0, held=1)
+        return _StepCost(0, 2, 1, 1.0, 0.5, 4.0, held=1)
     if isa.dot == "maddubs" and not packs_b:
         # The registers are those of the K-groups that are multiplied by int16 pairs.
         return _StepCost(2, 4, 3, 1, 1.0, 2.0)
@@ -149,7 +151,10 @@ def _register_tiles(geometry: Geometry, isa: Isa, cost: _StepCost) -> list[tuple
     for nv in range(1, min(8, vectors) + 1):
         others = nv * cost.registers_per_vector + cost.registers
         most = (isa.vector_registers - others) // (nv + cost.held)
-        found.extend((lanes, mt, nv) for mt in range(1, min(most, 14, pixels) + 1))
+        paired = isa.dot == "smmla" and geometry.a_dtype != "float32"
+        step, limit = (2, 8) if paired else (1, 14)
+        sizes = range(step, min(most, limit, pixels + pixels % step) + 1, step)
+        found.extend((lanes, mt, nv) for mt in sizes)
     return found
 
 

@@ -1,0 +1,332 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""The ARM rows: their machine code, and what it computes under emulation.
+
+The machine code is checked everywhere. To run it takes an emulator; what is missing is named where
+a test is skipped. The slow tests run the other modules of this folder on the ARM rows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import emulation
+import numpy as np
+import pytest
+import tvm
+
+from qcompiler.driver import build_graph, quantize_model
+from qcompiler.errors import UnknownTargetError
+from qcompiler.interpreter import run as interpret
+from qcompiler.registry import get_target
+from qcompiler.targets.isa import ISA_TABLE, Isa, tvm_target, with_processor
+from qcompiler.targets.kernels.depth import chain_depth
+from qcompiler.targets.kernels.depthwise import build_depthwise, pack_depthwise
+from qcompiler.targets.kernels.depthwise import default_params as depthwise_params
+from qcompiler.targets.kernels.gemm import (
+    ConvWorkload,
+    Epilogue,
+    GemmValues,
+    MatmulWorkload,
+    build_conv,
+    build_matmul,
+    default_params,
+    pack_conv,
+    pack_matmul,
+)
+
+HERE = Path(__file__).resolve().parent
+MODELS = HERE.parents[1] / "models"
+ROWS = [isa for isa in ISA_TABLE.values() if isa.architecture == "aarch64"]
+each_row = pytest.mark.parametrize("isa", ROWS, ids=lambda isa: isa.name)
+emulated = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "runs")
+
+DOT = {"arm-neon": "sadalp", "arm-dotprod": "sdot", "arm-i8mm": "smmla"}
+BEYOND = {
+    "arm-neon": r"\b([su]dot|usdot|sudot|[su]mmla|usmmla)\b",
+    "arm-dotprod": r"\b(usdot|sudot|[su]mmla|usmmla)\b",
+    "arm-i8mm": r"\bnothing_is_beyond\b",
+}
+# SVE registers; bfloat16 and half arithmetic; what only later processors have.
+NEVER = (
+    r"\bz\d+\.[bhsdq]\b|\bptrue\b|\bbf(dot|mmla|mlal\w|cvt\w*)\b|\bf(add|sub|mul|mla)\s+v\d+\.[48]h|"
+    r"\bsqrdml\w+|\bfcmla\b|\beor3\b"
+)
+
+CONV: dict[str, dict[str, Any]] = {
+    "pointwise": {"h": 14, "w": 14, "c": 192, "co": 64, "kh": 1, "kw": 1},
+    "3x3": {"h": 28, "w": 28, "c": 32, "co": 64, "kh": 3, "kw": 3, "pads": (1, 1, 1, 1)},
+    "strided": {"h": 15, "w": 15, "c": 192, "co": 96, "kh": 1, "kw": 1, "strides": (2, 2)},
+}
+
+
+def convolution(shape: dict[str, Any], a_dtype: str = "int8", out: str = "int8") -> ConvWorkload:
+    out = "float32" if a_dtype == "float32" else out
+    return ConvWorkload(n=1, epilogue=Epilogue(out), a_dtype=a_dtype, **shape)
+
+
+def compiled(workload: ConvWorkload, isa: Isa, largest: int = 127) -> tuple[Any, Any]:
+    """A built convolution and its packed constants."""
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-largest, largest + 1, workload.weight_shape).astype(np.int8)
+    if workload.a_dtype == "float32":
+        weight = rng.standard_normal(workload.weight_shape).astype(np.float32)
+    params = default_params(workload, isa)
+    packed = pack_conv(workload, isa, params, weight, GemmValues(multiplier=1e-3))
+    function = build_conv(workload, isa, params, packed, "kernel")
+    return tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa)), packed
+
+
+def assembly(module: Any) -> str:
+    text: str = module.mod.inspect_source("asm")
+    return text
+
+
+def innermost_loops(text: str, mnemonic: str) -> list[list[str]]:
+    """Instructions of each loop without inner jumps that holds `mnemonic`."""
+    lines = [
+        line.strip() for line in text.splitlines() if not re.search(r"\.loc\b|Ltmp|\.cfi", line)
+    ]
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:$", line)}
+    jump = re.compile(r"(?:b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s*(\.LBB\w+)")
+    loops = []
+    for end, line in enumerate(lines):
+        found = jump.match(line)
+        if found is None or labels.get(found.group(1), end) >= end:
+            continue
+        body = lines[labels[found.group(1)] + 1 : end]
+        if not any(jump.match(inner) for inner in body) and any(mnemonic in i for i in body):
+            loops.append(body)
+    return loops
+
+
+def spills(body: list[str]) -> list[str]:
+    """Vector registers that a loop moves to or from the stack."""
+    return [line for line in body if re.match(r"(ldr|str|ldp|stp)\s+[qd]\d+.*\[sp", line)]
+
+
+@pytest.mark.parametrize("shape", CONV)
+@each_row
+def test_integer_hot_loops(isa: Isa, shape: str) -> None:
+    text = assembly(compiled(convolution(CONV[shape]), isa)[0])
+    loops = innermost_loops(text, DOT[isa.name])
+    assert loops, "the loop over K was unrolled"
+    # LLVM fills the registers of the smlal chains to the brim: two moves in two hundred.
+    allowed = 2 if isa.dot == "smlal" else 0
+    for body in loops:
+        assert len(spills(body)) <= allowed, "\n".join(body)
+        assert not [line for line in body if line.startswith(("mul\t", "mla\t"))]
+    assert not re.search(BEYOND[isa.name], text)
+    assert not re.search(NEVER, text)
+
+
+def test_sdot_takes_activations_by_element() -> None:
+    """At least four fifths of the loop are products: no broadcasts, one load for four of them."""
+    text = assembly(compiled(convolution(CONV["pointwise"]), ISA_TABLE["arm-dotprod"])[0])
+    (body,) = innermost_loops(text, "sdot")[:1]
+    products = [line for line in body if line.startswith("sdot")]
+    assert all(re.search(r"\.4b\[\d\]$", line) for line in products)
+    assert len(products) >= 0.8 * len(body)
+
+
+@each_row
+def test_float_hot_loops_fuse(isa: Isa) -> None:
+    text = assembly(compiled(convolution(CONV["3x3"], "float32"), isa)[0])
+    loops = innermost_loops(text, "fmla")
+    assert loops
+    assert not any(spills(body) for body in loops)
+
+
+@each_row
+def test_requantization_is_never_fused(isa: Isa) -> None:
+    for shape in (CONV["pointwise"], {**CONV["3x3"], "c": 64, "groups": 64}):
+        workload = ConvWorkload(n=1, epilogue=Epilogue("int8", "int8"), a_dtype="int8", **shape)
+        values = GemmValues(multiplier=0.01, residual_zero_point=3, residual_multiplier=0.3)
+        weight = np.ones(workload.weight_shape, np.int8)
+        if workload.groups > 1:
+            params: Any = depthwise_params(workload, isa)
+            packed = pack_depthwise(workload, isa, params, weight, values)
+            function = build_depthwise(workload, isa, params, packed, "kernel")
+        else:
+            params = default_params(workload, isa)
+            packed = pack_conv(workload, isa, params, weight, values)
+            function = build_conv(workload, isa, params, packed, "kernel")
+        module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
+        text = assembly(module)
+        assert not re.search(r"\b(fmla|fmls|fmadd|fmsub)\b", text)
+        assert not re.search(NEVER, text)
+
+
+@pytest.mark.parametrize(
+    ("isa", "mcpu"),
+    [pytest.param(isa, mcpu, id=mcpu) for isa in ROWS for mcpu in isa.mcpus],
+)
+def test_a_processor_adds_no_instructions_to_its_row(isa: Isa, mcpu: str) -> None:
+    chosen = with_processor(isa, mcpu)
+    target = tvm_target(chosen)
+    assert tvm.get_global_func("target.llvm_is_valid_cpu")(mcpu, isa.mtriple)
+    a = tvm.te.placeholder((1000,), "int8")
+    b = tvm.te.placeholder((1000,), "int8")
+    c = tvm.te.compute((1000,), lambda i: a[i].astype("int32") * b[i].astype("int32"))
+    k = tvm.te.reduce_axis((0, 1000))
+    total = tvm.te.compute((1,), lambda _: tvm.te.sum(a[k].astype("int32") * b[k], k))
+    loops = tvm.compile(tvm.te.create_prim_func([a, b, c, total]), target=target)
+    text = assembly(loops) + assembly(compiled(convolution(CONV["3x3"]), chosen)[0])
+    assert not re.search(BEYOND[isa.name], text)
+    assert not re.search(NEVER, text)
+
+
+def test_a_processor_of_another_row_is_refused() -> None:
+    with pytest.raises(UnknownTargetError, match=r"arm-dotprod cannot .* 'cortex-a72': .*-n1"):
+        with_processor(ISA_TABLE["arm-dotprod"], "cortex-a72")
+    with pytest.raises(UnknownTargetError, match="none but its own"):
+        with_processor(ISA_TABLE["x86-avx2"], "znver3")
+
+
+@pytest.mark.parametrize(
+    ("members", "largest", "depth"),
+    [
+        ((-128, 0, -128, 0), 128, 0),  # 2 * 128 * 128 is one more than int16 holds
+        ((-128, 0, -128, 0), 127, 1),
+        ((127, -127, 127, 127), 128, 1),
+        ((60, 60, 60, 60), 128, 2),
+        ((31, -31, 31, 31), 128, 4),
+        ((-8, 7, -8, 7), 128, 4),
+    ],
+)
+def test_chains_stay_within_int16(members: tuple[int, ...], largest: int, depth: int) -> None:
+    packed = np.zeros((1, 8, 1, 4, 4), np.int8)
+    packed[0, :, 0, 2] = members
+    assert chain_depth(packed, largest) == depth
+
+
+def test_one_heavy_group_among_light_ones_limits_the_chain() -> None:
+    packed = np.ones((1, 9, 1, 4, 4), np.int8)
+    packed[0, 4, 0, 1] = (-128, 0, -127, 0)
+    assert chain_depth(packed, 128) == 1
+    assert chain_depth(packed[:, :4], 128) == 4
+
+
+# Emulation.
+
+
+@emulated
+def test_the_emulator_refuses_what_a_processor_lacks() -> None:
+    """Otherwise the other tests would not see an instruction beyond the row."""
+    rng = np.random.default_rng(0)
+    for built_for, runs_on in (("arm-dotprod", "arm-neon"), ("arm-i8mm", "arm-dotprod")):
+        workload = convolution(CONV["pointwise"])
+        module, packed = compiled(workload, ISA_TABLE[built_for])
+        x = rng.integers(-128, 128, workload.a_shape).astype(np.int8)
+        out = np.zeros(workload.out_shape, np.int8)
+        library = emulation.library_of(module)
+        arrays = [x, *packed.arrays, out]
+        with pytest.raises(emulation.DiedError) as caught:
+            emulation.rig().call(runs_on, library, "kernel", arrays)
+        assert caught.value.signal is signal.SIGILL
+        found = emulation.rig().call(built_for, library, "kernel", arrays)
+        assert found.any()
+
+
+@emulated
+@pytest.mark.parametrize("largest", [127, 20])
+@each_row
+def test_convolutions_at_the_limits(isa: Isa, largest: int) -> None:
+    """Weights and activations at the ends of their ranges: int16 sums would overflow first."""
+    workload = convolution(CONV["strided"], out="int32")
+    params = default_params(workload, isa)
+    for value in (-128, 127):
+        weight = np.full(workload.weight_shape, -128 if largest == 127 else -largest, np.int8)
+        packed = pack_conv(workload, isa, params, weight, GemmValues())
+        function = build_conv(workload, isa, params, packed, "kernel")
+        module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
+        x = np.full(workload.a_shape, value, np.int8)
+        out = np.zeros(workload.out_shape, np.int32)
+        library = emulation.library_of(module)
+        found = emulation.rig().call(isa.name, library, "kernel", [x, *packed.arrays, out])
+        np.testing.assert_array_equal(found, 192 * value * int(weight.flat[0]))
+
+
+@emulated
+@pytest.mark.parametrize("transpose_b", [False, True])
+@each_row
+def test_products_of_two_activations(isa: Isa, transpose_b: bool) -> None:
+    rng = np.random.default_rng(1)
+    b_shape = (3, 21, 37) if transpose_b else (3, 37, 21)
+    workload = MatmulWorkload(
+        (3, 19, 37), b_shape, Epilogue("int32"), "int8", "int8", b_constant=False,
+        transpose_b=transpose_b,
+    )  # fmt: skip
+    a = rng.integers(-128, 128, workload.a_shape).astype(np.int8)
+    b = rng.integers(-128, 128, b_shape).astype(np.int8)
+    values = GemmValues(a_zero_point=-128, b_zero_point=5)
+    params = default_params(workload, isa)
+    packed = pack_matmul(workload, isa, params, None, values)
+    function = build_matmul(workload, isa, params, packed, "kernel")
+    module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
+    out = np.zeros(workload.out_shape, np.int32)
+    library = emulation.library_of(module)
+    found = emulation.rig().call(isa.name, library, "kernel", [a, b, *packed.arrays, out])
+    right = b.astype(np.int64) - 5
+    want = (a.astype(np.int64) + 128) @ (right.swapaxes(1, 2) if transpose_b else right)
+    np.testing.assert_array_equal(found, want)
+
+
+@emulated
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+@each_row
+def test_a_model_equals_the_interpreter(isa: Isa, precision: str) -> None:
+    folder = MODELS / "digits_cnn"
+    calibration = dict(np.load(folder / "calib.npz"))
+    evaluation = np.load(folder / "eval.npz")
+    result = quantize_model(folder / "model.onnx", calibration=calibration, precision=precision)
+    built = build_graph(result.graph, get_target(isa.name))
+    assert built.library is not None
+    (name,) = (v.name for v in built.graph.inputs)
+    with emulation.executor(isa.name, built.library, built.parameters) as execute:
+        for i in range(3):
+            x = evaluation[name][i : i + 1]
+            (found,) = execute.run([x])
+            (want,) = interpret(built.graph, {name: x}).values()
+            np.testing.assert_array_equal(found, want)
+
+
+MODULES = sorted(
+    path.name
+    for path in HERE.glob("test_kernels_*.py")
+    if path.stem not in ("test_kernels_amx", "test_kernels_gemm_code")
+)
+
+
+def run_module(rows: str, module: str, *arguments: str) -> None:
+    """Run a test module on emulated rows, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module),
+         *arguments],
+        env={**os.environ, "QCOMPILER_EMULATE": rows},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+@emulated
+@pytest.mark.parametrize("module", MODULES)
+def test_every_kernel_under_emulation(module: str) -> None:
+    run_module(",".join(isa.name for isa in ROWS), module)
+
+
+@pytest.mark.slow
+@emulated
+@pytest.mark.parametrize("row", [isa.name for isa in ROWS])
+def test_whole_models_under_emulation(row: str) -> None:
+    """The bundled models, and resnet20, kws_dscnn, mobilenetv2 and others where they are."""
+    run_module(row, "test_exactness.py", "-m", "slow or not slow")
