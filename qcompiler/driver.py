@@ -61,6 +61,7 @@ _NOT_EXPORTED = frozenset(p.value for p in UNCALIBRATED)
 if TYPE_CHECKING:
     from qcompiler.auto import Choice
     from qcompiler.onnx_import import ModelSource
+    from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 
 
 @dataclass
@@ -73,6 +74,9 @@ class Quantized:
         plan: Precision and reason per node.
         sources: Digests of model, calibration data and plan.
         samples: Number of calibration samples.
+        calibration: The calibration samples; None where none were needed.
+        table: What calibration found about each value; None likewise.
+        methods: Names of the post-training methods that ran.
     """
 
     float_graph: Graph | None
@@ -81,6 +85,9 @@ class Quantized:
     sources: dict[str, str] = field(default_factory=dict)
     samples: int = 0
     log: list[str] = field(default_factory=list)
+    calibration: CalibrationSet | None = None
+    table: CalibrationTable | None = None
+    methods: tuple[str, ...] = ()
 
 
 def compile(
@@ -139,7 +146,7 @@ def compile(
     """
     started = time.perf_counter()
     report_progress = progress or no_progress
-    backend = get_target(target if isinstance(target, str) else target.name)
+    backend = get_target(target)
     decided = _decided(backend.spec, methods, input_shapes, freeze, seed)
     lock = None if locked is None else Lock.load(locked)
     if lock is not None:
@@ -187,7 +194,6 @@ def compile(
         lock.check_plan(result.plan, result.sources["plan"])
     built = build_graph(result.graph, backend, report_progress, tuning=tuning, seed=seed)
     result.log.extend(built.notes)
-    compiled = assemble(built, backend.spec, result, decided)
     if lock is not None:
         lock.check_result(compiled.artifact)
     from qcompiler.measure import measured_report
@@ -272,7 +278,7 @@ def quantize_model(
     Args and errors: as `compile`; `spec` limits the precisions, `stage` says where to stop.
     """
     from qcompiler.onnx_import import load_onnx, model_digest
-    from qcompiler.passes.calibrate import CalibrationSet
+    from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import quantize_passes
@@ -329,7 +335,17 @@ def quantize_model(
     integer = manager.run(graph, ctx)
     plan = ctx.get(PrecisionPlan)
     sources["plan"] = plan.digest()
-    return Quantized(graph, integer, plan, sources, count, ctx.log)
+    return Quantized(
+        graph,
+        integer,
+        plan,
+        sources,
+        count,
+        ctx.log,
+        ctx.find(CalibrationSet),
+        ctx.find(CalibrationTable),
+        tuple(m.name for m in wanted),
+    )
 
 
 def _check_methods(methods: Sequence[Pass], quantized: bool) -> None:
@@ -415,7 +431,7 @@ def tune(
     from qcompiler.onnx_import import load_onnx
 
     report = progress or no_progress
-    backend = get_target(target if isinstance(target, str) else target.name)
+    backend = get_target(target)
     if calibration is None:
         graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze)
         calibration = _stand_in(graph, seed)

@@ -297,7 +297,7 @@ def options(
     *,
     target: str,
     methods: str | Iterable[Pass],
-    input_shapes: Mapping[str, Sequence[int]] | None,
+    input_shapes: Mapping[str, Sequence[Any]] | None,
     freeze: Mapping[str, Any] | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -308,7 +308,10 @@ def options(
     from qcompiler.passes.methods import parse_methods
 
     passes = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
-    shapes = {name: [int(d) for d in shape] for name, shape in (input_shapes or {}).items()}
+    shapes = {
+        name: [int(d) if isinstance(d, int) else list(d) for d in shape]  # a range is a pair
+        for name, shape in (input_shapes or {}).items()
+    }
     return {
         "target": target,
         "methods": [p.spec() for p in passes],
@@ -316,6 +319,11 @@ def options(
         "freeze": {name: _constant(value) for name, value in (freeze or {}).items()},
         "seed": seed,
     }
+
+
+def _extent(extent: Any) -> Any:
+    """Return an extent as JSON: a number, or for a range its two ends."""
+    return [int(d) for d in extent] if isinstance(extent, (tuple, list)) else int(extent)
 
 
 def _constant(value: Any) -> Any:

@@ -17,6 +17,8 @@ from qcompiler import benchmark, data
 from qcompiler.artifact import check_runnable
 from qcompiler.cpu import default_threads, host_cpu
 from qcompiler.errors import QCompilerError, UnsupportedByTargetError
+from qcompiler.measure_network import error_along, ranges, reads
+from qcompiler.modality import modality_report
 from qcompiler.ort import Session
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.runtime import CompiledModel
@@ -31,6 +33,7 @@ _ROUNDS = 3
 _RUNS = 8
 _WARMUP = 2
 _PAUSE = 0.02  # seconds
+_PROFILES = 15
 
 
 class OrtExecutor:
@@ -119,9 +122,12 @@ def measured_report(
                 "kernel": " ".join(r.symbols) or "interpreter",
                 "macs": r.macs,
                 "latency_ms": None,
+                "reads": read,
             }
-            for r in built.regions
+            for r, read in zip(built.regions, reads(built), strict=True)
         ],
+        "ranges": ranges(result),
+        "error_along": error_along(result),
         "calibration_samples": result.samples,
         "versions": dict(compiled.artifact.versions),
         "machine": {"cpu": host_cpu().name, "threads": default_threads(),
@@ -150,7 +156,9 @@ def measured_report(
         progress("evaluate", 2, 2)
     if not why:
         report["latency_ms"] = _latency(compiled, reference)
+        report["energy"] = _energy(compiled, reference)
         _region_times(compiled, report["nodes"])
+    report["modalities"] = modality_report(result, report["nodes"])
     report["seconds"] = {"total": seconds, "passes": dict(pass_seconds)}
     return report
 
@@ -216,9 +224,18 @@ def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[s
     return found
 
 
+def _energy(compiled: CompiledModel, reference: CompiledModel | None) -> dict[str, Any]:
+    """Return the energy of one call of both models; see `qcompiler.energy`."""
+    inputs = compiled.random_inputs()
+    runners = {"compiled": lambda: compiled(inputs)}
+    if reference is not None:
+        runners["float"] = lambda: reference(inputs)
+    return measure_energy(runners)
+
+
 def _region_times(compiled: CompiledModel, nodes: list[dict[str, Any]]) -> None:
-    """Fill in each region's own latency from an instrumented run."""
-    calls = iter(compiled.profile())
+    """Fill in each region's own latency from instrumented runs: the least time of each call."""
+    calls = iter(compiled.profile(runs=_PROFILES))
     for node in nodes:
         symbols = node["kernel"].split()
         # `symbols` first: zip must not take a call that belongs to the next region.

@@ -4,34 +4,26 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from qcompiler import report_charts as charts
+from qcompiler import svg
 from qcompiler.passes.calibrate import TensorRange
 from qcompiler.passes.sensitivity_report import Effect, NodeSensitivity, SensitivityReport
-from qcompiler.report import _PAGE, _STYLE
-from qcompiler.report_charts import (
-    BAD,
-    FAINT,
-    GRID,
-    INK,
-    OTHER,
-    PALETTE,
-    _clean,
-    _figure,
-    _plain_text,
-    _shorten,
-    _svg,
-)
+from qcompiler.report_html import frame
+from qcompiler.svg import FAINT, GRID, OTHER, PALETTE
+from qcompiler.svg import escape as _e
 
 _MARKS = {
     "w8": ("weights, 8 bits", PALETTE["w8a8"], "o"),
-    "w6": ("weights, 6 bits", OTHER, "^"),
+    "w7": ("weights, 7 bits", PALETTE["w7a8"], "^"),
+    "w6": ("weights, 6 bits", PALETTE["w6a8"], "^"),
     "w4": ("weights, 4 bits", PALETTE["w4a8"], "s"),
-    "a8": ("activations, 8 bits", PALETTE["fp16"], "D"),
+    "a8": ("activations, 8 bits", "#332288", "d"),
+    "a7": ("activations, 7 bits", PALETTE["w8a7"], "d"),
 }
 _SHOWN = 60
 
@@ -73,7 +65,7 @@ def to_html(
         _table(report, latency or {}, target),
         _details(report),
     ]
-    return _PAGE.format(title=_e(f"qcompiler: {name}"), style=_STYLE, body="\n".join(body))
+    return frame(f"qcompiler: {name}", body)
 
 
 def _summary(report: SensitivityReport) -> str:
@@ -110,33 +102,38 @@ def _cost(report: SensitivityReport) -> str:
     )
 
 
-@_plain_text
 def _cost_chart(rows: Sequence[tuple[str, Mapping[str, Effect]]]) -> str:
-    figure, axes = _figure(9.2, max(1.8, 0.24 * len(rows) + 1.1))
-    positions = list(range(len(rows)))[::-1]
+    left, step, top, width = 230.0, 19.0, 30.0, charts.WIDTH
+    base = top + step * len(rows)
+    drawing = svg.Drawing(width, base + 42, "Cost per product", "cost")
     names = list(dict.fromkeys(k for _, effects in rows for k in effects))
-    least = min((e.loss for _, es in rows for e in es.values() if e.loss > 0), default=1e-9)
-    for name in names:
-        label, color, mark = _MARKS.get(name, (name, FAINT, "x"))
-        points = [
-            (max(es[name].loss, least), p)
-            for (_, es), p in zip(rows, positions, strict=True)
-            if name in es and math.isfinite(es[name].loss)
-        ]
-        axes.scatter(
-            [x for x, _ in points], [y for _, y in points], s=22, color=color, marker=mark,
-            label=label,
-        )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yticks(positions, [_shorten(n) for n, _ in rows], fontsize=8)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("loss at the outputs (logarithmic)", fontsize=8.5)
-    axes.tick_params(axis="x", labelsize=8, colors=FAINT)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=8.5, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    _clean(axes)
-    return _svg(figure, "Cost per product")
+    marks = {n: _MARKS.get(n, (n, OTHER, "o")) for n in names}
+    drawing.legend(left, 14, [(kind, color, label) for label, color, kind in marks.values()])
+    losses = [e.loss for _, es in rows for e in es.values() if 0 < e.loss < math.inf]
+    lo = 10.0 ** math.floor(math.log10(min(losses, default=1e-9)))
+    hi = max(10.0 ** math.ceil(math.log10(max(losses, default=1.0))), 10 * lo)
+
+    def x_of(loss: float) -> float:
+        share = math.log10(max(loss, lo) / lo) / math.log10(hi / lo)
+        return left + 10 + share * (width - left - 30)
+
+    for value in svg.decades(lo, hi):
+        drawing.line(x_of(value), top - 6, x_of(value), base, GRID)
+        drawing.text(x_of(value), base + 16, svg.number(value), 11, FAINT, "middle")
+    drawing.text((left + width) / 2, base + 36, "loss at the outputs (logarithmic)", 12, FAINT,
+                 "middle")  # fmt: skip
+    for i, (name, effects) in enumerate(rows):
+        y = top + step * i
+        if i % 2:
+            drawing.rect(0, y - 3, width, step, "#f4f6f8", fill_opacity=0.6)
+        label = svg.fitted(svg.short_name(name), left - 12, 11)
+        drawing.text(left - 8, y + 10, label, 11, anchor="end", title=name)
+        for key in names:
+            if key in effects and math.isfinite(effects[key].loss):
+                label, color, kind = marks[key]
+                hint = f"{name}: {label}: {effects[key].loss:.3g}"
+                drawing.mark(kind, x_of(effects[key].loss), y + 6, 4, color, hint)
+    return str(drawing)
 
 
 def _along(report: SensitivityReport) -> str:
@@ -146,32 +143,12 @@ def _along(report: SensitivityReport) -> str:
         return ""
     return (
         "<h2>Float against everything in 8 bits, along the network</h2>"
-        f"{_along_chart(measured, report.first_jump)}"
+        f"{charts.error_along(measured, report.first_jump or '', _marked(report))}"
     )
 
 
-@_plain_text
-def _along_chart(rows: Sequence[tuple[str, float]], jump: str | None) -> str:
-    figure, axes = _figure(9.2, 3.4)
-    xs = list(range(len(rows)))
-    axes.plot(xs, [s for _, s in rows], color=PALETTE["w8a8"], marker="o", markersize=3.5)
-    for x, (name, sqnr) in zip(xs, rows, strict=True):
-        if name == jump:
-            axes.plot([x], [sqnr], marker="o", markersize=9, markerfacecolor="none", color=BAD)
-            axes.annotate(
-                f"first jump: {_shorten(name, 30)}", (x, sqnr), (6, 8), fontsize=8.5, color=BAD,
-                textcoords="offset points",
-            )  # fmt: skip
-    every = max(1, -(-len(rows) // 40))
-    axes.set_xticks(
-        xs[::every], [_shorten(n, 24) for n, _ in rows[::every]], rotation=90, fontsize=7.5
-    )
-    axes.set_ylabel("SQNR of the result, dB", fontsize=8.5, color=INK)
-    axes.tick_params(axis="y", labelsize=8, colors=FAINT)
-    axes.grid(axis="y", color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    _clean(axes)
-    return _svg(figure, "SQNR along the network")
+def _marked(report: SensitivityReport) -> str:
+    return "lowest" if report.first_jump is None else "first jump"
 
 
 def _ranges(report: SensitivityReport) -> str:
@@ -274,7 +251,3 @@ def _details(report: SensitivityReport) -> str:
         f"<tr><td>{_e(k)}</td><td><code>{_e(v)}</code></td></tr>" for k, v in facts.items()
     )
     return f"<details><summary>How it was made</summary><table>{rows}</table></details>"
-
-
-def _e(value: object) -> str:
-    return html.escape(str(value), quote=True)

@@ -228,6 +228,12 @@ def test_frozen_arrays_enter_by_their_digest() -> None:
     assert frozen(np.zeros(2)) != frozen(np.ones(2))
 
 
+def test_ranges_of_extents_are_written_as_their_ends() -> None:
+    shapes: dict[str, Any] = {"x": (1, (1, 128))}
+    found = options(target="t", methods=(), input_shapes=shapes, freeze=None, seed=0)
+    assert found["input_shapes"] == {"x": [1, [1, 128]]}
+
+
 def test_versions_name_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qcompiler.lock.PACKAGES", ("no-such-package",))
     assert versions({"llvm": "22"}) == {"no-such-package": "not installed", "llvm": "22"}

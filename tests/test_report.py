@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import math
 from html.parser import HTMLParser
@@ -10,8 +13,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qcompiler import report, report_charts
+from qcompiler import report, report_charts, report_html, report_network, svg
 
 
 @pytest.fixture
@@ -131,7 +136,8 @@ def test_parts_of_the_size_and_the_way_of_measuring(figures: dict[str, Any]) -> 
     assert report.latency_caption(figures) == caption
     page = report.to_html(figures)
     assert caption in page
-    assert "Inside the artifact: parameters 200 kB." in page
+    assert "parameters" in page
+    assert "200 kB" in page
     figures["latency_ms"] = {"compiled": None, "float": None, "threads": 1}
     assert report.latency_caption(figures) is None
 
@@ -172,9 +178,8 @@ def test_json_round_trips_and_has_no_nan(figures: dict[str, Any]) -> None:
 def test_page_is_one_file_that_loads_nothing(figures: dict[str, Any]) -> None:
     page = report.to_html(figures)
     found = parse(page)
-    assert "script" not in found.tags
-    assert "link" not in found.tags
-    assert "img" not in found.tags
+    assert not {"link", "img", "iframe", "object", "audio", "video"} & set(found.tags)
+    assert "default-src 'none'" in html.unescape(page)
     loads = [v for name, v in found.attributes if name in ("src", "href", "xlink:href")]
     assert all(value.startswith("#") for value in loads)
     assert "@import" not in page
@@ -214,8 +219,29 @@ def test_names_from_the_model_are_escaped_everywhere(figures: dict[str, Any]) ->
     figures["versions"] = {evil: evil}
     figures["notes"] = [evil]
     page = report.to_html(figures)
-    assert "script" not in parse(page).tags
-    assert "<script" not in page
+    # The figures and our own script, which the policy of the page allows by its digest.
+    assert parse(page).tags.count("script") == page.count("<script") == 2
+    assert page.count("alert") == page.count("\\u003cscript>alert") + page.count(
+        "&lt;script&gt;alert"
+    )
+
+
+def test_the_policy_allows_the_one_script_and_nothing_else(figures: dict[str, Any]) -> None:
+    page = report.to_html(figures)
+    policy = dict(p.split(" ", 1) for p in report_html.POLICY.split("; "))
+    script = page[page.rindex("<script>") + 8 : page.rindex("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy["script-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == "'none'"
+    assert html.escape(report_html.POLICY, quote=True) in page
+
+
+def test_the_page_holds_its_figures(figures: dict[str, Any]) -> None:
+    figures["notes"] = ["</script><script>alert(1)</script>"]
+    page = report.to_html(figures)
+    start = page.index('id="figures">') + len('id="figures">')
+    held = json.loads(page[start : page.index("</script>", start)])
+    assert held == json.loads(report.to_json(figures))
 
 
 def test_page_with_nothing_but_a_target() -> None:
@@ -239,38 +265,295 @@ def test_the_chart_leaves_out_the_long_tail_and_says_so(figures: dict[str, Any])
         for i in range(60)
     ]
     page = report.to_html(figures)
-    assert "20 more regions take 33 % of the time" in page
+    assert "35 more regions take 58 % of the time" in page
     assert "All 60 regions" in page
 
 
 @pytest.mark.parametrize("values", [(90.0, 89.0), (0.0, 0.0), (1.0, 0.001)])
 def test_before_after_chart_is_well_formed(values: tuple[float, float]) -> None:
     bars = [("float", values[0], "a < b"), ("compiled", values[1], "c & d")]
-    root = ElementTree.fromstring(report_charts.before_after("top1 & more", bars, None))
+    root = ElementTree.fromstring(report_charts.before_after("x", "top1 & more", bars, None))
     text = "".join(root.itertext())
     assert "a < b" in text
     assert "c & d" in text
 
 
+def text_of(drawing: str) -> str:
+    return " ".join(ElementTree.fromstring(drawing).itertext())
+
+
 def test_region_chart_colors_by_precision_with_a_legend() -> None:
     rows = [("a", 2.0, "w8a8"), ("b", 1.0, "fp32")]
-    svg = report_charts.region_latency(rows, "ms")
-    assert report_charts.color_of("w8a8") in svg
-    assert report_charts.color_of("fp32") in svg
-    text = "".join(ElementTree.fromstring(svg).itertext())
-    assert "w8a8" in text
-    assert "fp32" in text
+    drawing = report_charts.region_latency(rows, "ms")
+    assert svg.color_of("w8a8") in drawing
+    assert svg.color_of("fp32") in drawing
+    assert "w8a8" in text_of(drawing)
+    assert "fp32" in text_of(drawing)
 
 
-def test_long_names_keep_both_ends() -> None:
-    name = "start/" + "x" * 100 + "/conv"
-    text = "".join(
-        ElementTree.fromstring(report_charts.region_latency([(name, 1.0, "w8a8")], "ms")).itertext()
-    )
-    assert "start/" in text
-    assert "/conv" in text
-    assert name not in text
+def test_long_names_keep_both_ends_and_are_whole_under_the_pointer() -> None:
+    name = "start_" + "x" * 100 + "_conv"
+    root = ElementTree.fromstring(report_charts.region_latency([(name, 1.0, "w8a8")], "ms"))
+    labels = [e.text or "" for e in root.iter("text")]
+    assert not any(name in label for label in labels)
+    texts = ["".join(e.itertext()) for e in root.iter("text")]
+    assert any("start_" in t and "_conv" in t for t in texts)
+    assert name in "".join(root.itertext())
 
 
-def test_unknown_precisions_have_a_color() -> None:
-    assert report_charts.color_of("w2a2") == report_charts.OTHER
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("/layer1/layer1.0/conv1/Conv", "layer1.0/conv1"),
+        ("/layer1/layer1.0/Relu_1_output_0", "layer1.0/Relu_1"),
+        ("/encoder/layer.3/attention/MatMul_2", "encoder/layer.3/attention/MatMul_2"),
+        ("Conv_4", "Conv_4"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+def test_names_without_what_exporters_repeat(name: str, short: str) -> None:
+    assert svg.short_name(name) == short
+
+
+def test_precisions_have_distinct_colors_with_readable_text() -> None:
+    from qcompiler.types import Precision
+
+    assert {p.value for p in Precision} <= set(svg.PALETTE)
+    assert len(set(svg.PALETTE.values())) == len(svg.PALETTE)
+    assert svg.color_of("w2a2") == svg.OTHER
+
+    def light(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    for color in svg.PALETTE.values():  # WCAG 2.1, AA for text
+        dark, bright = sorted((light(color), light(svg.ink_on(color))))
+        assert (bright + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_legends_have_one_order() -> None:
+    assert svg.in_order(["w4a8", "x", "w8a8", "fp32", "w8a8"]) == ["fp32", "w8a8", "w4a8", "x"]
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-2, 1e6), st.integers(1, 12))
+def test_ticks_are_round_and_inside(lo: float, span: float, most: int) -> None:
+    found = svg.ticks(lo, lo + span, most)
+    assert len(found) <= 2 * most + 2
+    assert found == sorted(found)
+    assert all(lo - 1e-6 * span <= t <= lo + span + 1e-6 * span for t in found)
+
+
+def test_figures_are_never_powers_of_ten_where_people_expect_digits() -> None:
+    assert [svg.compact(v) for v in (1921.4, 99.94, 0.0123, 0.0)] == ["1921", "99.9", "0.0123", "0"]
+    assert [svg.number(v) for v in (0.0, 2500.0, 0.25, 1e-7)] == ["0", "2500", "0.25", "1e-7"]
+
+
+# ---------------------------------------------------------------------------------- the network
+
+
+def boxes(*reads: tuple[int, ...]) -> list[report_network.Box]:
+    return [
+        report_network.Box(f"n{i}", "w8a8", "1 µs", "hint", read) for i, read in enumerate(reads)
+    ]
+
+
+def test_layers_are_longest_paths() -> None:
+    #      0 -> 1 -> 2 -> 4;  0 -> 3 -> 4;  0 -> 4
+    assert report_network.layers(boxes((), (0,), (1,), (0,), (0, 2, 3))) == [[0], [1, 3], [2], [4]]
+
+
+@pytest.mark.parametrize("count", [1, 10, 62, 200, 500])
+def test_boxes_do_not_overlap_and_stay_inside(count: int) -> None:
+    # A chain with shortcuts, and three parallel branches in each tenth layer.
+    nodes = []
+    for i in range(count):
+        read = [i - 1] if i else []
+        if i % 10 in (7, 8):
+            read = [i - i % 10 + 5]
+        if i > 3 and i % 2:
+            read.append(i - 3)
+        nodes.append({"name": f"/block{i}/conv/Conv", "ops": ["qconv"], "precision": "w8a8",
+                      "reads": read})  # fmt: skip
+    made = report_network.boxes_of(nodes, ["1.5 µs"] * count)
+    root = ElementTree.fromstring(report_network.network(made))
+    width, height = float(root.get("width", 0)), float(root.get("height", 0))
+    places = [(b.x, b.y, b.x + b.width, b.y + 20) for b in made]
+    for x1, y1, x2, y2 in places:
+        assert 0 <= x1 < x2 <= width
+        assert 0 <= y1 < y2 <= height
+        assert x2 - x1 >= 40
+    for i, a in enumerate(places):
+        for b in places[i + 1 :]:
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    assert sum(len(b.reads) for b in made) == len(root.findall("path"))
+    assert "/block0/conv/Conv" in text_of(str(report_network.network(made)))
+
+
+def test_regions_without_edges_are_a_chain() -> None:
+    nodes = [{"name": "a"}, {"name": "b", "reads": None}, {"name": "c", "reads": [0, 7]}]
+    found = report_network.boxes_of(nodes, ["", "", ""])
+    assert [b.reads for b in found] == [(), (0,), (0,)]
+
+
+# ------------------------------------------------------------------------------- the assignment
+
+
+def option(latency: float, drop: float | None) -> dict[str, Any]:
+    return {"latency_us": latency, "loss": (drop or 0) / 50, "drop": drop, "size_bytes": 10}
+
+
+@pytest.fixture
+def assigned(figures: dict[str, Any]) -> dict[str, Any]:
+    front = [
+        {"drop": d, "loss": d / 50, "latency_ms": ms, "size_bytes": 1e6, "counts": {"w8a8": 3},
+         "chosen": ms == 1.2, "measured_drop": 0.8 if ms == 1.2 else None,
+         "measured_latency_ms": 1.25 if ms == 1.2 else None}
+        for ms, d in ((1.0, 3.0), (1.1, 1.5), (1.2, 0.7), (1.5, 0.1))
+    ]  # fmt: skip
+    product = {
+        "precision": "w8a8", "reason": "w4a8 would save 3.1 us", "op": "conv", "region": "n0",
+        "options": {"fp32": option(80.0, 0.0), "w8a8": option(20.0, 0.04),
+                    "w4a8": option(16.0, 0.5)},
+        "latency_us": 20.0, "measured_us": 21.0, "gained_us": 60.0, "loss": 0.0008, "cost": 0.04,
+        "blocked_by": "max_drop",
+        "next_step": {"precision": "w4a8", "saves_us": 4.0, "loss": 0.01, "cost": 0.5},
+    }  # fmt: skip
+    follower = {"precision": "w8a8", "reason": "joins the kernel before it", "op": "relu",
+                "region": "n0", "options": {}, "next_step": None}  # fmt: skip
+    figures["assignment"] = {
+        "format": 1,
+        "statement": "the least latency with top1 at most 1 point below float",
+        "budget": {"max_drop": 1.0, "max_latency_ms": None, "max_size_mb": None},
+        "metric": "top1",
+        "loss_unit": "nat",
+        "infeasible": None,
+        "predicted": {"latency_ms": 1.2, "drop": 0.7, "loss": 0.014},
+        "measured": {"latency_ms": 1.25, "drop": 0.8, "loss": 0.016},
+        "front": front,
+        "uniform": {"fp32": {"latency_ms": 4.0, "loss": 0.0, "drop": 0.0},
+                    "w8a8": {"latency_ms": 1.6, "loss": 0.004, "drop": 0.2}},
+        "nodes": {"n0": product, "relu": follower},
+        "bound_by": "max_drop",
+        "relax": {"sentence": "0.12 points more would save 6.2 us"},
+        "rounds": [{"round": 1, "predicted": {"latency_ms": 1.1}, "measured": {"latency_ms": 1.2},
+                    "kept": False, "counts": {"w8a8": 3}, "learned": "losses add up to 1.45"}],
+    }  # fmt: skip
+    return figures
+
+
+def test_the_assignment_is_shown_with_its_sentences(assigned: dict[str, Any]) -> None:
+    page = report.to_html(assigned)
+    text = " ".join(parse(page).text)
+    for sentence in (
+        "Asked for: the least latency with top1 at most 1 point below float.",
+        "latency 1.2 predicted, 1.25 ms measured; drop 0.7 predicted, 0.8 points measured",
+        "What binds is the drop allowed (max_drop).",
+        "One step further: 0.12 points more would save 6.2 us.",
+        "1 joint models that were built and evaluated",
+        "losses add up to 1.45",
+        "saves 4 µs, costs 0.5",
+    ):
+        assert sentence in text
+    for chart in ("pareto", "network", "cost", "latency"):
+        assert f'id="chart-{chart}"' in page
+
+
+def test_an_infeasible_budget_is_said(assigned: dict[str, Any]) -> None:
+    assigned["assignment"].update(infeasible={"message": "at least 2 points"}, bound_by=None)
+    page = report.to_html(assigned)
+    assert "Infeasible: at least 2 points" in page
+    assert "No limit binds" in page
+
+
+def test_without_a_metric_the_front_shows_the_loss(assigned: dict[str, Any]) -> None:
+    for point in assigned["assignment"]["front"]:
+        point["drop"] = None
+    for n in assigned["assignment"]["nodes"].values():
+        for o in n["options"].values():
+            o["drop"] = None
+    page = report.to_html(assigned)
+    assert "divergence from float, nat" in page
+    assert "cost, nat" in page
+
+
+def test_a_half_filled_assignment_is_no_defect(figures: dict[str, Any]) -> None:
+    figures["assignment"] = {"nodes": {"n0": {"precision": "fp32", "reason": "slower"}}}
+    page = report.to_html(figures)
+    assert 'id="pareto"' not in page
+    assert "Decision log" in page
+
+
+def test_pareto_marks_limits_that_are_near(assigned: dict[str, Any]) -> None:
+    points = [report_charts.Point(1.0, 2.0, "a"), report_charts.Point(2.0, 1.0, "b", chosen=True)]
+    near = report_charts.pareto(points, [], ("ms", "points"), (2.5, 1.5))
+    assert "limit 2.5" in text_of(near)
+    assert "limit 1.5" in text_of(near)
+    far = report_charts.pareto(points, [], ("ms", "points"), (900.0, 900.0))
+    assert "limit" not in text_of(far)
+
+
+def test_labels_of_the_front_do_not_cover_each_other() -> None:
+    others = [
+        report_charts.Point(1.0 + i / 100, 1.0, str(i), label=f"w{i}a8", color="#0072b2")
+        for i in range(4)
+    ]
+    front = [report_charts.Point(1.0, 1.0, "p", True, "chosen")]
+    root = ElementTree.fromstring(report_charts.pareto(front, others, ("ms", "points")))
+    bold = [e for e in root.iter("text") if e.get("font-weight") == "600"]
+    spans = [
+        (float(e.get("x", 0)), float(e.get("y", 0)), svg.text_width(e.text or "", 11)) for e in bold
+    ]
+    assert len(spans) >= 2
+    for i, (x, y, w) in enumerate(spans):
+        for x2, y2, w2 in spans[i + 1 :]:
+            assert abs(y - y2) > 10 or x + w <= x2 or x2 + w2 <= x
+
+
+# ---------------------------------------------------------------------- what else is measured
+
+
+def test_slices_error_ranges_and_energy_are_shown(figures: dict[str, Any]) -> None:
+    slices = [
+        {"kind": "slice", "name": "night", "samples": 20, "float": 0.9, "compiled": 0.8,
+         "drop": 10.0, "binds": True},
+        {"kind": "class", "name": "3", "samples": 4, "float": 1.0, "compiled": 0.5, "drop": 50.0,
+         "binds": False},
+    ]  # fmt: skip
+    figures["metric"].update(slices=slices, worst_slice=slices[0], slice_minimum=10)
+    figures["budget"]["max_slice_drop"] = 5.0
+    values = [{"value": f"v{i}", "node": f"n{i}", "sqnr": 40.0 - i} for i in range(3)]
+    figures["error_along"] = {"samples": 2, "values": values}
+    figures["ranges"] = {
+        "v0": {"bounds": [-1.0, 2.0], "range": [-1.0, 1.5], "histogram": [1, 5, 2]},
+        "constant": {"bounds": [0.0, 0.0], "range": [0.0, 0.0], "histogram": []},
+    }
+    figures["energy"] = {"compiled": 1.5, "float": 3.0, "note": "one package (RAPL)"}
+    page = report.to_html(figures)
+    text = " ".join(parse(page).text)
+    assert "slice night, 90.00 % to 80.00 % (20 samples; worst of 1)" in text
+    assert "drop of each slice at most 5" in text
+    assert "1.5 mJ, float 3 mJ (one package (RAPL))" in text
+    assert "lowest: n2, 38.0 dB" in text
+    assert 'id="chart-slices"' in page
+    assert 'id="chart-range-0"' in page
+    assert 'id="chart-range-1"' not in page
+    assert svg.BAD in report_charts.slices([("slice night", 20, 10.0, True)], 5.0, "points")
+    assert svg.BAD not in report_charts.slices([("class 3", 4, 50.0, False)], None, "points")
+
+
+def test_energy_that_was_not_measured_is_said(figures: dict[str, Any]) -> None:
+    assert report.energy_text(figures) == "not measured"
+    figures["energy"] = {"compiled": None, "float": None, "note": "not measured: no counters"}
+    assert "not measured: no counters" in report.to_html(figures)
+
+
+def test_worst_slice_in_words(figures: dict[str, Any]) -> None:
+    assert report.worst_slice(figures) is None
+    one = {"kind": "class", "name": "0", "samples": 12, "float": 1.0, "compiled": 1.0,
+           "drop": 0.0, "binds": True}  # fmt: skip
+    figures["metric"].update(slices=[one], worst_slice=one, slice_minimum=10)
+    assert report.worst_slice(figures) == "none of 1 lost anything"
+    figures["metric"]["worst_slice"] = None
+    assert report.worst_slice(figures) == "none of the 1 groups has 10 samples and a drop"
