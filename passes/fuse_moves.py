@@ -147,8 +147,8 @@ def sink(graph: Graph) -> bool:
 
 
 def _zero_survives(node: Node, grid: QuantParams) -> bool:
-    """Whether the zeros that a pad adds lie inside the clamp range of the grid."""
-    return node.op.name != "pad" or grid.qmin <= grid.z <= grid.qmax
+    """Whether the zeros that the operator writes lie inside the clamp range of the grid."""
+    return node.op.name not in ("pad", "mask_tail") or grid.qmin <= grid.z <= grid.qmax
 
 
 def absorb_clamps(graph: Graph) -> bool:

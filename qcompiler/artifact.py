@@ -33,6 +33,7 @@ from typing import IO, Any
 import numpy as np
 
 from qcompiler.cpu import allow_tiles, host_cpu, missing_features
+from qcompiler.dynamic import Dynamic
 from qcompiler.errors import ArtifactError, UnsupportedByTargetError, UsageError
 from qcompiler.manifest import (
     ALIGNMENT,
@@ -175,6 +176,8 @@ class Artifact:
         extras: Further members by name.
         sources: SHA-256 of what it was made from: "model", "calibration", "plan"...
         lock: Everything that decided its bytes (see `qcompiler.lock`), as JSON; None without.
+        dynamic: Extents that a call chooses, and the code for each compiled size; `inputs`,
+            `outputs` and `library` are of the greatest. None where every extent is fixed.
         versions: Versions of the packages that made it.
         producer: Version of qcompiler that made it.
     """
@@ -189,6 +192,7 @@ class Artifact:
     extras: Mapping[str, bytes] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
     lock: Mapping[str, Any] | None = None
+    dynamic: Dynamic | None = None
     versions: Mapping[str, str] = field(default_factory=_package_versions)
     producer: str = field(default_factory=_own_version)
 
@@ -212,11 +216,19 @@ class Artifact:
             members[LIBRARY] = self.library
         return dict(sorted(members.items()))
 
+    def member(self, name: str) -> bytes:
+        """Return a member that holds code."""
+        if name == LIBRARY and self.library is not None:
+            return self.library
+        return self.extras[name]
+
     def manifest(self) -> dict[str, Any]:
         """Return the content of manifest.json. Reads every member once, for its digest."""
-        lock = {} if self.lock is None else {"lock": dict(self.lock)}
+        optional = {} if self.lock is None else {"lock": dict(self.lock)}
+        if self.dynamic is not None:
+            optional["dynamic"] = self.dynamic.to_json()
         return {
-            **lock,
+            **optional,
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "producer": {"name": "qcompiler", "version": self.producer},
@@ -344,11 +356,25 @@ def read_artifact(path: PathLike, *, check_cpu: bool = True) -> Artifact:
                 extras=extras,
                 sources=manifest["sources"],
                 lock=manifest.get("lock"),
+                dynamic=_dynamic(manifest, {LIBRARY, *extras}, f"{path}: {MANIFEST}"),
                 versions=manifest["versions"],
                 producer=manifest["producer"]["version"],
             )
         except UsageError as error:
             raise ArtifactError(f"{path}: {MANIFEST}: {error}", hint=_ALTERED) from error
+
+
+def _dynamic(manifest: Mapping[str, Any], members: set[str], where: str) -> Dynamic | None:
+    if "dynamic" not in manifest:
+        return None
+    made = Dynamic.from_json(manifest["dynamic"], len(manifest["params"]), where)
+    for kind, axes in (("inputs", made.inputs), ("outputs", made.outputs)):
+        ranks = {t["name"]: len(t["shape"]) for t in manifest[kind]}
+        if any(not 0 <= a < ranks.get(name, 0) for name, found in axes.items() for a in found):
+            raise ArtifactError(f"{where}: dynamic extents of {kind} that there are not")
+    if any(v.library not in members for v in made.variants):
+        raise ArtifactError(f"{where}: the code of a compiled size is missing", hint=_ALTERED)
+    return made
 
 
 def inspect_artifact(path: PathLike) -> dict[str, Any]:

@@ -31,7 +31,9 @@ from qcompiler.types import Array, DType, Shape
 
 Chunk = Mapping[str, Array]
 
-SampleSource: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]]"
+SampleSource: TypeAlias = (
+    "str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] | SampleSet"
+)
 """A .npz file, a folder of them, a dict of arrays, or an iterable of such dicts."""
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from qcompiler.artifact import Artifact, ParamBlock
 from qcompiler.cpu import host_cpu
 from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
+from qcompiler.dynamic_compile import build_sizes, joined, ranges_of
 from qcompiler.errors import (
     DataError,
     InfeasibleBudgetError,
@@ -120,7 +121,8 @@ def compile(
         evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
             is better); measures what compilation costs.
         budget: Limits that the result must keep.
-        input_shapes: Shapes of inputs with symbolic dimensions, by name.
+        input_shapes: Shapes of inputs with symbolic dimensions, by name. An extent that is a pair
+            (least, greatest) is chosen by each call: `{"ids": (1, (1, 128))}`.
         freeze: Inputs bound to constants, by name.
         tuning: Tuning records to use, and limits of further tuning; None uses the analytic
             defaults.
@@ -154,6 +156,13 @@ def compile(
         _check_locked(lock, decided, model, calibration, evaluate, tuning)
         if precision == "auto":
             precision = lock.precision_plan()
+    ranges = ranges_of(model, input_shapes)
+    if ranges is not None:
+        if methods:
+            raise UsageError("methods change the weights of one size, and a range has several",
+                             hint="leave them out, or give one extent per axis")  # fmt: skip
+        loaded = None if calibration is None else load_samples(calibration)
+        calibration, input_shapes = loaded, ranges.shapes_of(loaded)
     choice: Choice | None = None
     if isinstance(precision, str) and precision == "auto":
         from qcompiler.auto import choose
@@ -192,7 +201,22 @@ def compile(
         result.log.extend(choice.notes)
     if lock is not None:
         lock.check_plan(result.plan, result.sources["plan"])
-    built = build_graph(result.graph, backend, report_progress, tuning=tuning, seed=seed)
+    if ranges is None:
+        built = build_graph(result.graph, backend, report_progress, tuning=tuning, seed=seed)
+        compiled = assemble(built, backend.spec, result, decided)
+    else:
+        parts, dynamic = build_sizes(
+            model,
+            ranges,
+            result,
+            backend,
+            lambda g: build_graph(g, backend, report_progress, tuning=tuning, seed=seed),
+            freeze=freeze,
+            progress=report_progress,
+        )
+        built = parts[-1]
+        whole = assemble(built, backend.spec, result, decided).artifact
+        compiled = CompiledModel(joined(whole, parts, dynamic))
     result.log.extend(built.notes)
     if lock is not None:
         lock.check_result(compiled.artifact)
@@ -209,6 +233,37 @@ def compile(
         pass_seconds=clock.seconds,
         progress=report_progress,
     )
+    if choice is None and lock is None and ranges is None and isinstance(precision, str):
+        from qcompiler.fallback import without_slower_regions
+
+        choice = without_slower_regions(
+            model,
+            backend,
+            precision,
+            compiled.report,
+            calibration=calibration,
+            input_shapes=input_shapes,
+            freeze=freeze,
+            tuning=tuning,
+            methods=methods,
+            overrides=overrides,
+            seed=seed,
+            progress=report_progress,
+        )
+        if choice is not None:
+            compiled = compile(
+                model,
+                target=target,
+                calibration=calibration,
+                precision=choice.plan,
+                evaluate=evaluate,
+                input_shapes=input_shapes,
+                freeze=freeze,
+                tuning=choice.tuning,
+                methods=methods if choice.plan.has_integers else (),
+                seed=seed,
+                progress=progress,
+            )
     if choice is not None:
         choice.finish(compiled)
     _check_budget(compiled, budget)

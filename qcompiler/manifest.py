@@ -80,6 +80,15 @@ _TENSORS: dict[str, Any] = {
 
 _STRINGS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
 
+_AXES: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": {
+        "type": "object",
+        "propertyNames": {"pattern": r"^[0-9]+$"},
+        "additionalProperties": {"type": "string"},
+    },
+}
+
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": [
@@ -151,6 +160,42 @@ SCHEMA: dict[str, Any] = {
             },
         },
         "sources": _STRINGS,
+        "dynamic": {
+            "type": "object",
+            "required": ["inputs", "outputs", "symbols", "tails", "variants"],
+            "additionalProperties": False,
+            "properties": {
+                "symbols": {
+                    "type": "object",
+                    "additionalProperties": {
+                        "type": "array",
+                        "items": {"type": "integer", "minimum": 1},
+                    },
+                },
+                "inputs": _AXES,
+                "outputs": _AXES,
+                "tails": {"type": "array", "items": {"type": "string"}},
+                "variants": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["library", "params", "sizes"],
+                        "additionalProperties": False,
+                        "properties": {
+                            "library": {"type": "string", "pattern": MEMBER_NAME},
+                            "params": {
+                                "type": "array",
+                                "items": {"type": "integer", "minimum": 0},
+                            },
+                            "sizes": {
+                                "type": "object",
+                                "additionalProperties": {"type": "integer", "minimum": 1},
+                            },
+                        },
+                    },
+                },
+            },
+        },
         "lock": {
             "type": "object",
             "required": ["digests", "options", "versions"],

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import platform
@@ -16,6 +17,8 @@ import numpy as np
 from qcompiler import benchmark, data
 from qcompiler.artifact import check_runnable
 from qcompiler.cpu import default_threads, host_cpu
+from qcompiler.dynamic import Dynamic
+from qcompiler.energy import measure_energy
 from qcompiler.errors import QCompilerError, UnsupportedByTargetError
 from qcompiler.measure_network import error_along, ranges, reads
 from qcompiler.modality import modality_report
@@ -199,7 +202,26 @@ def _metric(
         before = float(evaluate(reference)) if reference is not None else None
         drop = None if before is None else before - score
         return {"name": "custom", "float": before, "compiled": score, "drop": drop}
-    return data.compare(compiled, reference, evaluate)
+    specs = data.InputSpec.of(compiled.inputs)
+    dynamic = compiled.artifact.dynamic
+    if dynamic is not None:
+        specs = _as_sampled(specs, dynamic, evaluate)
+    return data.compare(compiled, reference, evaluate, inputs=specs)
+
+
+def _as_sampled(
+    specs: tuple[data.InputSpec, ...], dynamic: Dynamic, evaluate: data.Evaluation
+) -> tuple[data.InputSpec, ...]:
+    """Give inputs with dynamic extents the extents of the samples."""
+    shapes = data.load_samples(evaluate.samples).shapes()
+    out = []
+    for spec in specs:
+        shape, found = list(spec.shape), shapes.get(spec.name, spec.shape)
+        for axis in dynamic.inputs.get(spec.name, {}):
+            if len(found) in (len(shape), len(shape) + 1):
+                shape[axis] = found[len(found) - len(shape) + axis]
+        out.append(dataclasses.replace(spec, shape=tuple(shape)))
+    return tuple(out)
 
 
 def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from qcompiler.onnx_import_control import (
     unroll_limit,
 )
 from qcompiler.onnx_import_function import function_body
-from qcompiler.onnx_import_inputs import Declared, bind_inputs, declared_shape, mark_batch
+from qcompiler.onnx_import_inputs import Declared, Extent, bind_inputs, declared_shape, mark_batch
 from qcompiler.onnx_import_model import (
     NodeChecker,
     OnnxModel,
@@ -72,7 +72,7 @@ from qcompiler.onnx_import_tensors import (
 from qcompiler.ops import OpKind, Stage
 from qcompiler.types import Array, Shape, TensorType
 
-__all__ = ["ModelSource", "OnnxModel", "load_onnx", "model_digest", "read_model"]
+__all__ = ["ModelSource", "OnnxModel", "input_shapes_of", "load_onnx", "model_digest", "read_model"]
 
 CONVERTER_MODULES = (
     onnx_import_ops,
@@ -113,6 +113,17 @@ def model_digest(model: ModelSource) -> str:
         ModelError: Not a readable ONNX file.
     """
     return model.digest if isinstance(model, OnnxModel) else read_model(model).digest
+
+
+def input_shapes_of(model: ModelSource) -> dict[str, tuple[Extent, ...] | None]:
+    """Return the declared shape of every input: numbers, names of symbols, None where open.
+
+    Raises:
+        ModelError: Not a readable ONNX file.
+    """
+    proto = (model if isinstance(model, OnnxModel) else read_model(model)).proto.graph
+    defaults = {t.name for t in proto.initializer}
+    return {v.name: declared_shape(v) for v in proto.input if v.name not in defaults}
 
 
 def load_onnx(

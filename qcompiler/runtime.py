@@ -27,6 +27,7 @@ from qcompiler.artifact import (
 )
 from qcompiler.benchmark import measure
 from qcompiler.cpu import default_threads
+from qcompiler.dynamic import DynamicExecutor, resolved
 from qcompiler.errors import ArtifactError, DataError, UsageError
 from qcompiler.manifest import TargetInfo, TensorSpec, dumps, loads
 from qcompiler.types import Array
@@ -60,7 +61,8 @@ class CompiledModel:
     axis is a batch axis; the last batch may be partial. An array with one axis more holds one whole
     input per entry. An input without a batch axis that is given once serves all runs. Outputs with
     a batch axis come back joined along it, the others as they are after one run, and stacked along
-    a new first axis otherwise.
+    a new first axis otherwise. Extents that were compiled for a range take any size in it; all runs
+    of a call share it.
 
     Safe to call from several threads. The number of threads never changes the results.
 
@@ -143,10 +145,11 @@ class CompiledModel:
         """
         execute = self._execute(threads)
         feeds = self._feeds(inputs)
+        outputs = self._outputs_of(feeds)
         runs, samples = self._runs(feeds)
         stacked = any(feed.stacked for feed in feeds)
         if samples % self._batch:
-            whole = [name for name, spec in self.outputs.items() if spec.batch_axis is None]
+            whole = [name for name, spec in outputs.items() if spec.batch_axis is None]
             if whole:
                 raise DataError(
                     f"{samples} samples are not a multiple of the compiled batch {self._batch}, "
@@ -160,9 +163,9 @@ class CompiledModel:
             if not results:
                 results = [
                     np.empty(self._result_shape(spec, runs, samples, stacked), array.dtype)
-                    for spec, array in zip(self.outputs.values(), arrays, strict=True)
+                    for spec, array in zip(outputs.values(), arrays, strict=True)
                 ]
-            for spec, result, array in zip(self.outputs.values(), results, arrays, strict=True):
+            for spec, result, array in zip(outputs.values(), results, arrays, strict=True):
                 if spec.batch_axis == 0:
                     part = result[run * self._batch : (run + 1) * self._batch]
                     part[...] = array[: len(part)]
@@ -170,7 +173,15 @@ class CompiledModel:
                     result[run] = array
                 else:
                     result[...] = array
-        return dict(zip(self.outputs, results, strict=True))
+        return dict(zip(outputs, results, strict=True))
+
+    def _outputs_of(self, feeds: Sequence[_Feed]) -> Mapping[str, TensorSpec]:
+        """Return the outputs with the extents that a call's inputs choose."""
+        dynamic = self.artifact.dynamic
+        if dynamic is None:
+            return self.outputs
+        sizes = dynamic.sizes({f.name: f.array for f in feeds}, self.inputs)
+        return resolved(self.outputs, dynamic.outputs, sizes)
 
     def save(self, path: PathLike) -> None:
         """Write the artifact, and the report beside it as `NAME.report.json` if there is one.
@@ -226,13 +237,14 @@ class CompiledModel:
         Empty where the executor cannot tell (the interpreter). `inputs` default to random ones.
         """
         executor = self._ready()
-        if not isinstance(executor, VmExecutor) and self.artifact.executor != "cuda":
+        own = isinstance(executor, (VmExecutor, DynamicExecutor))
+        if not own and self.artifact.executor != "cuda":
             return []
         feeds = self._feeds(self.random_inputs() if inputs is None else inputs)
         arrays = [feed.batch(0, self._batch) for feed in feeds]
-        if isinstance(executor, VmExecutor):
+        if isinstance(executor, (VmExecutor, DynamicExecutor)):
             return executor.profile(arrays, runs=runs, threads=self._threads)
-        timed: list[tuple[str, float]] = getattr(executor, "profile")(arrays, runs=runs)
+        timed: list[tuple[str, float]] = cast(Any, executor).profile(arrays, runs=runs)
         return timed
 
     def random_inputs(self, seed: int = 0) -> dict[str, Array]:
@@ -283,7 +295,11 @@ class CompiledModel:
             problems = [f"missing {', '.join(missing)}"] if missing else []
             problems += [f"unknown {', '.join(unknown)}"] if unknown else []
             raise DataError(f"inputs do not fit: {'; '.join(problems)}: expected {expected}")
-        return [_Feed(name, spec, inputs[name]) for name, spec in self.inputs.items()]
+        specs = self.inputs
+        dynamic = self.artifact.dynamic
+        if dynamic is not None:
+            specs = resolved(specs, dynamic.inputs, dynamic.sizes(inputs, specs))
+        return [_Feed(name, spec, inputs[name]) for name, spec in specs.items()]
 
     def _runs(self, feeds: Sequence[_Feed]) -> tuple[int, int]:
         """Return the number of runs and of samples that the inputs make.
@@ -411,6 +427,8 @@ def _checked_threads(threads: int | None) -> int:
 
 def _make_executor(artifact: Artifact) -> Executor:
     check_runnable(artifact.target, "the model")
+    if artifact.dynamic is not None:
+        return DynamicExecutor(artifact)
     if artifact.library is not None:
         return VmExecutor(artifact.library, artifact.params.arrays)
     module, function = _EXECUTOR_FACTORIES[artifact.executor]

@@ -93,6 +93,18 @@ def _pad(self: CpuLowering, node: Node) -> KernelCall | None:
     return self.call("pad", w, pad, (x,))
 
 
+@row("mask_tail")
+def _mask_tail(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.masking import MaskTailWorkload, mask_tail
+
+    x, tail = node.operands
+    if not _movable(x, node.output):
+        return None
+    zero = 0.0 if x.qparams is None else float(grid(x).z)
+    w = MaskTailWorkload(x.shape, int(node.attr("axis")), storage(x), zero)
+    return self.call("mask_tail", w, mask_tail, (x, tail))
+
+
 def _axis_maps(node: Node, shape: Sequence[int]) -> list[Any] | None:
     """Index maps of a pad that repeats elements (reflect, edge, wrap)."""
     pads, rank = node.attr("pads"), len(shape)

@@ -18,7 +18,7 @@ from qcompiler.ops import _infer as c
 from qcompiler.ops import _resize
 from qcompiler.ops._base import REQUIRED, Attrs, EvalContext, OpDef, OpKind, register
 from qcompiler.ops.linear import channels_first, to_layout
-from qcompiler.types import Array, PerAxis, QuantParams, Shape, TensorType
+from qcompiler.types import Array, DType, PerAxis, QuantParams, Shape, TensorType
 from qcompiler.windows import padded, taps
 
 Arrays = Sequence["Array | None"]
@@ -227,6 +227,37 @@ def _pad(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
 
 
 _move("pad", _pad_infer, _pad, {"pads": REQUIRED, "mode": "constant", "value": 0.0})
+
+
+# ------------------------------------------------------------------------------- mask_tail
+
+
+def _mask_tail_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
+    x = _moved("mask_tail", types)
+    tail = c.given("mask_tail", types, 1, "tail")
+    axis: Any = attrs["axis"]
+    if not 0 <= axis < x.rank or tail.shape != (x.shape[axis],) or tail.dtype is not DType.FLOAT32:
+        raise c.fail("mask_tail", f"tail is {tail}, expected float32 for axis {axis} of {x}")
+    return (x,)
+
+
+def _mask_tail(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
+    """0 (the zero point, in integers) wherever the tail is not 0 along the axis."""
+    x, tail = np.asarray(arrays[0]), np.asarray(arrays[1])
+    axis: Any = attrs["axis"]
+    qparams = ctx.outputs[0].qparams
+    zero = x.dtype.type(0 if qparams is None else qparams.z)
+    used = (tail == 0).reshape(-1, *[1] * (x.ndim - 1 - axis))
+    return (np.where(used, x, zero),)
+
+
+_move(
+    "mask_tail",
+    _mask_tail_infer,
+    _mask_tail,
+    {"axis": REQUIRED},
+    inputs=("x", "tail"),
+)
 
 
 # ---------------------------------------------------------------- reshape, transpose, expand

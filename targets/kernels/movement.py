@@ -46,6 +46,7 @@ __all__ = [
     "ResizeLinearWorkload",
     "StridedWorkload",
     "concat",
+    "fill_run",
     "gather",
     "pack_maps",
     "pack_positions",
@@ -191,7 +192,8 @@ def concat(workload: ConcatWorkload, isa: Isa) -> Any:
     return builder.finish()
 
 
-def _fill(target: Buffer, to: Expr, value: Expr, count: int, lanes: int) -> None:
+def fill_run(target: Buffer, to: Expr, value: Expr, count: int, lanes: int) -> None:
+    """Store one value `count` times by vectors of `lanes`."""
     dtype = tir.dtype_of(value)
     for offset, repetitions, width in vector_spans(count, lanes, overlap=True):
         with loop(repetitions) as k:
@@ -222,7 +224,7 @@ def pad(workload: PadWorkload, isa: Isa) -> Any:
                 start = tir.splat(0, "int32", 1)
                 for k, index in enumerate(indices):
                     start = start + (index - w.before[k]) * strides[k]
-                _fill(target, to, value, w.before[last] * inner, lanes)
+                fill_run(target, to, value, w.before[last] * inner, lanes)
                 held = w.before[last] * inner
                 copy_run(
                     target,
@@ -233,7 +235,7 @@ def pad(workload: PadWorkload, isa: Isa) -> Any:
                     lanes,
                 )
                 held += w.shape[last] * inner
-                _fill(target, tir.bind(to + held), value, w.after[last] * inner, lanes)
+                fill_run(target, tir.bind(to + held), value, w.after[last] * inner, lanes)
 
             inside: Expr = None
             for k in padded[:-1]:
@@ -246,7 +248,7 @@ def pad(workload: PadWorkload, isa: Isa) -> Any:
                     with T.Then():
                         copy()
                     with T.Else():
-                        _fill(target, to, value, run, lanes)
+                        fill_run(target, to, value, run, lanes)
     return builder.finish()
 
 

@@ -1,0 +1,406 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs whose extents may be partly used: which axes follow a symbol, and what mixes along them.
+
+A model imported at two sizes gives two graphs of the same nodes; the extents that differ are the
+ones that follow a symbol. A graph compiled for size S then serves every n <= S, its inputs filled
+up with zeros, if nothing that is kept depends on the filling. Most operators treat the indices of
+an axis apart. Those that mix them get their operand masked: softmax and maxima see -1e30 in the
+filling (its exponential is exactly 0), sums, products and convolutions see 0. Whatever is left is
+refused by name. So every kept integer is the one that the graph of size n computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from qcompiler.errors import UnsupportedOpError
+from qcompiler.ir import Graph, Node, Value
+from qcompiler.ops import OpKind
+from qcompiler.types import DType, TensorType
+
+FILL = -1e30
+"""What `tail` holds beyond the used part: float32 sums with it are equal to it, and its exponential
+after subtracting any used score is 0."""
+
+_ZERO_SUMS = frozenset({"reduce_sum", "reduce_l1", "reduce_l2", "reduce_sum_square"})
+_IMAGES = frozenset({"conv", "max_pool", "average_pool"})
+
+
+@dataclass(frozen=True, slots=True)
+class Extents:
+    """Sizes of the symbols that one graph was imported with.
+
+    Attributes:
+        sizes: Symbol -> extent.
+    """
+
+    sizes: Mapping[str, int]
+
+
+@dataclass
+class DynamicAxes:
+    """Which axes of which values follow a symbol.
+
+    Attributes:
+        axes: Value -> axis -> symbol.
+    """
+
+    axes: dict[Value, dict[int, str]] = field(default_factory=dict)
+
+    def of(self, value: Value | None) -> dict[int, str]:
+        """Return the axes of a value that follow a symbol."""
+        return {} if value is None else self.axes.get(value, {})
+
+
+def dynamic_axes(
+    graph: Graph, sizes: Mapping[str, int], other: Graph, others: Mapping[str, int]
+) -> DynamicAxes:
+    """Compare a graph with the same model at other sizes.
+
+    Args:
+        graph: FLOAT graph at `sizes`.
+        sizes: Extent of every symbol.
+        other: FLOAT graph at `others`.
+        others: Another extent of every symbol; no two symbols have equal pairs.
+
+    Raises:
+        UnsupportedOpError: The graphs differ in more than extents.
+    """
+    problems: list[str] = []
+    if [n.name for n in graph.nodes] != [n.name for n in other.nodes] or any(
+        a.op is not b.op or len(a.inputs) != len(b.inputs)
+        for a, b in zip(graph.nodes, other.nodes, strict=True)
+    ):
+        raise UnsupportedOpError(
+            "the model computes by other operators at other sizes, so no range of sizes fits it",
+            hint="compile it for one size",
+        )
+    pairs = {(sizes[s], others[s]): s for s in sizes}
+    found = DynamicAxes()
+
+    def compare(a: Value, b: Value, where: str) -> None:
+        if a in found.axes:
+            return
+        axes: dict[int, str] = {}
+        found.axes[a] = axes
+        if len(a.shape) != len(b.shape):
+            problems.append(f"{where}: its rank depends on the size")
+            return
+        for axis, extents in enumerate(zip(a.shape, b.shape, strict=True)):
+            if extents[0] == extents[1]:
+                continue
+            symbol = pairs.get(extents)
+            if symbol is None:
+                problems.append(f"{where}: extent {extents[0]} is not the size itself")
+            else:
+                axes[axis] = symbol
+        if a.is_constant and b.is_constant:
+            shared = tuple(slice(min(p)) for p in zip(a.shape, b.shape, strict=True))
+            if not np.array_equal(a.array()[shared], b.array()[shared], equal_nan=_nan(a)):
+                problems.append(f"{where}: a constant in it depends on the size")
+
+    for x, y in zip(graph.inputs, other.inputs, strict=True):
+        compare(x, y, f"input {x.name!r}")
+    for n, m in zip(graph.nodes, other.nodes, strict=True):
+        where = f"{n.op.name} ({n.name!r})"
+        for p, q in zip(n.inputs, m.inputs, strict=True):
+            if (p is None) != (q is None):
+                problems.append(f"{where}: it has other operands at other sizes")
+            elif p is not None and q is not None:
+                compare(p, q, where)
+        for p, q in zip(n.outputs, m.outputs, strict=True):
+            compare(p, q, where)
+        if not _same_attrs(n, m, found):
+            problems.append(f"{where}: it picks its elements by the size")
+    _refuse(problems)
+    return found
+
+
+def _nan(value: Value) -> bool:
+    return value.dtype.is_float
+
+
+def _same_attrs(a: Node, b: Node, found: DynamicAxes) -> bool:
+    """Whether attributes agree, but for those that only say the extents of the result."""
+    free = {"shape"} if a.op.name in ("reshape", "expand", "resize") else set()
+    if a.op.name == "slice":
+        # An end at the very end of a dynamic axis says "all of it".
+        axes = a.attr("axes")
+        ends = [
+            e == f or (axis in found.of(a.input(0)) and e == a.input(0).shape[axis])
+            for axis, e, f in zip(axes, a.attr("ends"), b.attr("ends"), strict=True)
+        ]
+        if not all(ends):
+            return False
+        free = {"ends"}
+    return all(a.attr(name) == b.attr(name) for name in a.op.attrs if name not in free)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        listed = "".join(f"\n  {p}" for p in dict.fromkeys(problems))
+        raise UnsupportedOpError(
+            f"the model cannot serve a range of sizes because of:{listed}",
+            hint="compile it for one size, or give the extent a fixed value",
+        )
+
+
+class _Masking:
+    """One run of `mask_tails`."""
+
+    def __init__(self, graph: Graph, dynamic: DynamicAxes, least: Mapping[str, int]) -> None:
+        self.graph = graph
+        self.dynamic = dynamic
+        self.least = least
+        self.problems: list[str] = []
+        self.tails: dict[str, Value] = {}
+        self.masked: dict[tuple[Value, int], Value] = {}
+        self.raised: set[Node] = set()
+
+    def tail(self, symbol: str, size: int) -> Value:
+        """Return the input that says which part of the symbol's extent is in use."""
+        if symbol not in self.tails:
+            type = TensorType((size,), DType.FLOAT32)
+            self.tails[symbol] = self.graph.add_input(self.graph.fresh(f"tail_{symbol}"), type)
+        return self.tails[symbol]
+
+    def fail(self, node: Node, why: str) -> None:
+        """Note what stands in the way."""
+        self.problems.append(f"{node.op.name} ({node.name!r}): {why}")
+
+    def run(self) -> None:
+        for node in self.graph.nodes:
+            if any(self.dynamic.of(v) for v in (*node.operands, *node.outputs)):
+                self.visit(node)
+        _refuse(self.problems)
+        self.graph.sort()
+
+    def visit(self, node: Node) -> None:
+        """Check a node that touches a dynamic axis; mask what it mixes."""
+        name, kind = node.op.name, node.op.kind
+        if kind in (OpKind.UNARY, OpKind.BINARY, OpKind.CAST) or name == "where":
+            self.elementwise(node)
+        elif name == "matmul":
+            self.matmul(node)
+        elif name in _IMAGES:
+            self.image(node)
+        elif name.startswith("reduce_"):
+            self.reduction(node)
+        elif name in ("softmax", "log_softmax", "argmax"):
+            axis = int(node.attr("axis")) % node.input(0).type.rank
+            if axis in self.dynamic.of(node.input(0)):
+                self.raise_tail(node, axis)
+        elif name == "layer_norm":
+            first = int(node.attr("axis")) % node.input(0).type.rank
+            if any(axis >= first for axis in self.dynamic.of(node.input(0))):
+                self.fail(node, "it normalizes over the extent")
+        elif name in ("transpose", "reshape", "expand", "slice", "split", "concat", "pad", "tile",
+                      "gather", "cumsum"):  # fmt: skip
+            self.movement(node)
+        else:
+            self.fail(node, "it is not known to treat the indices of the extent apart")
+
+    # ------------------------------------------------------------------------- operators
+
+    def elementwise(self, node: Node) -> None:
+        out = node.output
+        for v in node.operands:
+            shift = out.type.rank - v.type.rank
+            for axis, symbol in self.dynamic.of(v).items():
+                if self.dynamic.of(out).get(axis + shift) != symbol:
+                    self.fail(node, "it combines different extents")
+
+    def matmul(self, node: Node) -> None:
+        a, b = node.input(0), node.input(1)
+        ta, tb = bool(node.attr("transpose_a")), bool(node.attr("transpose_b"))
+        inner_a = a.type.rank - (2 if ta and a.type.rank > 1 else 1)
+        inner_b = b.type.rank - (1 if tb or b.type.rank == 1 else 2)
+        symbol = self.dynamic.of(a).get(inner_a)
+        if symbol is None and inner_b not in self.dynamic.of(b):
+            return
+        if symbol is None or self.dynamic.of(b).get(inner_b) != symbol:
+            self.fail(node, "it sums over an extent that only one operand has")
+        elif not (self.zero_tail(a, inner_a) or self.zero_tail(b, inner_b)):
+            self.mask(node, 0, inner_a)
+
+    def image(self, node: Node) -> None:
+        x, out = node.input(0), node.output
+        for axis, symbol in self.dynamic.of(x).items():
+            if axis == 0:
+                continue
+            if axis == 1 or self.dynamic.of(out).get(axis) != symbol:
+                self.fail(node, "the extent is not that of its result")
+                continue
+            conv = node.op.name == "conv"
+            if (node.input(1).shape[axis] if conv else node.attr("kernel")[axis - 2]) == 1:
+                continue
+            if not conv:
+                self.fail(node, "its windows reach over the end of the extent")
+            else:
+                self.mask(node, 0, axis)
+        if node.op.name == "conv" and self.dynamic.of(node.input(1)):
+            self.fail(node, "its weights follow the extent")
+
+    def reduction(self, node: Node) -> None:
+        x, name = node.input(0), node.op.name
+        over = {int(a) % x.type.rank for a in node.attr("axes")}
+        axes = [a for a in self.dynamic.of(x) if a in over]
+        for axis in axes:
+            if name in _ZERO_SUMS:
+                if not self.zero_tail(x, axis):
+                    self.mask(node, 0, axis)
+            elif name == "reduce_max":
+                self.raise_tail(node, axis)
+            elif name == "reduce_mean" and len(axes) == 1:
+                self.mean(node, axis)
+            else:
+                self.fail(node, "it reduces the extent in a way that has no masked form")
+
+    def mean(self, node: Node, axis: int) -> None:
+        """Turn a mean into the sum of the used part, by the number of its elements."""
+        graph, x = self.graph, node.input(0)
+        symbol = self.dynamic.of(x)[axis]
+        tail = self.tail(symbol, x.shape[axis])
+        over = [int(a) % x.type.rank for a in node.attr("axes")]
+        rest = prod(x.shape[a] for a in over if a != axis)
+        zero = graph.constant(np.float32(0.0), f"{node.name}_zero")
+        used = graph.add("equal", [tail, zero], name=f"{node.name}_used").output
+        ones = graph.add("cast", [used], {"to": DType.FLOAT32.value}, name=f"{node.name}_ones")
+        count = graph.add("reduce_sum", [ones.output], {"axes": (0,), "keepdims": False},
+                          name=f"{node.name}_count").output  # fmt: skip
+        if rest != 1:
+            scale = graph.constant(np.float32(rest), f"{node.name}_rest")
+            count = graph.add("mul", [count, scale], name=f"{node.name}_elements").output
+        self.mask(node, 0, axis)
+        attrs = {"axes": node.attr("axes"), "keepdims": node.attr("keepdims")}
+        total = graph.add("reduce_sum", [node.input(0)], attrs, name=f"{node.name}_sum").output
+        new = graph.add("div", [total, count], name=f"{node.name}_by_count")
+        self.dynamic.axes[new.output] = self.dynamic.of(node.output)
+        old = node.output
+        new.sources = node.sources
+        graph.replace_node(node, new.output)
+        new.output.name = old.name
+
+    def movement(self, node: Node) -> None:
+        x, name = node.input(0), node.op.name
+        if name == "reshape":
+            self.reshape(node)
+        elif name == "gather":
+            axis = int(node.attr("axis")) % x.type.rank
+            index = node.input(1)
+            symbol = self.dynamic.of(x).get(axis)
+            if symbol is None:
+                return
+            picks = index.array() if index.is_constant else None
+            if picks is None or picks.min() < 0 or picks.max() >= self.least[symbol]:
+                self.fail(node, "it reads the extent at places that small sizes do not have")
+        elif name in ("concat", "split", "cumsum"):
+            axis = int(node.attr("axis")) % x.type.rank
+            if any(axis in self.dynamic.of(v) for v in node.operands) and (
+                name != "cumsum" or node.attr("reverse")
+            ):
+                self.fail(node, "it works along the extent")
+        elif name == "slice":
+            self.slice(node)
+        elif name in ("pad", "tile"):
+            amounts = node.attr("pads" if name == "pad" else "repeats")
+            rank, none = x.type.rank, 0 if name == "pad" else 1
+            if any(amounts[i] != none for i in range(len(amounts))
+                   if i % rank in self.dynamic.of(x)):  # fmt: skip
+                self.fail(node, "it works along the extent")
+
+    def slice(self, node: Node) -> None:
+        x, out = node.input(0), node.output
+        for axis, start, step in zip(
+            node.attr("axes"), node.attr("starts"), node.attr("steps"), strict=True
+        ):
+            symbol = self.dynamic.of(x).get(int(axis) % x.type.rank)
+            if symbol is None:
+                continue
+            whole = self.dynamic.of(out).get(int(axis) % x.type.rank) == symbol
+            last = start + step * (out.shape[axis] - 1)
+            if whole and start == 0 and step == 1:
+                continue
+            if whole or min(start, last) < 0 or max(start, last) >= self.least[symbol]:
+                self.fail(node, "it reads the extent at places that small sizes do not have")
+
+    def reshape(self, node: Node) -> None:
+        x, out = node.input(0), node.output
+        if sorted(self.dynamic.of(x).values()) != sorted(self.dynamic.of(out).values()):
+            self.fail(node, "it merges the extent with another one")
+            return
+        for (i, s), (j, t) in zip(
+            sorted(self.dynamic.of(x).items()), sorted(self.dynamic.of(out).items()), strict=True
+        ):
+            if s != t or prod(x.shape[:i]) != prod(out.shape[:j]):
+                self.fail(node, "it merges the extent with another one")
+
+    # --------------------------------------------------------------------------- masking
+
+    def zero_tail(self, value: Value, axis: int) -> bool:
+        """Whether a value is 0 in the filling of an axis already."""
+        node = value.producer
+        if node is None:
+            return False
+        if node.op.name == "softmax":
+            return node in self.raised and int(node.attr("axis")) % value.type.rank == axis
+        if node.op.name == "mask_tail":
+            return int(node.attr("axis")) == axis
+        if node.op.name == "transpose":
+            return self.zero_tail(node.input(0), node.attr("perm")[axis])
+        if node.op.name == "reshape":
+            symbol = self.dynamic.of(value)[axis]
+            before = [a for a, s in self.dynamic.of(node.input(0)).items() if s == symbol]
+            return len(before) == 1 and self.zero_tail(node.input(0), before[0])
+        return False
+
+    def mask(self, node: Node, operand: int, axis: int) -> None:
+        """Let an operand be 0 in the filling."""
+        x = node.input(operand)
+        if (x, axis) not in self.masked:
+            tail = self.tail(self.dynamic.of(x)[axis], x.shape[axis])
+            made = self.graph.add("mask_tail", [x, tail], {"axis": axis}, name=f"{x.name}_used")
+            self.dynamic.axes[made.output] = self.dynamic.of(x)
+            self.masked[x, axis] = made.output
+        self.graph.set_input(node, operand, self.masked[x, axis])
+
+    def raise_tail(self, node: Node, axis: int) -> None:
+        """Let an operand be lower in the filling than anywhere else."""
+        x = node.input(0)
+        tail = self.tail(self.dynamic.of(x)[axis], x.shape[axis])
+        if axis != x.type.rank - 1:
+            shape = (x.shape[axis], *[1] * (x.type.rank - 1 - axis))
+            name = f"{node.name}_tail"
+            tail = self.graph.add("reshape", [tail], {"shape": shape}, name=name).output
+        made = self.graph.add("add", [x, tail], name=f"{node.name}_used")
+        self.dynamic.axes[made.output] = self.dynamic.of(x)
+        self.graph.set_input(node, 0, made.output)
+        self.raised.add(node)
+
+
+def mask_tails(
+    graph: Graph, dynamic: DynamicAxes, least: Mapping[str, int]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Make a FLOAT graph right for every smaller size, its inputs filled up with zeros.
+
+    Args:
+        graph: Changed in place: inputs `tail_*` are added, one for each symbol that needs it, 0 in
+            the used part and `FILL` beyond.
+        dynamic: Of the graph.
+        least: Least size of every symbol.
+
+    Returns:
+        Symbol -> name of its input; new value -> name of the value whose range it has.
+
+    Raises:
+        UnsupportedOpError: Operators that mix the extent in a way that has no masked form.
+    """
+    work = _Masking(graph, dynamic, least)
+    work.run()
+    tails = {symbol: v.name for symbol, v in work.tails.items()}
+    return tails, {v.name: x.name for (x, _), v in work.masked.items()}
