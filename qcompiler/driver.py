@@ -218,7 +218,6 @@ def compile(
         whole = assemble(built, backend.spec, result, decided).artifact
         compiled = CompiledModel(joined(whole, parts, dynamic))
     result.log.extend(built.notes)
-    compiled = assemble(built, backend.spec, result, decided)
     if lock is not None:
         lock.check_result(compiled.artifact)
     from qcompiler.measure import measured_report

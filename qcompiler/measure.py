@@ -19,7 +19,6 @@ from qcompiler.artifact import check_runnable
 from qcompiler.cpu import default_threads, host_cpu
 from qcompiler.dynamic import Dynamic
 from qcompiler.energy import measure_energy
-from qcompiler.energy import measure_energy
 from qcompiler.errors import QCompilerError, UnsupportedByTargetError
 from qcompiler.measure_network import error_along, ranges, reads
 from qcompiler.modality import modality_report
