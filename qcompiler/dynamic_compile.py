@@ -19,7 +19,7 @@ import numpy as np
 
 from qcompiler.artifact import Artifact, ParamBlock
 from qcompiler.dynamic import Axes, Dynamic, Variant
-from qcompiler.errors import UnsupportedByTargetError, UsageError
+from qcompiler.errors import ShapeError, UnsupportedByTargetError, UsageError
 from qcompiler.ir import Graph
 from qcompiler.ops import Stage
 from qcompiler.passmanager import PassContext, PassManager, ProgressFn, no_progress
@@ -230,7 +230,15 @@ def _float_graph(
     from qcompiler.onnx_import import load_onnx
     from qcompiler.passes.canonicalize import canonicalize_passes
 
-    graph = load_onnx(model, input_shapes=shapes, freeze=freeze)
+    try:
+        graph = load_onnx(model, input_shapes=shapes, freeze=freeze)
+    except ShapeError as error:
+        at = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ShapeError(
+            f"the model does not compute at every size of the range; at {at}: {error.message}",
+            node=error.node,
+            hint="give a range that fits the model, or one extent per axis",
+        ) from None
     if graph.stage is not Stage.FLOAT:
         raise UsageError("a model that is quantized already serves one size per artifact",
                          hint="give one extent per axis")  # fmt: skip

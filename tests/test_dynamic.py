@@ -25,6 +25,7 @@ from qcompiler.dynamic_compile import Ranges, _float_graph, ranges_of
 from qcompiler.errors import (
     ArtifactError,
     DataError,
+    ShapeError,
     UnsupportedByTargetError,
     UnsupportedOpError,
     UsageError,
@@ -283,6 +284,14 @@ def test_what_depends_on_the_filling_is_refused() -> None:
     refused(count, "a constant in it depends on the size")
     product = sound(lambda n: n("ReduceProd", "sound", axes=[2], keepdims=0), ("N", 4))
     refused(product, "no masked form")
+
+
+def test_a_model_that_has_one_size_after_all() -> None:
+    n = Net()
+    y = n("Add", "sound", n.weights(4, 8))
+    model = n.model({"sound": (1, ["N", 4, "T"])}, {"y": (y, ["N", 4, "T"])})
+    with pytest.raises(ShapeError, match=r"every size of the range; at sound \[1, 4, "):
+        qcompiler.compile(model, precision="fp32", input_shapes=shapes(model, (1, 8)))
 
 
 def test_slice_of_what_all_sizes_have() -> None:
