@@ -120,8 +120,8 @@ def worthwhile(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> bool:
 
 _TASKS = 8
 """Tasks wanted for a kernel of some size."""
-_TASK_MACS = 8_000_000
-"""Products that a task should have: starting one costs a fifth of a microsecond."""
+_TASK_MACS = 25_000_000
+"""Products that a task should have, about ten microseconds: starting one costs up to one."""
 _L2_BYTES = 512 * 1024
 """Quarter of level 2: what may stay there while other data streams through."""
 
@@ -153,14 +153,15 @@ def candidates(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmP
 def _tasks(geometry: Geometry, mt: int, nv: int, order: Literal["n", "m"]) -> GemmParams:
     """Share the work out: by rows where activations outweigh weights, else by columns first."""
     g = geometry
-    wanted = max(1, min(_TASKS, g.macs // _TASK_MACS))
+    wanted = max(1, min(_TASKS, 1 << (g.macs // _TASK_MACS).bit_length() >> 1))
     tiles = -(-g.n // (nv * TILE_ROWS))
     # A task of a window copies the rows around its own too; it should have many more of its own.
     least = max(8 * (g.kh - 1), -(-2 * mt * TILE_ROWS // g.ow))
     by_rows = max(1, min(wanted, g.oh // least))
     whole = tiles_plan(g, GemmParams(16, mt, nv, g.oh, 1, algorithm="tiles"))
     if whole.source == "rows":  # all of K for each pixel: the copy of a task stays in level 2
-        by_rows = max(by_rows, min(-(-whole.area // _L2_BYTES), g.oh // least))
+        most = max(1, g.oh * g.ow // (2 * mt * TILE_ROWS))
+        by_rows = min(max(wanted, -(-whole.area // _L2_BYTES)), most, g.oh)
     elif g.kh * g.kw > 1 or g.n * g.kh * g.kw > g.oh * g.ow:
         columns = min(tiles, wanted)
         by_rows = min(by_rows, -(-wanted // columns))
@@ -234,7 +235,8 @@ def tiles_plan(geometry: Geometry, params: GemmParams) -> TilesPlan:
     wide = g.dw == 1 or g.kw == 1
     strided = g.sh > 1 or g.sw > 1
     taps = [(i * g.dh, j * g.dw) for i in range(g.kh) for j in range(g.kw)]
-    if not g.padded and not strided and g.a_dtype == "uint8":
+    # Outputs computed beyond the end of a row must fall into the next row, or they stay wrong.
+    if not g.padded and not strided and g.a_dtype == "uint8" and g.w <= 2 * g.ow:
         runs = [(i * g.dh * g.w * g.c, g.kw * g.c) for i in range(g.kh)]
         if not wide:
             runs = [((y * g.w + x) * g.c, g.c) for y, x in taps]
@@ -258,7 +260,7 @@ def tiles_plan(geometry: Geometry, params: GemmParams) -> TilesPlan:
     in_planes = len(runs) * -(-run // TILE_BYTES) * _tiles((rows - 1) * pitch + g.ow)
     pieces = g.kh * -(-g.kw * g.c // TILE_BYTES) if wide else g.kh * g.kw * -(-g.c // TILE_BYTES)
     in_rows = (-(-k // TILE_BYTES) + 2.5 * pieces / -(-g.n // TILE_ROWS)) * _tiles(rows * g.ow)
-    if in_rows < in_planes and g.kh * g.kw > 1:
+    if g.kh * g.kw > 1 and (in_rows < in_planes or pitch > 2 * g.ow):
         pixel = -(-k // TILE_BYTES) * TILE_BYTES if k > TILE_BYTES else -(-k // 4) * 4
         return _plan("rows", [(0, k)], pixel, g.ow, (), 0, tasks, whole=True)
     return _plan("planes", runs, g.c, pitch, planes, plane_rows, tasks)

@@ -54,6 +54,7 @@ __all__ = [
     "minimum",
     "own_function",
     "parallel",
+    "prefetch",
     "registers",
     "reinterpret",
     "requantized",
@@ -152,6 +153,16 @@ def registers(size: int, dtype: str) -> Buffer:
 def scratch(size: int, dtype: str) -> Buffer:
     """A one-dimensional work area in memory, private to the enclosing (parallel) iteration."""
     return T.alloc_buffer((size,), dtype, scope="global")
+
+
+def prefetch(buffer: Buffer, index: Expr, *, near: bool = False) -> None:
+    """Ask for the cache line of an element, which may lie beyond the buffer.
+
+    It comes to level 2, or with `near` to level 1.
+    """
+    code = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+    read, level, data = (tirx.const(number, "int32") for number in (0, 3 if near else 2, 1))
+    T.evaluate(T.call_llvm_intrin("void", code, T.address_of(buffer[index]), read, level, data))
 
 
 # Control.

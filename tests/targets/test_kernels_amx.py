@@ -168,6 +168,7 @@ def test_chunks_hold_each_byte_of_k_once(workload: ConvWorkload, rows: int) -> N
     smallest = plan.tasks.size - (1 if plan.tasks.small else 0)
     assert (smallest - 1) * plan.pitch + geometry.ow >= 16
     assert sum(number * size for _, number, size in plan.tasks.kinds) == geometry.oh
+    assert plan.pitch <= 2 * geometry.ow  # what is stored beyond a row stays in the next
     if plan.source == "direct":  # nothing is read beyond the input
         last = ((geometry.oh - 1) * plan.pitch + geometry.ow - 1) * plan.pixel
         assert last + max(plan.offsets) + plan.chunk <= geometry.h * geometry.w * geometry.c
