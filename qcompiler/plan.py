@@ -16,6 +16,7 @@ import numpy as np
 
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph, Node
+from qcompiler.modality import is_regional, modalities, select
 from qcompiler.ops import OpKind
 from qcompiler.ops._recurrence import cell_of, settles
 from qcompiler.types import DType, Precision
@@ -88,7 +89,9 @@ class PrecisionPlan:
         Args:
             graph: Graph whose nodes the rules select.
             rules: Selector -> precision. A selector is a node name, a shell pattern over node
-                names (`layer1.*`), or `op:` followed by an operator's name (`op:matmul`).
+                names (`layer1.*`), `op:` followed by an operator's name (`op:matmul`), or a region
+                (`input:image`: what depends on that input alone; `fusion`: where inputs meet), of
+                which those nodes are chosen that can have the precision.
 
         Raises:
             UsageError: A selector that selects nothing (all of them listed), an unknown
@@ -99,6 +102,9 @@ class PrecisionPlan:
         for selector, wanted in rules.items():
             precision = Precision.parse(wanted) if isinstance(wanted, str) else wanted
             chosen = [n for n in graph.nodes if _selects(selector, n)]
+            if not chosen and is_regional(selector):
+                region = select(graph, selector)
+                chosen = [n for n in region if obstacle_to(n, precision) is None]
             if not chosen:
                 empty.append(selector)
             for node in chosen:
@@ -114,7 +120,8 @@ class PrecisionPlan:
         if empty:
             raise UsageError(
                 f"no node is selected by {', '.join(map(repr, empty))}",
-                hint="a selector is a node name, a pattern over node names, or op:NAME",
+                hint="a selector is a node name, a pattern over node names, op:NAME, or a region: "
+                f"{', '.join(m.name for m in modalities(graph))}",
             )
         return self.replaced(changes)
 
