@@ -650,13 +650,21 @@ def vgg_small(
 
 
 def _attention(
-    net: Network, x: str, batch: int | str, tokens: int, heads: int, mask: str | None, name: str
+    net: Network,
+    x: str,
+    batch: int | str,
+    tokens: int,
+    heads: int,
+    mask: str | None,
+    name: str,
+    symbolic: bool = False,
 ) -> str:
     """Multi-head self-attention on `[batch, tokens, width]` up to its output projection."""
     width = net.channels(x)
     depth = width // heads
-    rows = -1 if isinstance(batch, str) else batch
-    split = net.constant(np.array([rows, tokens, heads, depth], np.int64), f"{name}.split")
+    # Where both extents are open, the first one is copied (0) and the second one follows (-1).
+    extents = (0, -1) if symbolic else (-1 if isinstance(batch, str) else batch, tokens)
+    split = net.constant(np.array([*extents, heads, depth], np.int64), f"{name}.split")
     # Query and key have variance 2, so that scores have a standard deviation of 2 and the
     # attention is peaked as in trained encoders, not near uniform.
     query = net.linear(x, width, f"{name}.query", std=math.sqrt(2))
@@ -679,28 +687,37 @@ def _attention(
     probabilities = net.node("Softmax", (scores,), f"{name}/Softmax", axis=-1)
     context = net.node("MatMul", (probabilities, parts["value"]), f"{name}/context")
     context = net.node("Transpose", (context,), f"{name}/Transpose", perm=[0, 2, 1, 3])
-    merge = net.constant(np.array([rows, tokens, width], np.int64), f"{name}.merge")
+    merge = net.constant(np.array([*extents, width], np.int64), f"{name}.merge")
     context = net.node("Reshape", (context, merge), f"{name}/Reshape")
     mixed = _softmax(probes["query"] @ probes["key"] / root) @ probes["value"]
     net.probe[context] = mixed.transpose(0, 2, 1, 3).reshape(-1, tokens, width)
     return net.linear(context, width, f"{name}.output", std=math.sqrt(0.5))
 
 
-def _embeddings(net: Network, batch: int | str, tokens: int, vocab: int, width: int) -> str:
+def _embeddings(
+    net: Network, batch: int | str, tokens: int, vocab: int, width: int, symbolic: bool
+) -> str:
     """Input ids to the sum of word, position and token type embeddings, normalised."""
-    ids = net.input("input_ids", (batch, tokens), TensorProto.INT64)
+    ids = net.input("input_ids", (batch, "tokens" if symbolic else tokens), TensorProto.INT64)
     table = 0.05 * net.rng.standard_normal((vocab, width), dtype=np.float32)
     position = 0.02 * net.rng.standard_normal((1, tokens, width), dtype=np.float32)
     kind = 0.02 * net.rng.standard_normal(width, dtype=np.float32)
     words = net.node("Gather", (net.constant(table, "embeddings.word"), ids), "embeddings/Gather")
     x = net.node("Add", (words, net.constant(kind, "embeddings.token_type")), "embeddings/Add")
-    x = net.node("Add", (x, net.constant(position, "embeddings.position")), "embeddings/Add_1")
+    places = net.constant(position, "embeddings.position")
+    if symbolic:
+        one = net.constant(np.array([1], np.int64), "embeddings.one")
+        none = net.constant(np.array([0], np.int64), "embeddings.none")
+        shape = net.node("Shape", (ids,), "embeddings/Shape")
+        count = net.node("Gather", (shape, one), "embeddings/count", axis=0)
+        places = net.node("Slice", (places, none, count, one), "embeddings/Slice")
+    x = net.node("Add", (x, places), "embeddings/Add_1")
     sample = net.rng.integers(0, vocab, (1, tokens))
     net.probe[x] = table[sample] + kind + position
     return net.layer_norm(x, "embeddings.LayerNorm")
 
 
-def _additive_mask(net: Network, batch: int | str, tokens: int) -> str:
+def _additive_mask(net: Network, batch: int | str, tokens: int | str) -> str:
     """`attention_mask` `[batch, tokens]` of 0 and 1 to 0 and -3.4e38, `[batch, 1, 1, tokens]`."""
     mask = net.input("attention_mask", (batch, tokens), TensorProto.INT64)
     axes = net.constant(np.array([1, 2], np.int64), "mask.axes")
@@ -721,6 +738,7 @@ def encoder(
     seed: int = 0,
     batch: int | str = 1,
     mask: bool = False,
+    symbolic: bool = False,
 ) -> onnx.ModelProto:
     """Build a BERT-like encoder (post-norm), node for node as PyTorch exports one.
 
@@ -735,6 +753,7 @@ def encoder(
         seed: seed of the weights.
         batch: batch size; a string makes it symbolic.
         mask: add the input `attention_mask` int64 `[batch, tokens]`.
+        symbolic: leave the sequence length open; ``tokens`` is then the longest one.
 
     Returns:
         A model with the output `last_hidden_state` `[batch, tokens, width]`; 1.4 GMAC at the
@@ -743,20 +762,21 @@ def encoder(
     Source: Devlin et al., BERT, 2018; sizes of Wang et al., MiniLM, 2020.
     """
     net = Network("encoder", seed)
+    extent = "tokens" if symbolic else tokens
     if vocab is None:
-        x = net.input("input", (batch, tokens, width))
+        x = net.input("input", (batch, extent, width))
         net.probe[x] = net.rng.standard_normal((1, tokens, width), dtype=np.float32)
     else:
-        x = _embeddings(net, batch, tokens, vocab, width)
-    additive = _additive_mask(net, batch, tokens) if mask else None
+        x = _embeddings(net, batch, tokens, vocab, width, symbolic)
+    additive = _additive_mask(net, batch, extent) if mask else None
     for index in range(layers):
         name = f"layer.{index}"
-        y = _attention(net, x, batch, tokens, heads, additive, f"{name}.attention")
+        y = _attention(net, x, batch, tokens, heads, additive, f"{name}.attention", symbolic)
         x = net.layer_norm(net.add(y, x, f"{name}.attention/Add"), f"{name}.attention.LayerNorm")
         y = net.activation(net.linear(x, ffn, f"{name}.intermediate"), "gelu", f"{name}.gelu")
         y = net.linear(y, width, f"{name}.output", std=math.sqrt(0.5))
         x = net.layer_norm(net.add(y, x, f"{name}.output/residual"), f"{name}.output.LayerNorm")
-    net.output(x, "last_hidden_state", (batch, tokens, width))
+    net.output(x, "last_hidden_state", (batch, extent, width))
     return net.model()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -256,6 +257,34 @@ def test_the_artifact(case: Any, tmp_path: Path) -> None:
                 new.writestr(name, data)
         with pytest.raises(ArtifactError, match=said):
             read_artifact(damaged)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_encoder_with_1_to_128_tokens() -> None:
+    """Six layers as a sentence encoder has; all lengths, with the integers of each exact one."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+    from builders import encoder as build
+
+    model = build(vocab=1000, mask=True, symbolic=True)
+    rng = np.random.default_rng(0)
+
+    def one(size: int) -> Arrays:
+        ids = rng.integers(0, 1000, (1, size))
+        return {"input_ids": ids, "attention_mask": np.ones((1, size), np.int64)}
+
+    made = qcompiler.compile(
+        model, calibration=[one(64) for _ in range(8)], input_shapes={"input_ids": (1, (1, 128))}
+    )
+    session = ort.InferenceSession(model.SerializeToString())
+    for size in range(1, 129):
+        inputs = one(size)
+        ours, theirs = made(inputs)["last_hidden_state"], session.run(None, inputs)[0]
+        assert ours.shape == theirs.shape
+        cosine = (ours * theirs).sum() / np.linalg.norm(ours) / np.linalg.norm(theirs)
+        assert cosine > 0.99, size
+        # Within a longer size, the same call gives the same numbers: nothing leaks in.
+        assert np.array_equal(made(inputs)["last_hidden_state"], ours)
 
 
 def refused(model: onnx.ModelProto, match: str, extent: Any = (1, 40)) -> None:
