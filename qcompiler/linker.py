@@ -53,9 +53,11 @@ def find_linker(triple: str = "") -> list[str]:
             return [command]
     if find_spec("ziglang") is not None:
         return [sys.executable, "-m", "ziglang", "cc", *zig_target]
+    package = f"gcc-{architecture}-linux-gnu" if zig_target else "gcc"
     raise UnsupportedByTargetError(
-        f"no C compiler to link for {triple or 'this machine'}: looked for {', '.join(names)}",
-        hint="install one, or the extra 'qcompiler[cross]'",
+        f"no C compiler to link for {triple or 'this machine'}: looked for {', '.join(names)} and "
+        "the package ziglang",
+        hint=f"install one (Debian: {package}), or pip install 'qcompiler[cross]'",
     )
 
 

@@ -18,7 +18,7 @@ from qcompiler.errors import TargetError, UnknownTargetError, UsageError
 
 if TYPE_CHECKING:
     from qcompiler.passmanager import Pass
-    from qcompiler.targets.base import Backend
+    from qcompiler.targets.base import Backend, TargetSpec
 
 TARGETS = "qcompiler.targets"
 PASSES = "qcompiler.passes"
@@ -53,16 +53,23 @@ def target_names() -> tuple[str, ...]:
     return tuple(_points(TARGETS))
 
 
-def get_target(name: str) -> Backend:
+def get_target(target: str | TargetSpec) -> Backend:
     """Return the backend of a target.
 
     Args:
-        name: A registered name, or "host" for the best row that this CPU runs.
+        target: A registered name, or "host" for the best row that this CPU runs; after a colon may
+            follow the processor to schedule for, as in "arm-dotprod:neoverse-n1". Or a TargetSpec,
+            of which name and `mcpu` count.
 
     Raises:
-        UnknownTargetError: No such target; the message lists the known names.
+        UnknownTargetError: No such target or processor; the message lists the known names.
     """
     points = _points(TARGETS)
+    if not isinstance(target, str):
+        known = get_target(target.name)
+        other = target.mcpu is not None and target.mcpu != known.spec.mcpu
+        return known.with_processor(str(target.mcpu)) if other else known
+    name, separator, processor = target.partition(":")
     if name == "host":
         from qcompiler.targets.cpu import host_target
 
@@ -75,7 +82,7 @@ def get_target(name: str) -> Backend:
             hint=f"did you mean {near[0]!r}?" if near else None,
         )
     backend: Backend = _load(TARGETS, points[name])(name)
-    return backend
+    return backend.with_processor(processor) if separator else backend
 
 
 def pass_table() -> dict[str, type[Pass]]:

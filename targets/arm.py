@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from qcompiler.targets.base import Backend
 from qcompiler.targets.cpu import backend_of_row
-from qcompiler.types import Precision
+from qcompiler.types import UNCALIBRATED, Precision
 
 _DESCRIPTIONS = {
     "arm-neon": "any 64-bit ARM CPU (cortex-a72 and older): s8 x s8 into int16, proved or widened",
     "arm-dotprod": "ARM with SDOT (cortex-a76, neoverse-n1 and later): s8 x s8 into int32",
     "arm-i8mm": "ARM with I8MM (neoverse-v1 and -n2, cortex-a710): 2x8 by 8x2 matrix products",
 }
-_PRECISIONS = (Precision.W8A8, Precision.W4A8, Precision.FP32)
+_PRECISIONS = (Precision.W8A8, Precision.W4A8, Precision.FP32, *UNCALIBRATED)
 
 
 def make(name: str) -> Backend:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qcompiler.errors import UnsupportedByTargetError
+from qcompiler.errors import UnknownTargetError, UnsupportedByTargetError
 from qcompiler.ir import Graph, Node
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.records import Records
@@ -38,7 +38,9 @@ class TargetSpec:
     triple: str | None = None
     """LLVM target triple of the library, or None where there is no library."""
     mcpu: str | None = None
-    """LLVM processor name, which may be overridden per compilation."""
+    """LLVM processor name, which may be overridden per compilation ("arm-dotprod:neoverse-n1")."""
+    processors: tuple[str, ...] = ()
+    """Processors that may be named in place of `mcpu`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,17 @@ class Backend(ABC):
         Raises:
             UnsupportedByTargetError: All nodes that cannot be lowered, in one message.
         """
+
+    def with_processor(self, mcpu: str) -> Backend:
+        """Return this backend with the scheduling model of another processor, as LLVM names it.
+
+        Raises:
+            UnknownTargetError: The target offers no choice of processors, or not this one.
+        """
+        raise UnknownTargetError(
+            f"target {self.spec.name} cannot be built for the processor {mcpu!r}: it offers none",
+            hint=f"give the target as {self.spec.name!r}",
+        )
 
     def with_records(self, records: Records) -> Backend:
         """Return this backend with kernel parameters chosen by tuning records.

@@ -135,6 +135,7 @@ def backend_of_row(
         isa=name,
         triple=isa.mtriple,
         mcpu=isa.mcpu,
+        processors=isa.mcpus,
     )
     return CpuBackend(spec, isa)
 

@@ -422,6 +422,12 @@ def test_targets_lists_names_and_what_runs_here(capsys: pytest.CaptureFixture[st
     assert found["host"] in rows
     assert rows[found["host"]]["runs_here"] is True
     assert "w8a8" in rows["x86-avx2"]["precisions"]
+    arm = rows["arm-dotprod"]
+    assert arm["architecture"] == "aarch64"
+    assert arm["cpu_features"] == ["asimd", "asimddp"]
+    assert arm["processor"] == "cortex-a76"
+    assert "neoverse-n1" in arm["processors"]
+    assert arm["builds_here"] is (arm["build_obstacle"] == "")
     status, out, _ = run(capsys, "targets")
     assert status == 0
     for name in rows:
@@ -437,7 +443,8 @@ def test_doctor_finds_this_machine_healthy(capsys: pytest.CaptureFixture[str]) -
     assert by_name["apache-tvm"]["detail"].endswith("(pinned)")
     assert by_name["C compiler"]["state"] == "ok"
     assert by_name["TVM runtime"]["state"] == "ok"
-    assert "aarch64-linux-gnu-gcc" in by_name
+    assert "qemu-aarch64-static" in by_name
+    assert "linker for aarch64" in by_name
     assert "nvcc" in by_name
     status, out, _ = run(capsys, "doctor")
     assert status == 0

@@ -23,7 +23,7 @@ State = Literal["ok", "missing", "broken"]
 
 
 def targets(json_output: options.JsonOption = False) -> int:
-    """List the targets, and whether code for them runs on this machine."""
+    """List the targets, what they compute in, and whether this machine can run or only build."""
     from qcompiler.cpu import missing_features
     from qcompiler.registry import get_target, target_names
 
@@ -35,10 +35,16 @@ def targets(json_output: options.JsonOption = False) -> int:
             {
                 "name": name,
                 "description": spec.description,
+                "architecture": (spec.triple or "any").split("-")[0],
+                "cpu_features": list(spec.cpu_features),
+                "processor": spec.mcpu,
+                "processors": list(spec.processors),
                 "precisions": [p.value for p in spec.precisions],
                 "runs_here": not _obstacle(spec),
                 "obstacle": _obstacle(spec),
                 "missing_cpu_features": list(missing),
+                "builds_here": not _build_obstacle(spec),
+                "build_obstacle": _build_obstacle(spec),
             }
         )
     host = get_target("host").spec.name
@@ -46,23 +52,58 @@ def targets(json_output: options.JsonOption = False) -> int:
     if json_output:
         return shell.DONE
     table = Table()
-    for heading in ("target", "description", "precisions", "runs here"):
-        table.add_column(heading)
+    for heading in ("target", "description", "precisions", "here"):
+        table.add_column(heading, no_wrap=heading == "target")
     for row in rows:
-        here = "yes" if row["runs_here"] else f"no, {row['obstacle']}"
         name = f"{row['name']} (host)" if row["name"] == host else row["name"]
-        table.add_row(name, row["description"], ", ".join(row["precisions"]), here)
+        table.add_row(name, _about(row), ", ".join(row["precisions"]), _here(row))
     shell.out_console().print(table)
     return shell.DONE
+
+
+def _about(row: dict[str, Any]) -> str:
+    """Return the description of a target, with what it needs and offers, for the table."""
+    lines = [row["description"]]
+    if row["cpu_features"]:
+        lines.append(f"needs {', '.join(row['cpu_features'])}")
+    if row["processors"]:
+        others = ", ".join(p for p in row["processors"] if p != row["processor"])
+        lines.append(f"for {row['processor']}; as {row['name']}:PROCESSOR for {others}")
+    return "\n".join(lines)
+
+
+def _here(row: dict[str, Any]) -> str:
+    """Return what this machine can do with a target, for the table."""
+    if row["runs_here"]:
+        return "builds and runs"
+    if row["builds_here"]:
+        return f"builds only: {row['obstacle']}"
+    return f"no: {row['build_obstacle']}"
+
+
+def _build_obstacle(spec: TargetSpec) -> str:
+    """Return why code for a target cannot be linked on this machine; empty where it can."""
+    from qcompiler.linker import find_linker
+
+    if spec.isa is None or spec.triple is None:
+        return ""
+    try:
+        find_linker(spec.triple)
+    except QCompilerError as error:
+        return f"{error.message} ({error.hint})" if error.hint else error.message
+    return ""
 
 
 def _obstacle(spec: TargetSpec) -> str:
     """Return why code for a target does not run on this machine; empty where it does."""
     from qcompiler.artifact import check_runnable
-    from qcompiler.cpu import missing_features
+    from qcompiler.cpu import host_cpu, missing_features
     from qcompiler.errors import UnsupportedByTargetError
     from qcompiler.manifest import TargetInfo
 
+    machine = host_cpu().architecture
+    if spec.isa is not None and (spec.triple or machine).split("-")[0] != machine:
+        return f"this machine is {machine}"
     lacking = ", ".join(missing_features(spec.cpu_features))
     if lacking:
         return f"the CPU lacks {lacking}"
@@ -97,6 +138,7 @@ def doctor(json_output: options.JsonOption = False) -> int:
         _tvm_works(),
         *_cpu(),
         _linker(),
+        *_cross_linkers(),
         *_optional(),
     ]
     broken = [f for f in findings if f.state == "broken"]
@@ -182,6 +224,28 @@ def _linker() -> Finding:
     )
 
 
+def _cross_linkers() -> list[Finding]:
+    """What links for the other architectures, and what to install where nothing does."""
+    from qcompiler.cpu import host_cpu
+    from qcompiler.linker import find_linker
+    from qcompiler.targets.isa import ISA_TABLE
+
+    findings = []
+    for triple in dict.fromkeys(isa.mtriple for isa in ISA_TABLE.values()):
+        architecture = triple.split("-")[0]
+        if architecture == host_cpu().architecture:
+            continue
+        name = f"linker for {architecture}"
+        try:
+            command = find_linker(triple)
+        except QCompilerError as error:
+            findings.append(Finding(name, "missing", error.message, error.hint or ""))
+            continue
+        said = _first_line([*command, "--version"])
+        findings.append(Finding(name, "ok", f"{' '.join(command)}: {said}"))
+    return findings
+
+
 def _optional() -> list[Finding]:
     findings = []
     openvino = shell.package_version("openvino")
@@ -191,7 +255,7 @@ def _optional() -> list[Finding]:
         else Finding("openvino", "missing", "not installed; a peer of `bench`")
     )
     for command, what in (
-        ("aarch64-linux-gnu-gcc", "links for ARM"),
+        ("qemu-aarch64-static", "runs code for ARM in the tests"),
         ("nvcc", "compiles CUDA kernels"),
     ):
         path = shutil.which(command)

@@ -115,10 +115,15 @@ class Rig:
 
     def call(self, row: str, library: bytes, function: str, arrays: Sequence[Array]) -> Array:
         """Call a function of a shared library; return the last array, which it writes."""
+        return self.call_all(row, library, function, arrays)[-1]
+
+    def call_all(
+        self, row: str, library: bytes, function: str, arrays: Sequence[Array]
+    ) -> list[Array]:
+        """Call a function of a shared library; return all arrays as it leaves them."""
         with self._lock, _file(library) as path:
             stream = self._asked(row, path, function, arrays)
-            last = arrays[-1]
-            return np.frombuffer(stream.read(last.nbytes), last.dtype).reshape(last.shape)
+            return [np.frombuffer(stream.read(a.nbytes), a.dtype).reshape(a.shape) for a in arrays]
 
     def call_main(self, row: str, library: Path, arrays: Sequence[Array]) -> list[Array]:
         """Run `main` of a model's library on its inputs and parameters; return the results."""
@@ -300,7 +305,10 @@ class EmulatedModule:
 
         def call(*tensors: Any) -> None:
             arrays = [tensor.numpy() for tensor in tensors]
-            tensors[-1].copyfrom(rig().call(self._row, library, name, arrays))
+            found = rig().call_all(self._row, library, name, arrays)
+            for tensor, before, after in zip(tensors, arrays, found, strict=True):
+                if before.tobytes() != after.tobytes():
+                    tensor.copyfrom(after)
 
         return call
 

@@ -5,7 +5,7 @@
 // under an emulator, where a process for each call would take most of the time.
 //
 // Request: a line "LIBRARY FUNCTION COUNT", then for each array a line "DTYPE NDIM EXTENT..." and
-// its bytes.  Answer: a line "ok" and the bytes of the last array, or a line "error MESSAGE".
+// its bytes.  Answer: a line "ok" and the bytes of all arrays, or a line "error MESSAGE".
 // With the function "vm:main", main runs in the virtual machine, and the answer is "ok COUNT" and
 // its results, each in the form of a request's arrays.
 #include <iostream>
@@ -95,7 +95,7 @@ int main() {
     }
     if (!whole) {
       std::cout << "ok\n";
-      WriteBytes(tensors.back());
+      for (const qcm::Tensor& tensor : tensors) WriteBytes(tensor);
     } else if (auto one = result.as<qcm::Tensor>()) {
       std::cout << "ok 1\n";
       WriteTensor(*one);
