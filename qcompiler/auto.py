@@ -87,7 +87,9 @@ class Choice:
         if self.log is None or compiled.report is None:
             return
         log = measured_log(self.log, compiled.report)
-        compiled.report = {**compiled.report, "assignment": log}
+        said = list(compiled.report.get("notes") or ())
+        notes = [*said, *(n for n in self.notes if n not in said)]
+        compiled.report = {**compiled.report, "assignment": log, "notes": notes}
         if log["infeasible"] is not None:
             raise InfeasibleBudgetError(
                 log["infeasible"]["message"],
@@ -137,7 +139,7 @@ def choose(
             notes=[nothing],
             evaluate=evaluate,
             budget=budget or Budget(),
-            tuning=_only_records(tuning),
+            tuning=only_records(tuning),
         )
     if prepared.table is None or calibration is None:
         raise DataError(
@@ -165,7 +167,7 @@ def choose(
         seconds["latency"] = time.perf_counter() - mark
         mark = time.perf_counter()
         network = network_of(prepared.graph, table, precisions, sensitivity)
-        network = network.with_fixed(_fixed(network, prepared, overrides))
+        network = network.with_fixed(fixed_by(network, prepared, overrides))
         judge = Judge(prepared, model, evaluation, cache, _JOINT_SAMPLES)
         trials = {p.value: workshop.uniform(p) for p in precisions}
         seconds["assign"] = time.perf_counter() - mark
@@ -257,7 +259,7 @@ def _late(deadline: float | None) -> Callable[[], bool]:
     return lambda: deadline is not None and time.perf_counter() > deadline
 
 
-def _fixed(
+def fixed_by(
     network: Network, prepared: Prepared, overrides: Mapping[str, str | Precision] | None
 ) -> dict[str, str]:
     """Return what overrides bind: item -> precision.
@@ -390,7 +392,8 @@ def _tuned_backend(
     return tuned, Tuning(records=records)
 
 
-def _only_records(tuning: Tuning | None) -> Tuning | None:
+def only_records(tuning: Tuning | None) -> Tuning | None:
+    """Return the use of the records that exist, without further tuning."""
     if tuning is None or tuning.records is None or not os.path.exists(tuning.records):
         return None
     return Tuning(records=tuning.records)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qcompiler.assign import Cast, Item, Option, Problem, Requirement
+from qcompiler.assign import Cast, Item, Option, Problem, Requirement, totals
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.latency import LatencyTable, ModelTimes, RegionTime
 from qcompiler.ops import OpKind
@@ -183,18 +183,14 @@ class _Builder:
         casts, meaning = self._casts(base_times)
         whole = self.table.models.get(INTEGER) or next(iter(self.table.models.values()))
         inside = sum(t.size for n, t in base_times.items() if n in names)
-        outside = sum(t.seconds for n, t in base_times.items() if n not in names and n[0] != "@")
+        outside = sum(t.seconds for n, t in base_times.items() if n not in names and n[:1] != "@")
         base = Option(
             outside + whole.calls * self.table.overhead, 0.0, float(max(whole.size - inside, 0))
         )
         problem = Problem(
-            tuple(items),
-            tuple(casts),
-            (),
-            tuple(self._requirements(names)),
-            {},
-            base,
+            tuple(items), tuple(casts), (), tuple(self._requirements(names)), {}, base
         )
+        problem = self._complete(problem, {n for n in products if n in names})
         return Network(
             self.graph,
             problem,
@@ -204,6 +200,37 @@ class _Builder:
             meaning,
             latency,
         )
+
+    def _complete(self, problem: Problem, products: set[str]) -> Problem:
+        """Give every kernel's time to something, so that uniform choices sum to what was measured.
+
+        Layout changes and other kernels that only one of the models has are nobody's: those of the
+        integer model are paid whatever is chosen, those of a float model by its products.
+        """
+        for precision in (Precision.W8A8, *(p for p in self.precisions if not p.is_integer)):
+            model = self.table.models.get(precision.value)
+            if model is None:
+                continue
+            choices = {
+                i.name: precision.value if precision.value in i.options else _nearest(i, precision)
+                for i in problem.items
+            }
+            fixed = model.calls * self.table.overhead
+            rest = model.kernels + fixed - totals(problem, choices).latency
+            if precision is Precision.W8A8:
+                more = dataclasses.replace(problem.base, latency=problem.base.latency + rest)
+                problem = dataclasses.replace(problem, base=more)
+                continue
+            share = rest / max(len(products), 1)
+            items = []
+            for item in problem.items:
+                option = item.options.get(precision.value)
+                if item.name in products and option is not None:
+                    more = dataclasses.replace(option, latency=max(option.latency + share, 0.0))
+                    item = Item(item.name, {**item.options, precision.value: more})
+                items.append(item)
+            problem = dataclasses.replace(problem, items=tuple(items))
+        return problem
 
     # ------------------------------------------------------------------------- whose time it is
 
@@ -413,6 +440,12 @@ class _Share:
 
 
 _NOTHING = _Share()
+
+
+def _nearest(item: Item, precision: Precision) -> str:
+    """Return the option that an item has in a model at a precision that it lacks."""
+    wanted = INTEGER if precision.is_integer else FLOAT
+    return wanted if wanted in item.options else next(iter(item.options))
 
 
 def _is_conversion(region: RegionTime) -> bool:

@@ -264,6 +264,37 @@ def compile(
                 seed=seed,
                 progress=progress,
             )
+    if choice is None and lock is None and ranges is None and isinstance(precision, str):
+        from qcompiler.fallback import without_slower_regions
+
+        choice = without_slower_regions(
+            model,
+            backend,
+            precision,
+            compiled.report,
+            calibration=calibration,
+            input_shapes=input_shapes,
+            freeze=freeze,
+            tuning=tuning,
+            methods=methods,
+            overrides=overrides,
+            seed=seed,
+            progress=report_progress,
+        )
+        if choice is not None:
+            compiled = compile(
+                model,
+                target=target,
+                calibration=calibration,
+                precision=choice.plan,
+                evaluate=evaluate,
+                input_shapes=input_shapes,
+                freeze=freeze,
+                tuning=choice.tuning,
+                methods=methods if choice.plan.has_integers else (),
+                seed=seed,
+                progress=progress,
+            )
     if choice is not None:
         choice.finish(compiled)
     _check_budget(compiled, budget)

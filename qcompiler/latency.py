@@ -38,6 +38,7 @@ __all__ = [
     "Measured",
     "ModelTimes",
     "RegionTime",
+    "enough_runs",
     "measure_models",
 ]
 
@@ -48,6 +49,7 @@ _ROUNDS = 5
 _RUNS = 3
 _WARMUP = 1
 _BLOCK = 4
+_BLOCK_SECONDS = 3e-3
 _ENOUGH = 12.0
 """Seconds of measuring after which no further round begins."""
 _LEAST = 2
@@ -411,17 +413,21 @@ def _rounds(
     inputs = {name: model.random_inputs() for name, (_, model) in runnable.items()}
     calls: dict[str, list[list[float]]] = {name: [] for name in runnable}
     whole: dict[str, list[float]] = {name: [] for name in runnable}
+    count = {
+        name: enough_runs(lambda m=model, x=inputs[name]: m(x), _BLOCK)  # type: ignore[misc]
+        for name, (_, model) in runnable.items()
+    }
     started = time.perf_counter()
     for index in range(_ROUNDS):
         late = deadline() or time.perf_counter() - started > _ENOUGH
         if index >= _LEAST and late:
             break
         for name, (_, model) in runnable.items():
-            profile = model.profile(inputs[name], runs=_RUNS)
+            profile = model.profile(inputs[name], runs=max(_RUNS, count[name] // 2))
             calls[name].append([seconds for _, seconds in profile])
             block = benchmark.block(
                 lambda model=model, x=inputs[name]: model(x),  # type: ignore[misc]
-                runs=_BLOCK,
+                runs=count[name],
                 warmup=_WARMUP,
             )
             whole[name].append(min(block))  # as `profile` takes the least of its runs
@@ -437,6 +443,13 @@ def _rounds(
         found[_whole(built, model)] = _summary([whole[name]])
     found.update({w: _summary(s) for w, s in samples.items()})
     return found
+
+
+def enough_runs(run: Callable[[], object], least: int) -> int:
+    """Return how many runs make a block of some milliseconds: short ones are noisier."""
+    run()
+    took = min(benchmark.block(run, runs=2, warmup=0))
+    return int(min(max(_BLOCK_SECONDS / max(took, 1e-7), least), 100))
 
 
 def _summary(samples: Sequence[Sequence[float]]) -> KernelTime:

@@ -30,6 +30,8 @@ _ROUNDS = 8
 _GAIN = 0.004
 """Share of the latency below which a further solution is not worth building."""
 _FRONT = 20
+_EVEN = 0.01
+"""Measured latencies this close are equal."""
 _SLACK = 0.01
 """Share of a latency limit that is kept in hand: measurements differ."""
 
@@ -443,14 +445,13 @@ def _finished(work: Search, objective: Literal["latency", "loss"], limits: Limit
     if picked:
         chosen = picked[0]
         if timed and objective == "latency":
-            chosen = min(picked, key=lambda r: r.measured.seconds or math.inf)
-            base = floats[0] if floats else None
-            ours = chosen.measured.seconds
-            if base is not None and base.kept and base is not chosen and ours is not None:
-                theirs = base.measured.seconds
-                if theirs is not None and theirs <= ours:
-                    chosen = base
-                    note = "no integer plan was faster than float"
+            raced = [r for r in by_name.values() if r.kept]
+            best = min(r.measured.seconds or math.inf for r in raced)
+            # What is not slower than measurements can tell goes to the smaller loss: float first.
+            even = [r for r in raced if (r.measured.seconds or math.inf) <= best * (1 + _EVEN)]
+            chosen = min(even, key=lambda r: (r.measured.loss or 0.0, r.measured.seconds))
+            if chosen in floats:
+                note = "no integer plan was faster than float"
         over = chosen.measured.broken(budget)
         broken = over
     else:

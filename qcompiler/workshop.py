@@ -20,12 +20,12 @@ import numpy as np
 
 from qcompiler import benchmark, data
 from qcompiler.cache import Cache, key_of
-from qcompiler.cpu import host_cpu
+from qcompiler.cpu import default_threads, host_cpu
 from qcompiler.data import Budget, Evaluation, InputSpec, SampleSet, SampleSource, load_samples
 from qcompiler.driver import Quantized, assemble
 from qcompiler.errors import DataError
 from qcompiler.ir import Graph
-from qcompiler.latency import LatencyTable, measure_models
+from qcompiler.latency import KernelTime, LatencyTable, enough_runs, measure_models
 from qcompiler.metrics import metric_of
 from qcompiler.ops import Stage
 from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no_progress
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
     from qcompiler.passes.calibrate import CalibrationTable
 
-__all__ = ["Figures", "Judge", "Prepared", "Trial", "Workshop", "prepare"]
+__all__ = ["Figures", "Judge", "Prepared", "Trial", "Workshop", "prepare", "race", "records_file"]
 
 _PAUSE = 0.01  # seconds
 _CAST_SHAPES = 24
@@ -275,13 +275,9 @@ class Workshop:
         if casts is not None:
             for region in found.models.pop("casts").regions:
                 if region.seconds is not None and region.name in casts[2]:
-                    from qcompiler.latency import KernelTime
-
                     times[casts[2][region.name]] = KernelTime(region.seconds, region.noise)
         for name, model in found.models.items():
             models[name].note(seconds=model.seconds)
-        from qcompiler.cpu import default_threads
-
         return LatencyTable(
             digest(self.prepared.graph),
             self.backend.spec.name,
@@ -485,6 +481,8 @@ def race(
     """
     inputs = {name: t.compiled.random_inputs() for name, t in trials.items()}
     found: dict[str, list[float]] = {name: [] for name in trials}
+    count = {n: enough_runs(lambda t=t, x=inputs[n]: t.compiled(x), runs)  # type: ignore[misc]
+             for n, t in trials.items()}  # fmt: skip
     started = time.perf_counter()
     for index in range(rounds):
         if index >= 2 and time.perf_counter() - started > seconds:
@@ -493,7 +491,7 @@ def race(
             time.sleep(_PAUSE)
             block = benchmark.block(
                 lambda t=trial, x=inputs[name]: t.compiled(x),  # type: ignore[misc]
-                runs=runs,
+                runs=count[name],
                 warmup=1,
             )
             found[name].append(min(block))
