@@ -247,10 +247,13 @@ def check_device(isa: str, what: str) -> None:
 # --- NVRTC ---
 
 
+NVRTC_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so.11.2", "libnvrtc.so")
+"""Where NVRTC is looked for after what QCOMPILER_LIBNVRTC names."""
+
+
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    names = [os.environ.get(LIBNVRTC) or "", "libnvrtc.so.13", "libnvrtc.so.12",
-             "libnvrtc.so.11.2", "libnvrtc.so"]  # fmt: skip
+    names = [os.environ.get(LIBNVRTC) or "", *NVRTC_NAMES]
     problems = []
     for name in filter(None, names):
         try:

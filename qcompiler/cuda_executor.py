@@ -90,6 +90,51 @@ def load_executor(artifact: Artifact) -> CudaExecutor:
     )  # fmt: skip
 
 
+class _Code:
+    """The code and the parameters on the GPU, shared by every call."""
+
+    def __init__(
+        self,
+        gpu: Driver,
+        program: dict[str, Any],
+        image: bytes,
+        parameters: Sequence[Array],
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+    ) -> None:
+        self.gpu = gpu
+        self.program = program
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self._addresses: list[int] = []
+        held: list[tuple[str, int]] = []
+        weakref.finalize(self, _let_go, gpu, held)
+        module, self.functions = gpu.load_module(image, program["kernels"])
+        held.append(("cuModuleUnload", module))
+        base = gpu.allocate(sum(_rounded(a.nbytes) for a in parameters), "the parameters")
+        held.append(("cuMemFree_v2", base))
+        for array in parameters:
+            if array.nbytes:
+                source = np.ascontiguousarray(array)
+                gpu.call("cuMemcpyHtoD_v2", base, source.ctypes.data, source.nbytes)
+            self._addresses.append(base)
+            base += _rounded(array.nbytes)
+
+    def address(self, reference: list[Any], arena: int, status: int) -> int:
+        """Return what a reference of the program points at.
+
+        Raises:
+            ArtifactError: Nothing.
+        """
+        kind, value = reference if len(reference) == 2 else ("", 0)
+        if kind == "arena" and 0 <= value < self.program["arena"]:
+            return arena + int(value)
+        if kind == "parameter" and 0 <= value < len(self._addresses):
+            return self._addresses[value]
+        if kind == "status":
+            return status
+        raise ArtifactError(f"program.json: {reference} refers to nothing")
+
+
 class CudaExecutor:
     """Runs a program of launches; safe to use from several threads."""
 
@@ -109,39 +154,9 @@ class CudaExecutor:
             UnsupportedByTargetError: The GPU does not take the code, or has no room.
         """
         self.gpu = gpu
-        self.program = program
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self._addresses: list[int] = []
         with gpu.current():
-            self._module, self.functions = gpu.load_module(image, program["kernels"])
-            size = sum(_rounded(a.nbytes) for a in parameters)
-            self._base = gpu.allocate(size, "the parameters")
-            weakref.finalize(self, _release, gpu, self._module, self._base)
-            offset = 0
-            for array in parameters:
-                if array.nbytes:
-                    source = np.ascontiguousarray(array)
-                    gpu.call(
-                        "cuMemcpyHtoD_v2", self._base + offset, source.ctypes.data, source.nbytes
-                    )
-                self._addresses.append(self._base + offset)
-                offset += _rounded(array.nbytes)
-            self._idle = [_Machine(self)]
-
-    def address(self, reference: list[Any], arena: int, status: int) -> int:
-        """Return what a reference of the program points at.
-
-        Raises:
-            ArtifactError: Nothing.
-        """
-        kind, value = reference if len(reference) == 2 else ("", 0)
-        if kind == "arena" and 0 <= value < self.program["arena"]:
-            return arena + int(value)
-        if kind == "parameter" and 0 <= value < len(self._addresses):
-            return self._addresses[value]
-        if kind == "status":
-            return status
-        raise ArtifactError(f"program.json: {reference} refers to nothing")
+            self._code = _Code(gpu, program, image, parameters, inputs, outputs)
+            self._idle = [_Machine(self._code)]
 
     def run(self, inputs: Sequence[Array], *, threads: int = 1) -> list[Array]:
         """Run once.
@@ -155,7 +170,7 @@ class CudaExecutor:
             try:
                 machine = self._idle.pop()  # list.pop and append are atomic
             except IndexError:
-                machine = _Machine(self)
+                machine = _Machine(self._code)
             try:
                 results = machine.run(inputs)
             except CudaError as error:
@@ -169,34 +184,28 @@ class CudaExecutor:
     def profile(self, inputs: Sequence[Array], *, runs: int = 5) -> list[tuple[str, float]]:
         """Return (kernel, seconds) of every launch in order, the least of some runs."""
         with self.gpu.current():
-            return _Machine(self, record=False).profile(inputs, runs)
+            return _Machine(self._code, record=False).profile(inputs, runs)
 
 
 def _rounded(nbytes: int) -> int:
     return -(-max(nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
 
 
-def _release(gpu: Driver, module: int, base: int) -> None:
-    with contextlib.suppress(CudaError), gpu.current():
-        gpu.call("cuMemFree_v2", base)
-        gpu.call("cuModuleUnload", module)
-
-
 class _Machine:
     """An arena, staging memory and a recorded graph: what one call at a time uses."""
 
-    def __init__(self, owner: CudaExecutor, *, record: bool = True) -> None:
-        gpu = self.gpu = owner.gpu
-        self.owner = owner
-        program = owner.program
+    def __init__(self, code: _Code, *, record: bool = True) -> None:
+        gpu = self.gpu = code.gpu
+        self.code = code
+        program = code.program
         self.held: list[tuple[str, int]] = []
         weakref.finalize(self, _let_go, gpu, self.held)
         self.arena = gpu.allocate(program["arena"] + _STATUS_BYTES, "the activations")
         self.held.append(("cuMemFree_v2", self.arena))
         self.status = self.arena + program["arena"]
         self.stream = self._keep("cuStreamDestroy_v2", gpu.get("cuStreamCreate", c_void_p, 1).value)
-        self.sources = [self._staging(s) for s in owner.inputs]
-        self.results = [self._staging(s) for s in owner.outputs]
+        self.sources = [self._staging(s) for s in code.inputs]
+        self.results = [self._staging(s) for s in code.outputs]
         status = self._keep(
             "cuMemFreeHost", gpu.get("cuMemHostAlloc", c_void_p, _STATUS_BYTES, 0).value
         )
@@ -220,30 +229,30 @@ class _Machine:
 
     def _prepared(self, entry: dict[str, Any]) -> tuple[str, list[Any], Any]:
         """Return a launch's kernel and the arguments of cuLaunchKernel."""
-        owner = self.owner
-        if entry["kernel"] not in owner.functions or len(entry["grid"]) != 3:
+        code = self.code
+        if entry["kernel"] not in code.functions or len(entry["grid"]) != 3:
             raise ArtifactError(f"program.json: no kernel {entry['kernel']!r} with such a grid")
-        addresses = [owner.address(r, self.arena, self.status) for r in entry["arguments"]]
+        addresses = [code.address(r, self.arena, self.status) for r in entry["arguments"]]
         values = [c_void_p(a) for a in addresses]
         # One pointer per argument, to where its value lies; a null one ends the list.
         pointers = (c_void_p * (len(values) + 1))(*(ctypes.addressof(v) for v in values), None)
-        call = [owner.functions[entry["kernel"]], *entry["grid"], entry["threads"], 1, 1,
+        call = [code.functions[entry["kernel"]], *entry["grid"], entry["threads"], 1, 1,
                 entry["shared"], self.stream, pointers, None]  # fmt: skip
         return entry["kernel"], call, values
 
     def _copies_in(self) -> None:
-        gpu, owner = self.gpu, self.owner
+        gpu, code = self.gpu, self.code
         gpu.call("cuMemsetD8Async", self.status, 0, _STATUS_BYTES, self.stream)
-        for reference, array in zip(owner.program["inputs"], self.sources, strict=True):
+        for reference, array in zip(code.program["inputs"], self.sources, strict=True):
             if array.nbytes:
-                to = owner.address(reference, self.arena, self.status)
+                to = code.address(reference, self.arena, self.status)
                 gpu.call("cuMemcpyHtoDAsync_v2", to, array.ctypes.data, array.nbytes, self.stream)
 
     def _copies_out(self) -> None:
-        gpu, owner = self.gpu, self.owner
-        for reference, array in zip(owner.program["outputs"], self.results, strict=True):
+        gpu, code = self.gpu, self.code
+        for reference, array in zip(code.program["outputs"], self.results, strict=True):
             if array.nbytes:
-                source = owner.address(reference, self.arena, self.status)
+                source = code.address(reference, self.arena, self.status)
                 gpu.call(
                     "cuMemcpyDtoHAsync_v2", array.ctypes.data, source, array.nbytes, self.stream
                 )

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from qcompiler.ir import Graph, Node
 from qcompiler.manifest import dumps
 from qcompiler.passes.channels_last import ChannelsLast
 from qcompiler.passes.contiguous_reductions import ContiguousReductions
 from qcompiler.passes.split_to_slices import SplitToSlices
+from qcompiler.passes.widen_weights import WidenWeights
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import precision_of
 from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
@@ -38,7 +41,7 @@ class CudaBackend(Backend):
 
     def passes(self) -> tuple[Pass, ...]:
         """Channels last; the tensor cores take signed and unsigned bytes alike."""
-        return (ChannelsLast(), ContiguousReductions(), SplitToSlices())
+        return (WidenWeights(), ChannelsLast(), ContiguousReductions(), SplitToSlices())
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> Lowered:
         """Turn the shaped graph into launches."""
@@ -76,6 +79,10 @@ class CudaBackend(Backend):
             members=members,
             executor="cuda",
             notes=tuple(notes),
+            workloads={
+                name: hashlib.sha256(f"{self.arch.isa} {text.text}".encode()).hexdigest()[:32]
+                for name, text in lowered.kernels.items()
+            },
         )
 
 

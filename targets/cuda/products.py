@@ -249,7 +249,9 @@ def product_launch(p: Product, arch: Arch, tile: Tile | None = None) -> Launch:
         f"const float* multiplier, const int* b_zero, const void* pad, {types['OUT']}* out"
     )
     body = f"  qc_product<{NAME}_p>(a, b, residual, bias, multiplier, b_zero, pad, out);"
-    text += "\n" + entry(parameters, tile.threads, body)
+    # Turing has two buffers only, and reads the next step through registers.
+    at_once = 2 if arch.async_copies and tile.wm * tile.wn <= 2048 else 1
+    text += "\n" + entry(parameters, tile.threads, body, at_once)
     blocks = -(-p.rows // tile.bm) * -(-p.columns // tile.bn)
     arguments: tuple[Argument, ...] = (
         p.a, b,

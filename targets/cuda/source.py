@@ -88,10 +88,11 @@ def struct(
     return "\n".join([*lines, "};"])
 
 
-def entry(parameters: str, threads: int, body: str) -> str:
-    """Return the kernel itself."""
+def entry(parameters: str, threads: int, body: str, blocks: int = 1) -> str:
+    """Return the kernel itself; `blocks` of it shall fit a multiprocessor at once."""
     return (
-        f'extern "C" __global__ void QC_LAUNCH_BOUNDS({threads}) {NAME}({parameters}) {{\n'
+        f'extern "C" __global__ void QC_LAUNCH_BOUNDS({threads}, {blocks})\n'
+        f"{NAME}({parameters}) {{\n"
         f"{body}\n}}\nQC_ENTRY({NAME})"
     )
 

@@ -13,7 +13,7 @@
 #define QC_DEVICE static __device__ __forceinline__
 #define QC_ENTRY(name)
 #define QC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-#define QC_LAUNCH_BOUNDS(threads) __launch_bounds__(threads)
+#define QC_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define QC_ALIGNED(pointer, bytes)
 
 // ---------------------------------------------------------------- asynchronous copies

@@ -158,7 +158,9 @@ QC_DEVICE void qc_product(const typename P::A* __restrict__ a, const void* __res
       // 16-byte pieces in the order of memory: 8 columns hold BK / 32 * 128 bytes per step.
       constexpr int RUN = KS * 8, COPIES = P::BN / 8 * RUN;
 #pragma unroll
-      for (int i = thread; i < COPIES; i += T::THREADS) {
+      for (int j = 0; j < (COPIES + T::THREADS - 1) / T::THREADS; ++j) {
+        const int i = thread + j * T::THREADS;
+        if (COPIES % T::THREADS && i >= COPIES) break;
         const int tile = n0 / 8 + i / RUN;
         qc_copy_async<16>(to + i * 16,
                           b + (tile * (P::KP / 32) + step * KS) * 128 + i % RUN * 16);
@@ -166,7 +168,9 @@ QC_DEVICE void qc_product(const typename P::A* __restrict__ a, const void* __res
     } else {
       constexpr int COPIES = P::BN * T::PIECES;
 #pragma unroll
-      for (int i = thread; i < COPIES; i += T::THREADS) {
+      for (int j = 0; j < (COPIES + T::THREADS - 1) / T::THREADS; ++j) {
+        const int i = thread + j * T::THREADS;
+        if (COPIES % T::THREADS && i >= COPIES) break;
         const int row = i / T::PIECES, c = i % T::PIECES, n = n0 + row;
         const int at = step * P::BK + c * 16;  // byte along K
         unsigned char* place = to + qc_swizzled<T::PIECES>(row, c);
@@ -283,7 +287,10 @@ QC_DEVICE void qc_product(const typename P::A* __restrict__ a, const void* __res
   out += P::c_offset(z);
   residual += P::c_offset(z);
   auto each_piece = [&](auto move) {
-    for (int i = thread; i < OUT_PIECES; i += T::THREADS) {
+#pragma unroll 4
+    for (int j = 0; j < (OUT_PIECES + T::THREADS - 1) / T::THREADS; ++j) {
+      const int i = thread + j * T::THREADS;
+      if (OUT_PIECES % T::THREADS && i >= OUT_PIECES) break;
       const int row = i / PER_ROW, byte = i % PER_ROW * P::OUT_PIECE;
       const int m = m0 + row, n = n0 + byte / T::OUT_SIZE;
       if (m < P::M && n < P::N) move(shared + row * T::OUT_ROW + byte, m * P::OUT_STRIDE + n);

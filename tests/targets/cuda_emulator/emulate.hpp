@@ -30,7 +30,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define QC_DEVICE static inline
-#define QC_LAUNCH_BOUNDS(threads)
+#define QC_LAUNCH_BOUNDS(threads, blocks)
 #define QC_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace emulate {

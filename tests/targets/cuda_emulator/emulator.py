@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -90,6 +91,13 @@ def without_nvcc() -> Iterator[None]:
         yield
     finally:
         backend.find_nvcc = before
+
+
+def allocated() -> int:
+    """Return the bytes of the emulated device that are allocated (inside `driver_environment`)."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    cuda_driver.driver().call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return total.value - free.value
 
 
 def executor(graph: Graph, target: str = "cuda-sm80") -> CudaExecutor:

@@ -62,7 +62,11 @@ struct Event {
 
 std::mutex everything;  // the emulator's fibers are one machine
 size_t used;
-std::map<uintptr_t, std::pair<void*, size_t>> allocations;
+struct Allocation {
+  void* map;
+  size_t mapped, asked;
+};
+std::map<uintptr_t, Allocation> allocations;
 std::string last_problem;
 bool initialized;
 
@@ -142,7 +146,7 @@ API cuMemAlloc_v2(uintptr_t* p, size_t n) {
   mprotect(map + body, page, PROT_NONE);
   *p = reinterpret_cast<uintptr_t>(map + body - rounded);
   std::memset(reinterpret_cast<void*>(*p), 0xA5, rounded);  // device memory is not zeroed
-  allocations[*p] = {map, body + page};
+  allocations[*p] = {map, body + page, n};
   used += n;
   return OK;
 }
@@ -150,7 +154,8 @@ API cuMemFree_v2(uintptr_t p) {
   std::lock_guard<std::mutex> lock(everything);
   const auto found = allocations.find(p);
   if (found == allocations.end()) return INVALID_VALUE;
-  munmap(found->second.first, found->second.second);
+  munmap(found->second.map, found->second.mapped);
+  used -= found->second.asked;
   allocations.erase(found);
   return OK;
 }

@@ -1,0 +1,196 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models through artifact, executor and emulated GPU return the interpreter's integers."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qcompiler
+from qcompiler.artifact import inspect_artifact
+from qcompiler.driver import assemble, build_graph, quantize_model
+from qcompiler.registry import get_target
+from qcompiler.runtime import CompiledModel
+from qcompiler.targets.cuda import backend
+from qcompiler.targets.reference import GraphExecutor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _module(name: str, path: Path) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+emulator = _module("cuda_emulator_helper", Path(__file__).parent / "cuda_emulator" / "emulator.py")
+catalogue = _module("qcompiler_model_catalogue", ROOT / "models" / "catalogue.py")
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        emulator.skip_reason() is not None, reason=emulator.skip_reason() or "emulator"
+    ),
+]
+
+
+def model_of(name: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return (model, calibration samples, evaluation arrays), or skip."""
+    if name in {m.name for m in catalogue.STORED}:
+        entry = catalogue.stored(name)
+        return str(entry.path), str(entry.calibration), dict(np.load(entry.evaluation))
+    reason = catalogue.skip_reason(name)
+    if reason is not None:
+        pytest.skip(reason)
+    external = catalogue.external(name, calib=16, eval=16)
+    assert external is not None
+    arrays = external.calibration
+    count = len(next(iter(arrays.values())))
+    samples = [{k: v[i : i + 1] for k, v in arrays.items()} for i in range(count)]
+    return str(external.path), samples, external.evaluation
+
+
+def check_model(
+    name: str,
+    tmp_path: Path,
+    *,
+    precision: str = "w8a8",
+    samples: int = 4,
+    target: str = "cuda-sm80",
+) -> None:
+    """Compile for a GPU; the saved and loaded model agrees with the interpreter bit for bit."""
+    model, calibration, evaluation = model_of(name)
+    if name.endswith("_qdq"):  # a quantized model has its scales
+        calibration = None
+    made = get_target(target)
+    result = quantize_model(model, spec=made.spec, calibration=calibration, precision=precision)
+    with emulator.without_nvcc(), emulator.driver_environment():
+        built = build_graph(result.graph, made)
+        path = tmp_path / "model.qcm"
+        assemble(built, made.spec, result).save(path)
+        loaded = qcompiler.load(path)
+        inputs = {k: evaluation[k][:samples] for k in loaded.inputs}
+        got = loaded(inputs)
+    # The interpreter runs the graph as it was before the target's passes.
+    reference = CompiledModel(loaded.artifact, executor=GraphExecutor(result.graph))
+    assert emulator.differences(got, reference(inputs)) == []
+    assert inspect_artifact(path)["manifest"]["executor"] == "cuda"
+
+
+def few(name: str, count: int = 12) -> qcompiler.Evaluation:
+    """Return the first samples of a stored evaluation set."""
+    arrays = dict(np.load(catalogue.stored(name).evaluation))
+    samples = [{k: v[i : i + 1] for k, v in arrays.items()} for i in range(count)]
+    return qcompiler.Evaluation(samples, "top1")
+
+
+def test_digits_cnn(tmp_path: Path) -> None:
+    check_model("digits_cnn", tmp_path, samples=20)
+
+
+def test_digits_cnn_on_turing(tmp_path: Path) -> None:
+    check_model("digits_cnn", tmp_path, samples=3, target="cuda-sm75")
+
+
+def test_digits_hybrid(tmp_path: Path) -> None:
+    check_model("digits_hybrid", tmp_path)
+
+
+def test_resnet20(tmp_path: Path) -> None:
+    check_model("resnet20", tmp_path, samples=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kws_dscnn", "kws_dscnn_qdq", "ic_resnet8", "mobilenetv2"])
+def test_more_models(name: str, tmp_path: Path) -> None:
+    check_model(name, tmp_path, samples=2)
+
+
+@pytest.mark.slow
+def test_four_bit_weights(tmp_path: Path) -> None:
+    check_model("resnet20", tmp_path, samples=2, precision="w4a8")
+
+
+@pytest.mark.slow
+def test_resnet50() -> None:
+    rng = np.random.default_rng(0)
+    samples = [{"input": rng.standard_normal((1, 3, 224, 224)).astype(np.float32)}] * 2
+    model = catalogue.built("resnet50").build()
+    result = quantize_model(model, calibration=samples, precision="w8a8")
+    made = get_target("cuda-sm80")
+    with emulator.without_nvcc(), emulator.driver_environment():
+        built = build_graph(result.graph, made)
+        compiled = assemble(built, made.spec, result)
+        got = compiled(samples[0])
+    reference = CompiledModel(compiled.artifact, executor=GraphExecutor(result.graph))
+    assert emulator.differences(got, reference(samples[0])) == []
+
+
+def test_a_float_model_is_close() -> None:
+    model, _, evaluation = model_of("digits_hybrid")
+    inputs = {k: evaluation[k][:3] for k in ("image", "rows")}
+    result = quantize_model(model, precision="fp32")
+    made = get_target("cuda-sm80")
+    with emulator.without_nvcc(), emulator.driver_environment():
+        compiled = assemble(build_graph(result.graph, made), made.spec, result)
+        got = compiled(inputs)
+    expected = CompiledModel(compiled.artifact, executor=GraphExecutor(result.graph))(inputs)
+    assert emulator.far_results(got, expected, list(expected), 1e-5) == []
+
+
+def test_compiling_measures_on_the_gpu_and_profiles_it() -> None:
+    model, calibration, _ = model_of("digits_cnn")
+    # A plan, not a name: what an emulated GPU measures must not send regions back to float.
+    plan = quantize_model(model, calibration=calibration, precision="w8a8").plan
+    with emulator.without_nvcc(), emulator.driver_environment():
+        compiled = qcompiler.compile(
+            model, target="cuda-sm80", calibration=calibration, precision=plan,
+            evaluate=few("digits_cnn"),
+        )  # fmt: skip
+    report = compiled.report
+    assert report is not None
+    assert report["metric"]["compiled"] > 0.9
+    assert report["latency_ms"]["compiled"] > 0
+    products = [n for n in report["nodes"] if n["kernel"].startswith("conv")]
+    assert products
+    assert all(n["latency_ms"] > 0 and n["macs"] > 0 for n in products)
+    assert any("NVRTC" in note for note in report["notes"])
+
+
+def test_without_a_gpu_accuracy_is_the_interpreter_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calibration, _ = model_of("digits_cnn")
+    monkeypatch.setenv("QCOMPILER_LIBCUDA", "/nonexistent/libcuda.so.1")
+    monkeypatch.setattr(backend, "find_nvcc", lambda: None)
+    from qcompiler import cuda_driver
+
+    cuda_driver.driver.cache_clear()
+    try:
+        compiled = qcompiler.compile(
+            model,
+            target="cuda-sm90",
+            calibration=calibration,
+            precision="w8a8",
+            evaluate=few("digits_cnn"),
+        )
+    finally:
+        cuda_driver.driver.cache_clear()
+    report = compiled.report
+    assert report is not None
+    assert report["metric"]["compiled"] > 0.9
+    assert report["latency_ms"]["compiled"] is None
+    assert any(
+        "no NVIDIA driver" in note and "accuracy is the interpreter's" in note
+        for note in report["notes"]
+    )
