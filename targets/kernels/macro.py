@@ -34,7 +34,12 @@ from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
-from qcompiler.targets.kernels.neon import by_element_loops, chain, rows_of_tile
+from qcompiler.targets.kernels.neon import (
+    by_element_loops,
+    chain,
+    paired_weights,
+    rows_of_tile,
+)
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry, Storage, TilePlan
 from qcompiler.targets.kernels.simd import worth_threads
@@ -480,12 +485,14 @@ class Step:
 
     def weights(self, index: Expr) -> list[list[Expr]]:
         """The weight vectors of one K-group: for each column vector one, or two halves."""
+        if self.kind in ("smlal", "smmla"):
+            return paired_weights(self, index)
         if self.storage != "plain":
             nv, lanes = self.acc.nv, self.acc.lanes
             return weight_vectors(
                 self.isa, self.storage, self.weight, self.kind, index, nv, lanes, self.terms
             )
-        halves = 2 if self.kind in ("exact", "smlal") else 1
+        halves = 2 if self.kind == "exact" else 1
         size = self.weight_elements // self.acc.nv // halves
         return [
             [
@@ -498,6 +505,8 @@ class Step:
     def unpack(self, index: Expr, area: Buffer, to: Expr) -> None:
         """Write the weight vectors of one K-group as plain storage has them."""
         vectors = self.weights(index)
+        if self.kind == "smmla":  # both registers of a column vector, then the next
+            vectors = [[register] for vector in vectors for register in vector]
         position = 0
         for half in range(len(vectors[0])):
             for vector in vectors:

@@ -41,11 +41,12 @@ from qcompiler.targets.kernels.tir import (
     shuffle,
     splat,
 )
+from qcompiler.targets.kernels.unpack import weight_vectors
 
 if TYPE_CHECKING:
     from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source, Step
 
-__all__ = ["by_element_loops", "chain", "rows_of_tile"]
+__all__ = ["by_element_loops", "chain", "paired_weights", "rows_of_tile"]
 
 _BYTES = 16
 """Activations of a pixel that are loaded together."""
@@ -114,6 +115,37 @@ def chain(isa: Isa, a: Sequence[Expr], w: Sequence[Expr]) -> Expr:
     return widened(isa, products(isa, a, w))
 
 
+def paired_weights(step: Step, index: Expr) -> list[list[Expr]]:
+    """The weights of one K-group for `smlal` and `smmla`: two registers for each column vector.
+
+    `smlal`: eight bytes of the first, and of the last, two members of each group.  `smmla`: eight
+    members of the first, and of the last, two columns.
+    """
+    nv = step.acc.nv
+    if step.kind == "smmla":
+        return [_registers(step, index, v) for v in range(nv)]
+    if step.storage == "plain":
+        size = 2 * step.acc.lanes
+        return [
+            [bind(load(step.weight, index + (half * nv + v) * size, size)) for half in range(2)]
+            for v in range(nv)
+        ]
+    whole = [vector[0] for vector in _unpacked(step, index, nv)]
+    slots = [shuffle([vector], range(8 * k, 8 * k + 8)) for vector in whole for k in range(2)]
+    return [[bind(slots[half * nv + v]) for half in range(2)] for v in range(nv)]
+
+
+def _registers(step: Step, index: Expr, v: int) -> list[Expr]:
+    """Both registers of one column vector for `smmla`."""
+    if step.storage == "plain":
+        return [bind(load(step.weight, index + (v * 2 + half) * 16, 16)) for half in range(2)]
+    return [vector[0] for vector in _unpacked(step, index + v * 16, 2)]
+
+
+def _unpacked(step: Step, index: Expr, count: int) -> list[list[Expr]]:
+    return weight_vectors(step.isa, step.storage, step.weight, "sdot", index, count, step.acc.lanes)
+
+
 class _Blocks:
     """Emits blocks of K-groups of one register tile."""
 
@@ -123,7 +155,7 @@ class _Blocks:
         self.step, self.source, self.a_steps, self.group = step, source, a_steps, group
         self.acc = step.acc
         self.depth = depth
-        self.weight_elements = step.weight_elements * group // 4
+        self.weight_elements = step.weight_elements
 
     def run(self, a_index: Expr, w_index: Expr, groups: int) -> None:
         """K-groups that follow each other in memory: whole blocks, then what is left."""
@@ -196,10 +228,10 @@ class _Blocks:
         for k in range(groups):
             pairs = [shuffle(words[m : m + 2], [k, groups + k]) for m in range(0, len(rows), 2)]
             pairs = [bind(reinterpret(pair, "int8", 16)) for pair in pairs]
-            for v in range(self.acc.nv):
-                for half in range(2):  # all pairs with one vector: few weights are live at a time
-                    at = w_index + k * self.weight_elements + (v * 2 + half) * 16
-                    w = bind(load(self.step.weight, at, 16))
+            for v in range(self.acc.nv):  # all pairs with one vector: few weights live at a time
+                for half, w in enumerate(
+                    _registers(self.step, w_index + k * self.weight_elements, v)
+                ):
                     for j, a in enumerate(pairs):
                         m = 2 * j + half
                         total = intrinsic("int32x4", name, self.acc.get(m, v), a, w)

@@ -253,9 +253,12 @@ def _pack(
     else:
         tiles = _tiles(geometry, plan, weight, columns)
         dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)
-        if dot in ("vpdpbusd", "maddubs", "exact") and fits_int4(weight):
+        if dot != "mixed" and fits_int4(weight):
             storage = "int4"
-            arrays["weight"] = nibbles(tiles.transpose(0, 3, 1, 2, 4), dot)
+            groups = tiles.transpose(0, 3, 1, 2, 4)
+            if isa.a_dtype == "int8":  # the plain layout's registers, whatever they hold
+                groups = arrays["weight"].reshape(*groups.shape[:2], -1, 4, 4)
+            arrays["weight"] = nibbles(groups, dot)
     if dot not in ("mixed", "winograd", "tiles") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
     arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)

@@ -49,7 +49,7 @@ def unpacks_ahead(storage: Storage, plan: TilePlan, order: str) -> bool:
 
 def elements_per_lane(storage: Storage, kind: str) -> tuple[int, int]:
     """Elements of the packed weights for one lane of a K-group, as a fraction."""
-    members = 1 if kind == "float" else 4
+    members = {"float": 1, "smmla": 8}.get(kind, 4)
     return members, 2 if storage in ("int4", "group4") else 1
 
 
