@@ -154,8 +154,11 @@ def compile(
     if lock is not None:
         calibration = None if calibration is None else load_samples(calibration)
         _check_locked(lock, decided, model, calibration, evaluate, tuning)
-        if precision == "auto":
+        if lock.gives_plan(precision):
             precision = lock.precision_plan()
+            decided = decided.searched(
+                lock.options.get("precision"), lock.digests.get("evaluation")
+            )
     ranges = ranges_of(model, input_shapes)
     if ranges is not None:
         if methods:
@@ -181,6 +184,7 @@ def compile(
             seed=seed,
             progress=report_progress,
         )
+        decided = decided.searched("auto")
         precision, evaluate, tuning = choice.plan, choice.evaluate, choice.tuning
     clock = TimeInstrument()
     result = quantize_model(
@@ -264,37 +268,7 @@ def compile(
                 seed=seed,
                 progress=progress,
             )
-    if choice is None and lock is None and ranges is None and isinstance(precision, str):
-        from qcompiler.fallback import without_slower_regions
-
-        choice = without_slower_regions(
-            model,
-            backend,
-            precision,
-            compiled.report,
-            calibration=calibration,
-            input_shapes=input_shapes,
-            freeze=freeze,
-            tuning=tuning,
-            methods=methods,
-            overrides=overrides,
-            seed=seed,
-            progress=report_progress,
-        )
-        if choice is not None:
-            compiled = compile(
-                model,
-                target=target,
-                calibration=calibration,
-                precision=choice.plan,
-                evaluate=evaluate,
-                input_shapes=input_shapes,
-                freeze=freeze,
-                tuning=choice.tuning,
-                methods=methods if choice.plan.has_integers else (),
-                seed=seed,
-                progress=progress,
-            )
+            _lock_searched(compiled, precision)
     if choice is not None:
         choice.finish(compiled)
     _check_budget(compiled, budget)
@@ -318,6 +292,14 @@ def _decided(
         target=spec.name, methods=methods, input_shapes=input_shapes, freeze=freeze, seed=seed
     )
     return Lock({}, lock_versions(tools), options)
+
+
+def _lock_searched(compiled: CompiledModel, precision: str) -> None:
+    """Note in the lock that measurements chose the plan where `precision` was asked for."""
+    lock = dict(compiled.artifact.lock or {})
+    lock["options"] = {**lock.get("options", {}), "precision": precision}
+    compiled.artifact = dataclasses.replace(compiled.artifact, lock=lock)
+    compiled.report = {**(compiled.report or {}), "lock": lock}
 
 
 def _check_locked(
@@ -554,7 +536,7 @@ def assemble(
 ) -> CompiledModel:
     """Return the model of what a backend built, with a lock where it is known what decided it."""
     graph = built.graph
-    sources = dict(result.sources)
+    sources = {**result.sources, **(decided.digests if decided is not None else {})}
     if built.records is not None:
         sources["records"] = built.records
     lock = None if decided is None else dataclasses.replace(decided, digests=sources).to_json()

@@ -14,6 +14,7 @@ that it made.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -176,6 +177,25 @@ class Lock:
         except UsageError as error:
             raise LockError(f"{self.origin}: {error.message}") from error
 
+    def searched(self, precision: str | None, evaluation: str | None = None) -> Lock:
+        """Return the lock of a plan that measurements chose: no second search need find it.
+
+        Args:
+            precision: What was asked for when they did; None for a plan that nothing measured.
+            evaluation: Digest of the evaluation data that steered the choice.
+        """
+        more = {} if precision is None else {"precision": precision}
+        read = {} if evaluation is None else {"evaluation": evaluation}
+        return dataclasses.replace(
+            self, options={**self.options, **more}, digests={**self.digests, **read}
+        )
+
+    def gives_plan(self, precision: object) -> bool:
+        """Whether the plan is to be taken from here: measurements chose it, or would now."""
+        return precision == "auto" or (
+            isinstance(precision, str) and precision == self.options.get("precision")
+        )
+
     # --- comparing ---
 
     def check_inputs(self, found: Lock) -> None:
@@ -189,7 +209,8 @@ class Lock:
         """
         early = [k for k in ("model", "calibration") if k in self.digests]
         early += [k for k in ("evaluation",) if k in self.digests and k in found.digests]
-        lines = _differences(self.options, found.options, "option")
+        locked = {k: v for k, v in self.options.items() if k != "precision"}  # see the plan
+        lines = _differences(locked, found.options, "option")
         lines += [d for k in early for d in self._digest(found, k)]
         lines += _differences(self.versions, found.versions, "version of")
         self._refuse(lines)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qcompiler import svg
-from qcompiler.svg import BAD, BEFORE, FAINT, GOOD, GRID, INK, PAPER, color_of
+from qcompiler.svg import BAD, BEFORE, FAINT, GOOD, GRID, INK, PAPER, color_of, decades
 
 WIDTH = 960.0
 
@@ -125,6 +125,7 @@ def pareto(
     others: Sequence[Point],
     axes: tuple[str, str],
     limits: tuple[float | None, float | None] = (None, None),
+    logarithmic: bool = False,
 ) -> str:
     """Return latency against loss: the front as a line, the chosen plan marked, limits dashed.
 
@@ -133,6 +134,7 @@ def pareto(
         others: Points beside it, such as every product at one precision, as measured.
         axes: Labels of latency and loss.
         limits: Greatest latency and greatest loss allowed.
+        logarithmic: Whether losses are spread over powers of ten; what is 0 lies on the floor.
     """
     height, left, bottom, top = 380.0, 62.0, 46.0, 44.0
     drawing = svg.Drawing(WIDTH, height, "Latency against loss of the possible plans", "pareto")
@@ -145,7 +147,8 @@ def pareto(
         xs.append(max_x)
     if max_y is not None and (max(ys) <= 0 or max_y <= 3 * max(ys)):
         ys.append(max_y)
-    px, py = _Axis(xs, left, WIDTH - 24, 0.08), _Axis(ys, height - bottom, top, 0.1)
+    px = _Axis(xs, left, WIDTH - 24, 0.08)
+    py = (_LogAxis if logarithmic else _Axis)(ys, height - bottom, top, 0.1)
     _grid(drawing, px, py, axes, left, height - bottom, top)
     lines: list[tuple[str, str, str]] = []
     if max_x is not None and px.holds(max_x):
@@ -229,6 +232,29 @@ class _Axis:
     def holds(self, value: float) -> bool:
         return self.lo <= value <= self.hi
 
+    def ticks(self, most: int) -> list[float]:
+        return svg.ticks(self.lo, self.hi, most)
+
+
+class _LogAxis(_Axis):
+    """Places numbers by their logarithm, at most six powers of ten below the greatest one."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float, room: float) -> None:
+        top = max((v for v in values if v > 0), default=1.0)
+        self.floor = max(min((v for v in values if v > 0), default=1e-3), top * 1e-6)
+        logs = [math.log10(max(v, self.floor)) for v in values]
+        super().__init__([math.floor(min(logs)), max(logs)], start, end, room)
+
+    def __call__(self, value: float) -> float:
+        return super().__call__(math.log10(max(value, self.floor)))
+
+    def holds(self, value: float) -> bool:
+        return value > 0 and super().holds(math.log10(value))
+
+    def ticks(self, most: int) -> list[float]:
+        del most
+        return [v for v in decades(10.0**self.lo, 10.0**self.hi) if self.holds(v)]
+
 
 def _grid(
     drawing: svg.Drawing,
@@ -239,11 +265,11 @@ def _grid(
     base: float,
     top: float,
 ) -> None:
-    for value in svg.ticks(px.lo, px.hi, 8):
+    for value in px.ticks(8):
         x = px(value)
         drawing.line(x, top, x, base, GRID)
         drawing.text(x, base + 16, svg.number(value), 11, FAINT, "middle")
-    for value in svg.ticks(py.lo, py.hi, 6):
+    for value in py.ticks(6):
         y = py(value)
         drawing.line(left, y, WIDTH - 24, y, GRID)
         drawing.text(left - 6, y + 4, svg.number(value), 11, FAINT, "end")

@@ -14,6 +14,9 @@ from qcompiler.report_html import Cell, chip, folded, num, section, table, text
 from qcompiler.svg import escape
 
 _SHOWN = 45
+_TELLING = 3
+"""Distinct drops that a chart needs: on an easy set all plans may have the same, and then the
+divergence from float tells them apart."""
 _LIMIT_NAMES = {
     "max_drop": "the drop allowed",
     "max_latency_ms": "the latency allowed",
@@ -43,6 +46,7 @@ def pareto(report: Report) -> str:
         others,
         ("latency of one call, ms", axis),
         (number(budget.get("max_latency_ms")), limit_y),
+        logarithmic=key == "loss",
     )
     rows = [
         (
@@ -77,10 +81,12 @@ def pareto(report: Report) -> str:
 
 def _loss_axis(found: Report, front: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Return which figure the chart shows as loss, and its label."""
-    if all(number(p.get("drop")) is not None for p in front):
+    drops = {round(d, 3) for p in front if (d := number(p.get("drop"))) is not None}
+    whole = all(number(p.get("drop")) is not None for p in front)
+    if whole and len(drops) >= min(_TELLING, len(front)):
         return "drop", f"drop of {found.get('metric') or 'the metric'}, points"
     unit = found.get("loss_unit") or ""
-    return "loss", f"divergence from float{f', {unit}' if unit else ''}"
+    return "loss", f"divergence from float{f', {unit}' if unit else ''} (logarithmic)"
 
 
 def _front_point(p: Mapping[str, Any], key: str, found: Report) -> charts.Point:
@@ -148,8 +154,8 @@ def cost(report: Report) -> str:
     products = [(name, n) for name, n in nodes.items() if n.get("options")]
     if not products:
         return ""
-    metric = any(number(o.get("drop")) is not None for _, n in products
-                 for o in n["options"].values())  # fmt: skip
+    drops = [number(o.get("drop")) for _, n in products for o in n["options"].values()]
+    metric = len({round(d, 4) for d in drops if d is not None and d > 0}) > _TELLING
     key = "drop" if metric else "loss"
     made = [_product(name, n, key) for name, n in products]
     shown = made
@@ -211,22 +217,6 @@ def _log(report: Report, log: Mapping[str, Mapping[str, Any]]) -> str:
     for name, n in log.items():
         precision, reason = final.get(name, (str(n.get("precision")), str(n.get("reason") or "")))
         reason = reason or str(n.get("reason") or "–")
-        following = n.get("next_step") or {}
-        step = ""
-        if following:
-            saves, costs = number(following.get("saves_us")), number(following.get("cost"))
-            if costs is None:
-                costs = number(following.get("loss"))
-            step = f"{chip(str(following.get('precision')))} " + escape(
-                ", ".join(
-                    x
-                    for x in (
-                        f"saves {saves:.3g} µs" if saves is not None else "",
-                        f"costs {costs:.2g}" if costs is not None else "",
-                    )
-                    if x
-                )
-            )
         style = "" if n.get("options") else "faint"
         cost_ = number(n.get("cost"))
         if cost_ is None:
@@ -235,8 +225,7 @@ def _log(report: Report, log: Mapping[str, Mapping[str, Any]]) -> str:
             (
                 style,
                 [
-                    text(name),
-                    text(n.get("op") or "–"),
+                    Cell(f"{escape(name)} <small>{escape(n.get('op') or '')}</small>"),
                     Cell(chip(precision)),
                     text(reason),
                     num(number(n.get("latency_us"))),
@@ -244,21 +233,39 @@ def _log(report: Report, log: Mapping[str, Mapping[str, Any]]) -> str:
                     num(number(n.get("gained_us"))),
                     num(cost_, ".2g"),
                     text(n.get("blocked_by") or "–"),
-                    Cell(step or "–"),
+                    Cell(_step(n.get("next_step") or {})),
                 ],
             )
         )
     heads = [
-        ("node", "text"), ("operator", "text"), ("precision", "text"), ("reason", "text"),
-        ("µs", "number"), ("measured, µs", "number"), ("gained, µs", "number"),
-        ("cost", "number"), ("blocked by", "text"), ("next step", "text"),
+        ("node", "text"), ("precision", "text"), ("reason", "text"), ("µs", "number"),
+        ("measured", "number"), ("gained", "number"), ("cost", "number"),
+        ("blocked by", "text"), ("next step", "text"),
     ]  # fmt: skip
     about = (
-        "Grey: nodes that follow the product of their kernel. Cost: share of the predicted drop in "
-        "points (or loss, without a metric). Click a heading to sort."
+        "Times in µs: predicted, measured in the artifact, gained over float. Cost: share of the "
+        "predicted drop in points (of the loss, without a metric). Grey: nodes that follow the "
+        "product of their kernel. Click a heading to sort."
     )
     listed = f'<div class="scroll">{table(heads, rows, "decision-table")}</div>'
     return section("decisions", "Decision log", about, listed, _rounds(report))
+
+
+def _step(step: Mapping[str, Any]) -> str:
+    """Return the next faster precision of a node, with what it would save and cost."""
+    if not step:
+        return "–"
+    saves, costs = number(step.get("saves_us")), number(step.get("cost"))
+    if costs is None:
+        costs = number(step.get("loss"))
+    said = []
+    if saves is not None:
+        said.append(
+            f"saves {svg.compact(saves)} µs" if saves >= 0 else f"{svg.compact(-saves)} µs slower"
+        )
+    if costs:
+        said.append(f"costs {costs:.2g}")
+    return f"{chip(str(step.get('precision')))} {escape(', '.join(said))}"
 
 
 def _rounds(report: Report) -> str:

@@ -52,7 +52,8 @@ th[aria-sort=descending]::after { content: " \\25bc"; color: #1f2933; }
 td, th { padding: .22rem .6rem .22rem 0; border-bottom: 1px solid #e8ebee; vertical-align: top;
   overflow-wrap: break-word; }
 td:first-child { overflow-wrap: anywhere; min-width: 8rem; }
-#decisions td:nth-child(4), #decisions td:last-child { min-width: 10rem; }
+#decisions td:nth-child(3) { min-width: 11rem; } #decisions td:last-child { min-width: 7rem; }
+small { color: #5f6b78; }
 code { overflow-wrap: anywhere; }
 .n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
 .chip { border-radius: 3px; padding: 0 .4rem; font-size: .8rem; white-space: nowrap; }

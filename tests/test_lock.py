@@ -281,3 +281,32 @@ def test_the_command_line(
     assert run(*given[:-1], "none.json")[0] == 2
     status, _, err = run("inspect", MODEL, "--lock", "lock.json")
     assert (status, "--lock: " in err) == (2, True)
+
+
+def test_a_plan_that_measurements_chose_is_taken_from_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for a search, and for regions that went back to float for their time."""
+    from qcompiler import auto, fallback
+    from qcompiler.plan import Decision
+
+    plan = PrecisionPlan.from_json(dict(compile_reference().plan))
+    chosen = PrecisionPlan(plan.nodes).replaced({"fc": Decision(_fp32(), "slower in integers")})
+
+    def found(*_: Any, **__: Any) -> auto.Choice:
+        return auto.Choice(chosen, None, sources={"evaluation": "e" * 64})
+
+    monkeypatch.setattr(auto, "choose", found)
+    monkeypatch.setattr(fallback, "without_slower_regions", found)
+    for precision in ("auto", "w8a8"):
+        name = f"{precision}.qcm"
+        compile_reference(precision=precision).save(tmp_path / name)
+        lock = read_artifact(tmp_path / name).lock
+        assert lock is not None
+        assert lock["options"]["precision"] == precision
+        again = compile_reference(precision=precision, locked=tmp_path / name)
+        again.save(tmp_path / "again.qcm")
+        assert (tmp_path / "again.qcm").read_bytes() == (tmp_path / name).read_bytes()
+        assert dict(again.plan)["nodes"]["fc"]["precision"] == "fp32"
+    with pytest.raises(LockError, match="precision of fc: found w8a8, locked fp32"):
+        compile_reference(precision="w8a8", locked=tmp_path / "auto.qcm")

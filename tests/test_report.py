@@ -475,7 +475,17 @@ def test_without_a_metric_the_front_shows_the_loss(assigned: dict[str, Any]) -> 
             o["drop"] = None
     page = report.to_html(assigned)
     assert "divergence from float, nat" in page
+    assert "(logarithmic)" in page
     assert "cost, nat" in page
+
+
+def test_equal_drops_leave_the_loss_to_tell_plans_apart(assigned: dict[str, Any]) -> None:
+    for point in assigned["assignment"]["front"]:
+        point["drop"] = 0.0
+    assigned["assignment"]["uniform"]["fp32"]["loss"] = 0.0  # has no logarithm
+    page = report.to_html(assigned)
+    assert "divergence from float, nat (logarithmic)" in page
+    assert 'id="chart-pareto"' in page
 
 
 def test_a_half_filled_assignment_is_no_defect(figures: dict[str, Any]) -> None:
