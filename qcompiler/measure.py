@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -182,8 +181,10 @@ def runnable(compiled: CompiledModel, built: Built) -> tuple[CompiledModel, str]
 def _sizes(compiled: CompiledModel, model: ModelSource) -> dict[str, int]:
     artifact = compiled.artifact
     members = artifact.members()
+    from qcompiler.onnx_import_model import stored_bytes
+
     source = _bytes_or_path(model)
-    size = len(source) if isinstance(source, bytes) else pathlib.Path(source).stat().st_size
+    size = len(source) if isinstance(source, bytes) else stored_bytes(source)
     return {
         "artifact": sum(len(m) for m in members.values()),
         "parameters": len(artifact.params.data),

@@ -97,6 +97,21 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     return data
 
 
+def stored_bytes(model: str | os.PathLike[str]) -> int:
+    """Return the size of a model's file and of the external data beside it, bytes."""
+    path = pathlib.Path(model)
+    proto = _parse(_read_bytes(path), path)
+    named = {
+        e.value
+        for t in proto.graph.initializer
+        if t.data_location == onnx.TensorProto.EXTERNAL
+        for e in t.external_data
+        if e.key == "location"
+    }
+    beside = [path.parent / name for name in named]
+    return sum(f.stat().st_size for f in (path, *beside) if f.is_file())
+
+
 def _parse(data: bytes, path: pathlib.Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:

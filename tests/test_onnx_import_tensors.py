@@ -94,3 +94,19 @@ def test_shapes_that_cannot_be() -> None:
         element_count((3, -2), "t")
     with pytest.raises(ShapeError, match="has 2147483648 elements; at most 2147483647"):
         element_count((1 << 16, 1 << 15), "t")
+
+
+def test_the_size_of_a_model_counts_its_external_data(tmp_path: Path) -> None:
+    from qcompiler.onnx_import_model import stored_bytes
+
+    weights = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 64]) for n in "xy"]
+    model = helper.make_model(helper.make_graph([node], "g", io[:1], io[1:], [weights]))
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    whole = path.stat().st_size
+    assert stored_bytes(path) == whole
+    onnx.save(model, path, save_as_external_data=True, location="m.bin", size_threshold=0)
+    assert path.stat().st_size < whole / 10
+    assert stored_bytes(path) == path.stat().st_size + 64 * 64 * 4
