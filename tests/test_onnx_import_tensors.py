@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError
+from qcompiler.onnx_import_model import stored_bytes
 from qcompiler.onnx_import_tensors import (
     dtype_of,
     elem_type_of,
@@ -97,8 +101,6 @@ def test_shapes_that_cannot_be() -> None:
 
 
 def test_the_size_of_a_model_counts_its_external_data(tmp_path: Path) -> None:
-    from qcompiler.onnx_import_model import stored_bytes
-
     weights = numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
     node = helper.make_node("MatMul", ["x", "w"], ["y"])
     io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 64]) for n in "xy"]
