@@ -125,6 +125,27 @@ def latency_caption(report: Report) -> str | None:
     return f"latency: {beside}{threads} {noun}, medians of interleaved runs"
 
 
+def plan_lines(report: Report) -> list[str]:
+    """Return how an automatic plan was chosen, one sentence each; empty for any other."""
+    found = report.get("assignment") or {}
+    lines = [f"Plan: {found['statement']}"] if found.get("statement") else []
+    relax = (found.get("relax") or {}).get("sentence")
+    if found.get("bound_by"):
+        lines.append(f"Bound by {found['bound_by']}" + (f"; {relax}" if relax else ""))
+    return lines
+
+
+def measured_facts(report: Report) -> dict[str, str]:
+    """Return what a report measured, by name, in a line each."""
+    found = {
+        row.label: f"{row.before_text} float, {row.after_text} compiled ({row.change_text})"
+        for row in comparison(report)
+        if row.label != "size"
+    }
+    slices = worst_slice(report)
+    return {**found, **({} if slices is None else {"worst slice": slices})}
+
+
 def energy_text(report: Report) -> str:
     """Return the energy of one call as a sentence; says so where it was not measured."""
     energy = report.get("energy") or {}

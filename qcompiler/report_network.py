@@ -17,7 +17,8 @@ from qcompiler import svg
 _WIDTH = 960.0
 _ROW, _BOX = 27.0, 20.0
 _GAP = 30.0
-_ROWS = 26
+_SHORT, _ROWS = 9, 26
+"""Rows of a column: few in up to three columns, more where five of them are needed."""
 _COLUMNS = 5
 _ABREAST = 3
 """Boxes of a layer beside each other; more of them continue in the next row."""
@@ -77,7 +78,8 @@ def network(boxes: Sequence[Box]) -> str:
     rows = [
         layer[i : i + _ABREAST] for layer in layers(boxes) for i in range(0, len(layer), _ABREAST)
     ]
-    columns = min(max(-(-len(rows) // _ROWS), 1), _COLUMNS)
+    columns = min(max(min(-(-len(rows) // _SHORT), 3), -(-len(rows) // _ROWS)), _COLUMNS)
+    columns = max(columns, 1)
     per = -(-len(rows) // columns)
     share = (_WIDTH - 8) / max(columns, 3)  # a short network gets no wider boxes
     for r, row in enumerate(rows):

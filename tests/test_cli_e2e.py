@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,6 +426,30 @@ def test_inspect_shows_inputs_plan_and_digest(
     status, out, err = run(capsys, "inspect", artifact, "--json")
     assert (status, err) == (0, "")
     assert json.loads(out)["manifest"]["format"] == "qcm"
+
+
+def test_inspect_shows_what_the_report_beside_it_measured(
+    capsys: pytest.CaptureFixture[str], compiled: dict[str, Any], artifact: Path, tmp_path: Path
+) -> None:
+    report = json.loads((compiled["folder"] / "net.report.json").read_text())
+    status, out, _ = run(capsys, "inspect", artifact, "--json")
+    assert status == 0
+    assert json.loads(out)["measured"]["metric"] == report["metric"]
+    _, out, _ = run(capsys, "inspect", artifact)
+    assert "measured, worst slice" in out
+    assert "lock, versions" in out
+    # A report of another artifact, and none.
+    shutil.copy(artifact, tmp_path / "copy.qcm")
+    assert (
+        json.loads(run(capsys, "inspect", tmp_path / "copy.qcm", "--json")[1])["measured"] is None
+    )
+    report["digests"]["artifact"] = "0" * 64
+    (tmp_path / "copy.report.json").write_text(json.dumps(report))
+    assert (
+        json.loads(run(capsys, "inspect", tmp_path / "copy.qcm", "--json")[1])["measured"] is None
+    )
+    (tmp_path / "copy.report.json").write_text("[1")
+    assert run(capsys, "inspect", tmp_path / "copy.qcm")[0] == 0
 
 
 def test_check_passes_and_writes_junit(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:

@@ -460,6 +460,14 @@ def test_the_assignment_is_shown_with_its_sentences(assigned: dict[str, Any]) ->
         assert f'id="chart-{chart}"' in page
 
 
+def test_the_plan_in_a_line_each(assigned: dict[str, Any]) -> None:
+    assert report.plan_lines(assigned) == [
+        "Plan: the least latency with top1 at most 1 point below float",
+        "Bound by max_drop; 0.12 points more would save 6.2 us",
+    ]
+    assert report.plan_lines({"assignment": None}) == []
+
+
 def test_an_infeasible_budget_is_said(assigned: dict[str, Any]) -> None:
     assigned["assignment"].update(infeasible={"message": "at least 2 points"}, bound_by=None)
     page = report.to_html(assigned)

@@ -254,6 +254,8 @@ def print_summary(report: Mapping[str, Any], output: Path, page: Path | None) ->
     if counts:
         shares = ", ".join(f"{n} {name}" for name, n in counts.items())
         console.print(f"Nodes by precision: {shares}")
+    for line in pages.plan_lines(report):
+        console.print(line, markup=False)
     fallbacks = pages.fallbacks(report)
     for node, reason in fallbacks[:_SHOWN_FALLBACKS]:
         console.print(f"  {node}: {reason}", markup=False)

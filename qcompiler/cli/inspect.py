@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,28 +61,31 @@ def _artifact(file: Path, json_output: bool) -> None:
     from qcompiler.artifact import inspect_artifact
 
     found = inspect_artifact(file)
+    report = report_beside(file, found["manifest"])
+    keys = ("metric", "latency_ms", "budget")
+    found["measured"] = None if report is None else {key: report.get(key) for key in keys}
     shell.emit(found)
     if json_output:
         return
     manifest = found["manifest"]
     console = shell.out_console()
     target = manifest["target"]
-    _facts(
-        console,
-        {
-            "artifact": f"{file}, {found['size_bytes']} bytes, format {manifest['format_version']}",
-            "made by": f"qcompiler {manifest['producer']['version']}",
-            "target": f"{target['name']} ({target['architecture']})",
-            "parameters": f"{found['parameters_bytes']} bytes in {len(manifest['params'])} arrays",
-            "digest": found["digest"],
-            **{f"source {name}": digest for name, digest in manifest["sources"].items()},
-        },
-    )
+    facts = {
+        "artifact": f"{file}, {found['size_bytes']} bytes, format {manifest['format_version']}",
+        "made by": f"qcompiler {manifest['producer']['version']}",
+        "target": f"{target['name']} ({target['architecture']})",
+        "parameters": f"{found['parameters_bytes']} bytes in {len(manifest['params'])} arrays",
+        "digest": found["digest"],
+        **{f"source {name}": digest for name, digest in manifest["sources"].items()},
+    }
     if manifest.get("lock"):
-        versions = ", ".join(f"{n} {v}" for n, v in manifest["lock"]["versions"].items())
-        chosen = {k: v for k, v in manifest["lock"]["options"].items() if v}
-        listed = ", ".join(f"{k} {v}" for k, v in chosen.items())
-        _facts(console, {"lock, versions": versions, "lock, options": listed})
+        lock = manifest["lock"]
+        facts["lock, versions"] = ", ".join(f"{n} {v}" for n, v in lock["versions"].items())
+        facts["lock, options"] = ", ".join(f"{k} {v}" for k, v in lock["options"].items() if v)
+    if report is not None:
+        measured = pages.measured_facts(report)
+        facts.update({f"measured, {name}": said for name, said in measured.items()})
+    _facts(console, facts)
     missing = found["missing_cpu_features"]
     if missing:
         console.print(f"This machine cannot run it: its CPU lacks {', '.join(missing)}.")
@@ -95,6 +99,22 @@ def _artifact(file: Path, json_output: bool) -> None:
         for node, entry in entries.items():
             table.add_row(node, *pages.precision_of(entry))
         console.print(table)
+
+
+def report_beside(file: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the report that lies beside an artifact and is about it, or None."""
+    from qcompiler.artifact import report_path
+
+    try:
+        report = json.loads(report_path(file).read_bytes())
+    except (OSError, ValueError):
+        return None
+    digests = report.get("digests") if isinstance(report, Mapping) else None
+    if not isinstance(digests, Mapping):
+        return None
+    same = digests.get("artifact", shell.sha256(file)) == shell.sha256(file)
+    made = all(digests.get(name) == found for name, found in manifest["sources"].items())
+    return report if same and made else None
 
 
 def plan_entries(plan: Mapping[str, Any]) -> Mapping[str, Any]:
