@@ -16,7 +16,8 @@ from qcompiler.errors import VerificationError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize
 from qcompiler.ops import EvalContext, OpKind
-from qcompiler.types import DType, QuantParams, TensorType
+from qcompiler.plan import summed_axis
+from qcompiler.types import DType, PerGroup, PerTensor, QuantParams, TensorType
 
 
 def dequantized(value: Value | None) -> Value | None:
@@ -96,15 +97,43 @@ def _moved_constant(graph: Graph, node: Node, source: Value) -> Value:
 
 
 def fold_float_constants(graph: Graph) -> bool:
-    """Replace dequantized constants that float operators still read by float constants."""
+    """Replace dequantized constants that float operators still read by float constants.
+
+    Weights that a product takes in fewer bits stay as they are held.
+    """
     changed = False
     for node in graph.nodes:
         if node.op.name == "dequantize" and node.input(0).is_constant:
+            if takes_narrow_weights(node):
+                continue
             source = node.input(0)
             data = dequantize(source.array(), params(source))
             graph.replace_node(node, graph.constant(data, node.output.name))
             changed = True
     return changed
+
+
+def takes_narrow_weights(widening: Node) -> bool:
+    """Whether the one reader of a dequantized constant multiplies by it, in groups along K.
+
+    The scale may also be that of a column, or one in all. Weights of the result's other axes, or
+    of convolutions with several groups, become floats.
+    """
+    held, out = widening.input(0), widening.output
+    if len(out.uses) != 1 or held.qparams is None or held.dtype.bits not in (4, 8):
+        return False
+    node, at = out.uses[0]
+    if at != 1 or node.op.name not in ("conv", "matmul") or node.input(0).is_constant:
+        return False
+    if node.op.name == "conv":
+        if node.attr("group") != 1 or held.type.rank != 4:
+            return False
+    elif held.type.rank != 2 or node.input(0).type.rank < 2 or node.attr("transpose_a"):
+        return False
+    axis, scales = summed_axis(node), held.qparams.granularity
+    if isinstance(scales, PerGroup):
+        return scales.axis == axis and held.shape[axis] % scales.group_size == 0
+    return isinstance(scales, PerTensor) or scales.axis != axis
 
 
 # --------------------------------------------------------------------------------- moving

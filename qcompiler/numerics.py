@@ -198,8 +198,9 @@ def expanded(qparams: QuantParams, shape: Shape) -> tuple[Array, Array]:
         view = tuple(-1 if i == axis else 1 for i in range(len(shape)))
         return scale.reshape(view), zero_point.reshape(view)
     if isinstance(g, PerGroup):
-        size = g.group_size
-        return np.repeat(scale, size, axis=g.axis), np.repeat(zero_point, size, axis=g.axis)
+        axis = g.axis % len(shape)
+        every = np.arange(shape[axis]) // g.group_size  # the last group may be shorter
+        return np.take(scale, every, axis=axis), np.take(zero_point, every, axis=axis)
     return scale, zero_point
 
 

@@ -164,6 +164,8 @@ class QuantParams:
             )
         if isinstance(self.granularity, PerTensor) != (scale.ndim == 0):
             raise UsageError(f"scale of shape {scale.shape} does not fit {self.granularity}")
+        if isinstance(self.granularity, PerGroup) and self.granularity.group_size < 1:
+            raise UsageError(f"a group has at least one element: {self.granularity}")
 
     def _key(self) -> tuple[Any, ...]:
         return (

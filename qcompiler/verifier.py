@@ -4,7 +4,8 @@
 
 FLOAT: no quantized type anywhere. QDQ: quantized values come only from quantize, from constants,
 and from movement operators between them; everything else computes on floats. INTEGER: integer
-operators too.
+operators too. At every stage scales fit the tensor: one, one per index of an axis, or one per group
+along it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from qcompiler.errors import QCompilerError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.ops import OpKind, Stage
+from qcompiler.types import PerGroup, PerTensor
 
 
 def problems(graph: Graph, stage: Stage) -> list[str]:
@@ -46,9 +48,36 @@ def problems(graph: Graph, stage: Stage) -> list[str]:
     for name, v in graph.outputs:
         if v not in defined:
             found.append(f"output {name!r} reads {v.name!r}, which nothing defines")
+    for v in graph.values():
+        problem = quantization_problem(v)
+        if problem is not None:
+            found.append(f"{v.name!r} is {v.type}: {problem}")
     if stage is Stage.FLOAT:
         found += [f"{v.name!r} is quantized" for v in graph.values() if v.type.is_quantized]
     return found
+
+
+def quantization_problem(value: Value) -> str | None:
+    """Return why the scales of a value do not fit it, or its integers their storage; or None."""
+    q, shape = value.qparams, value.shape
+    if q is None:
+        return None
+    g = q.granularity
+    if not isinstance(g, PerTensor):
+        if not -len(shape) <= g.axis < len(shape):
+            return f"axis {g.axis} is outside a tensor of rank {len(shape)}"
+        axis = g.axis % len(shape)
+        want: tuple[int, ...] = (shape[axis],)
+        if isinstance(g, PerGroup):
+            groups = -(-shape[axis] // g.group_size)  # the last one may be shorter
+            want = (*shape[:axis], groups, *shape[axis + 1 :])
+        if q.scale.shape != want:
+            return f"its scales have shape {list(q.scale.shape)}, expected {list(want)}"
+    if value.data is not None and value.data.size and q.storage.bits < 8:
+        least, greatest = int(value.data.min()), int(value.data.max())
+        if least < q.storage.min or greatest > q.storage.max:
+            return f"its integers [{least}, {greatest}] do not fit {q.storage.value}"
+    return None
 
 
 def _node_problems(node: Node, stage: Stage, defined: set[Value]) -> list[str]:

@@ -16,10 +16,13 @@ from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
+from qcompiler.passes.insert_qdq import quantize_passes
+from qcompiler.passmanager import PassContext, PassManager
+from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.registry import get_target
 from qcompiler.targets.base import Built
 from qcompiler.targets.isa import ISA_TABLE, runnable
-from qcompiler.types import Array
+from qcompiler.types import UNCALIBRATED, Array, DType, TensorType
 from qcompiler.vm import VmExecutor
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -126,6 +129,46 @@ def test_weights_of_four_bits_are_exact_and_take_half_the_memory(target: str) ->
     packed = [a for a in built.parameters if a.dtype == np.uint8]
     assert packed
     assert sum(a.nbytes for a in built.parameters) < sum(a.nbytes for a in wide.parameters)
+
+
+@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("precision", [p.value for p in UNCALIBRATED])
+def test_precisions_without_calibration(precision: str, target: str) -> None:
+    folder = MODELS / "digits_hybrid"
+    evaluation = dict(np.load(folder / "eval.npz"))
+    result = quantize_model(folder / "model.onnx", precision=precision)
+    built = build_graph(result.graph, get_target(target))
+    assert precision in {r.precision.value for r in built.regions}
+    for i in range(3):
+        compare(built, sample(evaluation, built, i))
+
+
+@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_products_at_run_time_scales_are_exact_in_a_model(per: str, target: str) -> None:
+    """Float results too: every step is one rounding, in one order."""
+    rng = np.random.default_rng(0)
+    graph = Graph("net")
+    x = graph.add_input("x", TensorType((2, 9, 48), DType.FLOAT32))
+    operands = [x]
+    for i, (k, n) in enumerate(((48, 96), (96, 48))):
+        w = graph.constant(rng.standard_normal((k, n)).astype(np.float32), f"w{i}")
+        b = graph.constant(rng.standard_normal(n).astype(np.float32), f"b{i}")
+        y = graph.add("matmul", [operands[-1], w, b]).output
+        operands.append(graph.add("relu", [y]).output if i == 0 else y)
+    y = graph.add("add", [operands[-1], x]).output
+    graph.set_outputs([("y", y)])
+    name = "w8a8-dynamic" if per == "row" else "w8a8-dynamic-tensor"
+    plan = uniform(graph, name)
+    ctx = PassContext()
+    ctx.put(plan)
+    integer = PassManager(quantize_passes(plan), given=(PrecisionPlan,)).run(graph, ctx)
+    names = [n.op.name for n in integer.nodes]
+    assert names == ["dynamic_quantize", "dynamic_matmul"] * 2
+    built = build_graph(integer, get_target(target))
+    feeds = {"x": (rng.standard_normal((2, 9, 48)) * 3).astype(np.float32)}
+    (found,) = executor(built).run([feeds["x"]], threads=2)
+    np.testing.assert_array_equal(found, run(built.graph, feeds)["y"])
 
 
 @pytest.mark.slow
