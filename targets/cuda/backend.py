@@ -11,7 +11,6 @@ from qcompiler.manifest import dumps
 from qcompiler.passes.channels_last import ChannelsLast
 from qcompiler.passes.contiguous_reductions import ContiguousReductions
 from qcompiler.passes.split_to_slices import SplitToSlices
-from qcompiler.passes.widen_weights import WidenWeights
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import precision_of
 from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
@@ -41,7 +40,7 @@ class CudaBackend(Backend):
 
     def passes(self) -> tuple[Pass, ...]:
         """Channels last; the tensor cores take signed and unsigned bytes alike."""
-        return (WidenWeights(), ChannelsLast(), ContiguousReductions(), SplitToSlices())
+        return (ChannelsLast(), ContiguousReductions(), SplitToSlices())
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> Lowered:
         """Turn the shaped graph into launches."""
@@ -55,7 +54,7 @@ class CudaBackend(Backend):
         progress("build", 0, 1)
         parameters = Parameters()
         program = program_json(
-            lowered.graph, lowered.views, lowered.steps, parameters, self.arch.isa
+            lowered.lowered, lowered.views, lowered.steps, parameters, self.arch.isa
         )
         source = module_source(lowered.kernels)
         notes = list(lowered.notes)
@@ -87,7 +86,8 @@ class CudaBackend(Backend):
 
 
 def _regions(lowered: Lowered) -> tuple[Region, ...]:
-    nodes = {node.name: node for node in lowered.graph.nodes}
+    # What a node computes in is said by the graph as it was given.
+    nodes = {node.name: node for g in (lowered.lowered, lowered.graph) for node in g.nodes}
     return tuple(
         Region(
             step.name, (nodes[step.name].op.name,), nodes[step.name].sources,
@@ -107,7 +107,7 @@ def make(name: str) -> Backend:
     spec = TargetSpec(
         name=name,
         description=f"NVIDIA GPUs of compute capability {arch.sm / 10:.1f} and later ({arch.card})",
-        precisions=(Precision.W8A8, Precision.W4A8, Precision.FP32),
+        precisions=(Precision.W8A8, Precision.W4A8, Precision.FP32, Precision.FP16),
         isa=arch.isa,
     )
     return CudaBackend(spec, arch)

@@ -19,6 +19,7 @@ from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.targets.cuda.arch import Arch
+from qcompiler.targets.cuda.halves import with_halves
 from qcompiler.targets.cuda.maps import Operand, map_launch, row_major
 from qcompiler.targets.cuda.products import (
     MAX_FLOAT,
@@ -76,7 +77,8 @@ class Lowered:
     """A graph as launches.
 
     Attributes:
-        graph: The graph.
+        graph: The graph as it was given.
+        lowered: What the launches compute: the same, or a copy with half-precision values.
         arch: The GPU.
         steps: Launches per node, in order; views have none.
         views: Result of each view -> what it looks at.
@@ -85,6 +87,7 @@ class Lowered:
     """
 
     graph: Graph
+    lowered: Graph
     arch: Arch
     steps: list[Step]
     views: dict[Value, Value]
@@ -98,6 +101,7 @@ def lower_graph(graph: Graph, arch: Arch, progress: ProgressFn = no_progress) ->
     Raises:
         UnsupportedByTargetError: All nodes that have no kernel, in one message.
     """
+    given, graph = graph, with_halves(graph)
     steps: list[Step] = []
     views: dict[Value, Value] = {}
     problems: list[str] = []
@@ -124,7 +128,13 @@ def lower_graph(graph: Graph, arch: Arch, progress: ProgressFn = no_progress) ->
             hint="compile for a CPU target, which also has TVM's operators",
         )
     progress("lower", len(graph.nodes), len(graph.nodes))
-    return Lowered(graph, arch, steps, views, _named(steps))
+    notes = []
+    if any(k.kind.endswith("_f16") for step in steps for k in (x.kernel for x in step.launches)):
+        notes.append(
+            "half precision on tensor cores: float results differ from the interpreter's by the "
+            "rounding of half precision"
+        )
+    return Lowered(given, graph, arch, steps, views, _named(steps), notes)
 
 
 def _named(steps: list[Step]) -> dict[str, KernelText]:
@@ -256,8 +266,8 @@ def _conv(arch: Arch, node: Node) -> Answer:
         if isinstance(found, str):
             return found
         epilogue, zero = _epilogue(node, q, found.scale, columns), q.z
-    elif x.dtype in FLOATS:
-        found = _Weights(w.array(), np.zeros(1, np.int64), np.ones(1), 32, x.dtype)
+    elif x.dtype in FLOATS and w.dtype in FLOATS:
+        found = _Weights(w.array(), np.zeros(1, np.int64), np.ones(1), 32, w.dtype)
         epilogue = _float_epilogue(node, columns)
     else:
         return f"no kernel computes in {x.dtype.value}"
@@ -281,6 +291,8 @@ def _conv(arch: Arch, node: Node) -> Answer:
             data = wide.astype(np.int8) if not found.zero.any() else wide
         return (depthwise_launch(x, out, window, data[:, 0], x.dtype, epilogue,
                                  a_zero=zero, residual=residual),)  # fmt: skip
+    if x.dtype in FLOATS and found.dtype is not x.dtype:
+        return f"no kernel multiplies {x.dtype.value} by {found.dtype.value}"
     per_group, depth = columns // group, w.shape[1] * kh * kw
     # [O, I, KH, KW] -> [group, O, KH * KW * I]: K runs as the channels of a window lie in memory.
     packed = data.transpose(0, 2, 3, 1).reshape(group, per_group, depth)

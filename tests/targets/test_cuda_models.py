@@ -20,6 +20,7 @@ from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.cuda import backend
 from qcompiler.targets.reference import GraphExecutor
+from qcompiler.types import Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,6 +149,22 @@ def test_a_float_model_is_close() -> None:
         got = compiled(inputs)
     expected = CompiledModel(compiled.artifact, executor=GraphExecutor(result.graph))(inputs)
     assert emulator.far_results(got, expected, list(expected), 1e-5) == []
+
+
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm75"])
+def test_half_precision_is_close(target: str) -> None:
+    model, _, evaluation = model_of("digits_hybrid")
+    inputs = {k: evaluation[k][:3] for k in ("image", "rows")}
+    result = quantize_model(model, precision="fp16")
+    made = get_target(target)
+    with emulator.without_nvcc(), emulator.driver_environment():
+        built = build_graph(result.graph, made)
+        compiled = assemble(built, made.spec, result)
+        got = compiled(inputs)
+    expected = CompiledModel(compiled.artifact, executor=GraphExecutor(result.graph))(inputs)
+    assert emulator.far_results(got, expected, list(expected), 3e-3) == []
+    assert any(r.precision is Precision.FP16 and "_f16" in r.symbols[-1] for r in built.regions)
+    assert any("rounding of half precision" in note for note in built.notes)
 
 
 def test_compiling_measures_on_the_gpu_and_profiles_it() -> None:
