@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from qcompiler.ir import Graph, Value
 from qcompiler.onnx_export import to_onnx
 from qcompiler.ops import OpKind, Stage
 from qcompiler.ort import Session
+from qcompiler.passes.observer_choice import candidate_ranges, choose_observers
 from qcompiler.passes.observers import Observer, ObserverName, TensorStats
 from qcompiler.passes.recurrent_states import state_steps
 from qcompiler.passes.regions import analyse
@@ -29,7 +32,11 @@ from qcompiler.types import Array, DType, Precision
 FORMAT = 1
 """Version of the table's JSON form."""
 
+ObserverSetting = Literal["auto", "minmax", "moving_average", "percentile", "entropy", "mse"]
+
 _SUMMARY_BINS = 64
+_CHOICE_RUNS = 16
+"""Runs, at most, on which `observer=auto` compares observers."""
 
 
 @dataclass(frozen=True)
@@ -198,15 +205,16 @@ class Calibrate(Pass):
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.FLOAT, Stage.FLOAT)
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet,)
     provides: ClassVar[tuple[type, ...]] = (CalibrationTable,)
-    observer: ObserverName = "mse"
-    percentile: float = 99.99  # percent of the elements covered, for observer=percentile
+    observer: ObserverSetting = "mse"  # auto: per value, by measured error
+    percentile: float = 99.99  # percent of the elements covered, for percentile and auto
     momentum: float = 0.9  # weight of the past, for observer=moving_average
 
     def __post_init__(self) -> None:
         self._observer()
 
     def _observer(self) -> Observer:
-        return Observer(self.observer, self.percentile, self.momentum)
+        kind: ObserverName = "mse" if self.observer == "auto" else self.observer
+        return Observer(kind, self.percentile, self.momentum)
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """Run the graph on every sample.
@@ -229,6 +237,8 @@ class Calibrate(Pass):
                 summary.add(_real(array, batch), observer.momentum)
             ctx.progress("calibrate", done, samples.runs)
         tensors = {name: _entry(s, observer) for name, s in stats.items()}
+        if self.observer == "auto":
+            tensors.update(self._chosen(graph, stats, tensors, samples, ctx))
         ctx.put(
             CalibrationTable(
                 tensors,
@@ -240,6 +250,28 @@ class Calibrate(Pass):
             )
         )
         return False
+
+    def _chosen(
+        self,
+        graph: Graph,
+        stats: Mapping[str, TensorStats],
+        tensors: Mapping[str, TensorRange],
+        samples: CalibrationSet,
+        ctx: PassContext,
+    ) -> dict[str, TensorRange]:
+        """Return the entries whose range another observer sets with less error."""
+        ranges = {n: candidate_ranges(s, self.percentile) for n, s in stats.items() if s.count}
+        # Spread over the set, so that they are not all of one kind.
+        every = max(1, samples.runs // _CHOICE_RUNS)
+        some = (b for i, b in enumerate(samples) if i % every == 0)
+        kinds = choose_observers(graph, ranges, itertools.islice(some, _CHOICE_RUNS))
+        counts = {k: list(kinds.values()).count(k) for k in dict.fromkeys(kinds.values())}
+        found = ", ".join(f"{n} {k}" for k, n in sorted(counts.items()))
+        ctx.log.append(f"{self.name}: observers by measured error: {found or 'all agree'}")
+        return {
+            name: dataclasses.replace(tensors[name], range=ranges[name][kind])
+            for name, kind in kinds.items()
+        }
 
 
 def observed_values(graph: Graph) -> list[Value]:

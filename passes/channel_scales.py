@@ -29,30 +29,50 @@ class Joint:
         producer: Product or layer normalization.
         value: What the readers read, after any homogeneous operators.
         readers: Products that read the value as their first operand; nothing else reads it.
+        ceiling: Upper bound of a clamp between them. A factor that makes a channel larger then
+            only fits as far as the channel stays below it.
     """
 
     producer: Node
     value: Value
     readers: tuple[Node, ...]
+    ceiling: float | None = None
 
 
-def joints(graph: Graph) -> list[Joint]:
-    """Return the places of a FLOAT graph where channels can be scaled, in order."""
+def joints(graph: Graph, *, clamped: bool = False) -> list[Joint]:
+    """Return the places of a FLOAT graph where channels can be scaled, in order.
+
+    Args:
+        graph: The graph.
+        clamped: Also those with a clamp from 0 to a bound in between.
+    """
     found = []
     for node in graph.nodes:
         if not _scalable(node):
             continue
-        value = node.output
-        while len(value.uses) == 1 and value.users[0].op.name in HOMOGENEOUS:
-            if graph.is_output(value):
+        value, ceiling = node.output, None
+        while len(value.uses) == 1 and not graph.is_output(value):
+            follower = value.users[0]
+            bound = _ceiling(follower) if clamped and ceiling is None else None
+            if bound is not None:
+                ceiling = bound
+            elif follower.op.name not in HOMOGENEOUS:
                 break
-            value = value.users[0].output
+            value = follower.output
         readers = value.users
         if not readers or graph.is_output(value):
             continue
         if all(i == 0 and _reads_channels(n, node) for n, i in value.uses):
-            found.append(Joint(node, value, readers))
+            found.append(Joint(node, value, readers, ceiling))
     return found
+
+
+def _ceiling(node: Node) -> float | None:
+    """Return the upper bound of a clamp that begins at 0."""
+    if node.op.name != "clip" or node.attr("min") != 0.0 or node.attr("max") is None:
+        return None
+    bound = float(node.attr("max"))
+    return bound if 0 < bound < np.inf else None
 
 
 def _plain_product(node: Node) -> bool:

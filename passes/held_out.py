@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every data-driven method shares: its share of the samples, and the test on the others.
 
-Every fourth calibration run is held out. A method works on the rest; on the held-out runs the
-quantized outputs of the graph before and after are compared with those of the float model, and what
-made them worse is discarded, with a line in the log.
+Every fourth calibration run is held out; of many runs, 32 spread evenly. A method works on the
+rest; on the held-out runs the quantized outputs of the graph before and after are compared with
+those of the float model, and what made them worse is discarded, with a line in the log.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from qcompiler.printer import digest
 from qcompiler.types import Array
 
 EVERY = 4
-"""One run of so many is held out."""
+"""One run of so many is held out, at most."""
 HELD_OUT_RUNS = 32
 
 
@@ -54,10 +54,11 @@ class Share(CalibrationSet):
     def __iter__(self) -> Iterator[Batch]:
         taken = 0
         only = self.runs < EVERY  # too few to share: the same runs serve both
+        every = max(EVERY, self.runs // HELD_OUT_RUNS)
         for i, batch in enumerate(self.samples.batches(self.inputs)):
             if taken == self.most:
                 return
-            if only or (i % EVERY == EVERY - 1) == self.held_out:
+            if only or (i % every == every - 1) == self.held_out:
                 taken += 1
                 yield batch
 

@@ -8,12 +8,16 @@ import re
 
 from qcompiler.errors import UsageError
 from qcompiler.passes.adaround import AdaRound
+from qcompiler.passes.brecq import Brecq
 from qcompiler.passes.correct_bias import CorrectBias
 from qcompiler.passes.equalize import Equalize
+from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.smooth import Smooth
 from qcompiler.passmanager import Pass, parse_pass
 
-METHODS: dict[str, type[Pass]] = {p.name: p for p in (Equalize, Smooth, AdaRound, CorrectBias)}
+METHODS: dict[str, type[Pass]] = {
+    p.name: p for p in (Equalize, Smooth, AdaRound, Gptq, Brecq, CorrectBias)
+}
 
 
 def parse_methods(text: str) -> tuple[Pass, ...]:

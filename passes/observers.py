@@ -193,7 +193,7 @@ class Observer:
         lo, hi = stats.least, stats.greatest
         if self.kind == "moving_average" and stats.averages is not None:
             lo, hi = stats.averages
-        elif stats.histogram is not None and lo < hi:
+        elif self.kind in _CHOICES and stats.histogram is not None and lo < hi:
             centres, counts = stats.histogram.bins()
             half = stats.histogram.width / 2
             chosen = _CHOICES[self.kind](centres, counts, half, self)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Scales of constant weights: symmetric int8 per output channel, searched for narrow widths."""
+"""Scales of constant weights: symmetric per output channel, searched for narrow widths."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _SHRINK = np.linspace(1.0, 0.35, 40)
 def weight_qparams(w: Array, axis: int, bits: int, least_scale: Any = 0.0) -> QuantParams:
     """Choose the symmetric scale of each output channel of a weight tensor.
 
-    From 7 bits on the largest weight of the channel is kept. Below, clipping it pays: the scale
-    with the least mean squared error over a grid of clipped ranges is taken.
+    In 8 bits the largest weight of the channel is kept. Below, clipping it pays: the scale with the
+    least mean squared error over a grid of clipped ranges is taken. Up to 6 bits the least code
+    (-8 of 4 bits) is used too: there it is a level in fifteen.
 
     Args:
         w: Weights, finite.
@@ -30,17 +31,18 @@ def weight_qparams(w: Array, axis: int, bits: int, least_scale: Any = 0.0) -> Qu
         DataError: A weight is NaN or infinite.
     """
     full = choose_weight_qparams(w, axis=axis, bits=bits, least_scale=least_scale)
-    if bits >= 7:
+    if bits >= 8:
         return full
+    qmin = full.qmin - 1 if bits <= 6 else full.qmin
     rows = np.moveaxis(np.asarray(w, np.float64), axis, 0).reshape(w.shape[axis], -1)
     best = np.full(rows.shape[0], np.inf)
     scale = full.scale.astype(np.float64)
     for shrink in _SHRINK:
         s = np.maximum(full.scale.astype(np.float64) * shrink, least_scale)
-        q = np.clip(np.rint(rows / s[:, None]), full.qmin, full.qmax)
+        q = np.clip(np.rint(rows / s[:, None]), qmin, full.qmax)
         error = ((q * s[:, None] - rows) ** 2).sum(1)
         better = error < best
         best, scale = np.where(better, error, best), np.where(better, s, scale)
     return QuantParams(
-        scale.astype(np.float32), full.zero_point, full.storage, full.qmin, full.qmax, PerAxis(axis)
+        scale.astype(np.float32), full.zero_point, full.storage, qmin, full.qmax, PerAxis(axis)
     )

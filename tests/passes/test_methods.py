@@ -16,16 +16,18 @@ from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.ops import Stage
-from qcompiler.passes.adaround import AdaRound, _collect, _matrix
+from qcompiler.passes.adaround import AdaRound
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
 from qcompiler.passes.channel_scales import input_range, joints, output_range
 from qcompiler.passes.correct_bias import CorrectBias
-from qcompiler.passes.equalize import Equalize
+from qcompiler.passes.equalize import Equalize, growth
 from qcompiler.passes.held_out import Judge, Share, quantized, shares, verdict, weighted_products
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
 from qcompiler.passes.methods import METHODS, parse_methods
+from qcompiler.passes.patches import collect, matrix_of
 from qcompiler.passes.single_node import units
 from qcompiler.passes.smooth import Smooth
+from qcompiler.passes.trails import Trail
 from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager
 from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, uniform
 from qcompiler.types import Array, Precision
@@ -95,16 +97,17 @@ def test_patches_are_the_rows_of_the_product(net: Graph, samples: dict[str, Arra
     batches = list(ctx.get(CalibrationSet))[:3]
     for unit in units(net):
         node = net.node(unit.node)
-        got = _collect(net, qdq, unit, batches, 10, np.random.default_rng(0))
-        w = _matrix(node, node.input(1).array())
+        got = collect(Trail(net, batches), Trail(qdq, batches), unit, 10, np.random.default_rng(0))
+        w = matrix_of(node, node.input(1).array())
         assert got.x.shape[0] == got.y.shape[0] == w.shape[0]
         z = got.x @ w
         bias = node.optional(2)
         if bias is not None:
             z = z + bias.array().reshape(w.shape[0], 1, -1)
         z = np.clip(got.residual(z), *got.clamp)
-        scale = np.abs(got.y).max()
-        assert np.abs(z - got.y).max() < 0.05 * scale  # the operands are rounded, the aim is not
+        aim = got.target()
+        # The operands are rounded, the aim is not.
+        assert np.abs(z - aim).max() < 0.05 * np.abs(aim).max()
         assert (got.add is not None) == (len(unit.members) == 3)
 
 
@@ -125,7 +128,7 @@ def test_adaround_beats_rounding_to_nearest(net: Graph, samples: dict[str, Array
         assert held is not None
         q = held.input(0).qparams
         assert q is not None
-        assert (q.qmin, q.qmax) == (-7, 7)
+        assert (q.qmin, q.qmax) == (-8, 7)
         node = after.node(name)
         w, old = node.input(1).array(), net.node(name).input(1).array()
         shape = [-1 if i == q.granularity.axis else 1 for i in range(w.ndim)]  # type: ignore[union-attr]
@@ -178,6 +181,25 @@ def test_correct_bias_restores_the_means(
     assert np.abs(means[1] - want).max() < 0.3 * np.abs(means[0] - want).max()
 
 
+def test_analytic_bias_correction_restores_the_mean_of_one_product(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    """Where operands are exact and nothing is padded, it is what the data say."""
+    w = rng.uniform(0.1, 1.0, (6, 2, 3, 3)).astype(np.float32)
+    graph = load_text(
+        "(float[1,4,7,7] x) => (float[1,6,5,5] y) { y = Conv <group = 2> (x, w) }", w=w
+    )
+    x = (rng.integers(0, 256, (16, 4, 7, 7)) / 255).astype(np.float32)
+    biases = []
+    for form in ("analytic", "empirical"):
+        ctx = prepared(graph, {"x": x})
+        after = apply(CorrectBias(form=form), graph, ctx)
+        assert ctx.log[-1].startswith("correct_bias: kept")
+        biases.append(after.nodes[0].input(2).array())
+    assert np.abs(biases[1]).max() > 0.01
+    np.testing.assert_allclose(biases[0], biases[1], rtol=0.2, atol=0.01)
+
+
 # --------------------------------------------------------------------------- equalize, smooth
 
 
@@ -208,19 +230,44 @@ def test_equalize(uneven: Graph, samples: dict[str, Array]) -> None:
     np.testing.assert_allclose(run(after, feed)["y"], run(uneven, feed)["y"], rtol=1e-4, atol=1e-5)
 
 
-def test_equalize_leaves_a_clip_at_6_alone(
+def test_equalize_across_a_clip(
     load_text: Callable[..., Graph], rng: np.random.Generator, samples: dict[str, Array]
 ) -> None:
-    w = rng.standard_normal((4, 4, 1, 1)).astype(np.float32)
+    """Channels that stay below the bound grow up to it where their reader gains; others stay."""
+    w = 0.3 * rng.standard_normal((6, 4, 1, 1))
+    w[0] *= 20  # reaches 6
+    v = rng.standard_normal((4, 6, 1, 1))
+    v[:, 3] *= 30  # wants a larger channel 3
     graph = load_text(
         """(float[1,4,8,8] x) => (float[1,4,8,8] y) {
         lo = Constant <value = float {0.0}> () hi = Constant <value = float {6.0}> ()
-        a = Conv (x, w) r = Clip(a, lo, hi) y = Conv (r, w) }""",
-        w=w,
+        a = Conv (x, w) r = Clip(a, lo, hi) y = Conv (r, v) }""",
+        w=w.astype(np.float32),
+        v=v.astype(np.float32),
     )
-    ctx = prepared(graph, samples, "w8a8")
-    assert str(apply(Equalize(), graph, ctx)) == str(graph)
-    assert "no two products follow each other" in ctx.log[0]
+    ctx = prepared(graph, samples)
+    after = apply(Equalize(), graph, ctx)
+    assert ctx.log[0].startswith("equalize: kept")
+    first = next(n for n in after.nodes if n.op.name == "conv")
+    factor = (first.input(1).array() / w).reshape(6, 4).mean(1)
+    assert factor[0] == pytest.approx(1)
+    assert factor[3] > 1.5
+    assert (factor > 0.999).all()
+    for i in range(8):
+        feed = {"x": samples["x"][i : i + 1]}
+        got, want = (run(g, feed)["y"] for g in (after, graph))
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_reader_of_one_channel_takes_all_the_room(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    graph = load_text(
+        "(float[1,4,8,8] x) => (float[1,4,6,6] y) { y = Conv <group = 4> (x, w) }",
+        w=rng.standard_normal((4, 1, 3, 3)).astype(np.float32),
+    )
+    room = np.array([1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_array_equal(growth(graph.nodes[0], room, np.ones(4)), room)
 
 
 def test_smooth(load_text: Callable[..., Graph], rng: np.random.Generator) -> None:
@@ -281,11 +328,12 @@ def test_methods_by_text() -> None:
     found = parse_methods("equalize, adaround{iterations=5 runs=2},correct_bias")
     assert found == (Equalize(), AdaRound(iterations=5, runs=2), CorrectBias())
     assert parse_methods("") == ()
-    with pytest.raises(UsageError, match="unknown pass 'brecq': known are adaround"):
-        parse_methods("brecq")
+    with pytest.raises(UsageError, match="unknown pass 'magic': known are adaround"):
+        parse_methods("magic")
     with pytest.raises(UsageError, match="named once"):
         parse_methods("smooth,smooth")
-    assert sorted(METHODS) == ["adaround", "correct_bias", "equalize", "smooth"]
+    known = ["adaround", "brecq", "correct_bias", "equalize", "gptq", "smooth"]
+    assert sorted(METHODS) == known
 
 
 def test_pipeline_order(net: Graph) -> None:

@@ -169,5 +169,5 @@ def test_models_that_other_tools_quantized(prepare, name):
     exact = outputs_of(lambda x: run(graph, x), graph, inputs)
     theirs = outputs_of(Session(str(FOLDER / file), optimization="basic").run, graph, inputs)
     assert np.abs(exact - theirs).max() <= 0.05 * np.abs(theirs).max()
-    # ONNX Runtime rounds its float simulation: near ties may fall either way.
-    assert (exact.argmax(1) == theirs.argmax(1)).mean() >= 0.8
+    # One code may differ at a tie; test_already_quantized.py shows that nothing else does.
+    assert (exact.argmax(1) == theirs.argmax(1)).sum() >= 7

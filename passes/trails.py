@@ -1,0 +1,162 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Walk along a graph with many samples at once: what is alive at one node is kept for the next.
+
+A method that looks at every product of a network in turn would run everything before it again and
+again. A trail holds, for each run, the values that are made before a cut and read after it, and
+moves the cut forward; each node runs once per run and trail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from qcompiler.data import Batch
+from qcompiler.ir import Graph, Node, Value
+from qcompiler.onnx_export import subgraph_to_onnx
+from qcompiler.ort import Session
+from qcompiler.types import Array
+
+MEMORY = 1 << 30
+"""Bytes that the live values of a trail may take."""
+
+
+class Trail:
+    """The live values of some runs at a cut of a FLOAT or QDQ graph.
+
+    Quantized values are held as integers. Constants that nodes after the cut read may be replaced
+    while the trail is in use.
+
+    Args:
+        graph: The graph; its nodes must stay the same.
+        batches: The runs.
+    """
+
+    def __init__(self, graph: Graph, batches: Iterable[Batch]) -> None:
+        self.graph = graph
+        self._at = 0
+        self._fixed = recomputed_nodes(graph)
+        names = [v.name for v in graph.inputs]
+        self._runs: list[dict[str, Array]] = [{n: b.inputs[n] for n in names} for b in batches]
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def values(self, wanted: Sequence[Value]) -> Iterator[dict[str, Array]]:
+        """Yield for each run the values of that name, computed from the cut on."""
+        after = set(self.graph.nodes[self._at :])
+        made = after | self._fixed
+        missing = [v for v in dict.fromkeys(wanted) if v.producer in made]
+        present = [v.name for v in dict.fromkeys(wanted) if v not in set(missing)]
+        session = self._session(after, missing)
+        for held in self._runs:
+            found = {n: held[n] for n in present}
+            if session is not None:
+                found.update(session.run({n: held[n] for n in session.input_names}))
+            yield found
+
+    def advance(self, node: Node) -> None:
+        """Move the cut to right before a node; it must not lie behind.
+
+        Raises:
+            ValueError: The node lies before the cut.
+        """
+        nodes = self.graph.nodes
+        index = nodes.index(node)
+        if index < self._at:
+            raise ValueError(f"{node.name} lies before the cut")
+        live = live_values(self.graph, index, self._fixed)
+        stretch = set(nodes[self._at : index])
+        session = self._session(stretch, [v for v in live if v.producer in stretch])
+        names = {v.name for v in live}
+        for i, held in enumerate(self._runs):
+            found = dict(held)
+            if session is not None:
+                found.update(session.run({n: held[n] for n in session.input_names}))
+            self._runs[i] = {n: a for n, a in found.items() if n in names}
+        self._at = index
+
+    def mark(self) -> tuple[int, list[dict[str, Array]]]:
+        """Return where the cut is, for `back_to`."""
+        return self._at, list(self._runs)
+
+    def back_to(self, mark: tuple[int, list[dict[str, Array]]]) -> None:
+        """Move the cut back to where it was: constants behind it have changed."""
+        self._at, self._runs = mark[0], list(mark[1])
+
+    def _session(self, stretch: set[Node], wanted: Sequence[Value]) -> Session | None:
+        """Return what computes values from the live ones, by nodes of a stretch."""
+        if not wanted:
+            return None
+        nodes = [n for n in self.graph.nodes if n in stretch or n in self._fixed]
+        model = subgraph_to_onnx(needed_nodes(nodes, wanted), outputs=list(wanted))
+        return Session(model.SerializeToString())
+
+
+def recomputed_nodes(graph: Graph) -> set[Node]:
+    """Return the nodes whose results are not worth keeping.
+
+    They compute from constants alone, which may change, or only dequantize.
+    """
+    found: set[Node] = set()
+    for node in graph.nodes:
+        fixed = all(v.is_constant or v.producer in found for v in node.operands)
+        if (node.operands and fixed) or node.op.name == "dequantize":
+            found.add(node)
+    return found
+
+
+def live_values(graph: Graph, index: int, recomputed: set[Node]) -> list[Value]:
+    """Return the values made before a position that something from there on needs.
+
+    Args:
+        graph: The graph.
+        index: Position in its nodes.
+        recomputed: Nodes that run again where their results are needed.
+    """
+    nodes = graph.nodes
+    before = {v for n in nodes[:index] for v in n.outputs} | set(graph.inputs)
+    wanted = [v for n in nodes[index:] for v in n.operands if v in before]
+    wanted += [v for v in graph.output_values if v in before]
+    found: dict[Value, None] = {}
+    while wanted:
+        v = wanted.pop()
+        if v.producer in recomputed:
+            wanted += [o for o in v.producer.operands if not o.is_constant]
+        elif not v.is_constant:
+            found.setdefault(v)
+    return list(found)[::-1]
+
+
+def most_live(graph: Graph) -> int:
+    """Return the bytes that one run of a trail holds where they are most."""
+    last = {v: i for i, n in enumerate(graph.nodes) for v in n.operands if not v.is_constant}
+    ends: dict[int, int] = {}
+    held = most = sum(_bytes(v) for v in graph.inputs)
+    for v in graph.inputs:
+        ends[last.get(v, 0)] = ends.get(last.get(v, 0), 0) + _bytes(v)
+    for i, node in enumerate(graph.nodes):
+        held -= ends.get(i, 0)
+        for v in node.outputs:
+            held += _bytes(v)
+            end = last.get(v, i)
+            if end == i:
+                held -= _bytes(v)
+            ends[end] = ends.get(end, 0) + _bytes(v)
+        most = max(most, held)
+    return most
+
+
+def needed_nodes(nodes: Sequence[Node], wanted: Iterable[Value]) -> list[Node]:
+    """Return those of the nodes that the wanted values depend on, in order."""
+    open_values = set(wanted)
+    kept = []
+    for node in reversed(nodes):
+        if open_values.intersection(node.outputs):
+            kept.append(node)
+            open_values.update(node.operands)
+    return kept[::-1]
+
+
+def _bytes(value: Value) -> int:
+    return value.type.size * value.dtype.bits // 8
