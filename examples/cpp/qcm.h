@@ -10,8 +10,10 @@
 #define QCM_H_
 
 #include <fcntl.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
@@ -22,7 +24,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <map>
+#include <set>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -159,6 +164,7 @@ class Model {
   explicit Model(const std::string& path) : archive_(path) {
     auto [text, size] = archive_.Member("manifest.json");
     auto manifest = tvm::ffi::json::Parse(String(text, size)).cast<tvm::ffi::json::Object>();
+    CheckMachine(manifest[String("target")].cast<tvm::ffi::json::Object>());
     inputs_ = Specs(manifest, "inputs");
     outputs_ = Specs(manifest, "outputs");
     auto [data, bytes] = archive_.Member("params.bin");
@@ -192,6 +198,52 @@ class Model {
   }
 
  private:
+  /*! Throws where the code would meet an instruction that this CPU lacks. */
+  static void CheckMachine(const tvm::ffi::json::Object& target) {
+    std::set<std::string> found = CpuFeatures();
+    if (found.empty()) return;  // nothing tells
+    std::string missing;
+    for (const Any& item : target[String("cpu_features")].cast<tvm::ffi::json::Array>()) {
+      std::string feature = item.cast<std::string>();
+      if (found.count(feature) == 0) missing += " " + feature;
+#if defined(__x86_64__)
+      // Linux lets a process use the tile registers only after it has asked (XTILEDATA is 18).
+      if (feature == "amx_tile" && syscall(SYS_arch_prctl, /*ARCH_REQ_XCOMP_PERM*/ 0x1023, 18) != 0) {
+        missing += " permission_for_amx";
+      }
+#endif
+    }
+    if (!missing.empty()) {
+      throw std::runtime_error("the model needs what this machine lacks:" + missing);
+    }
+  }
+
+  /*! The CPU's features by the kernel's names; empty where nothing tells. */
+  static std::set<std::string> CpuFeatures() {
+    std::set<std::string> found;
+#if defined(__aarch64__)
+    // Numbers of the Linux ABI (asm/hwcap.h), which an older C library may not name.
+    const std::pair<const char*, unsigned> first[] = {
+        {"fp", 0}, {"asimd", 1}, {"fphp", 9}, {"asimdhp", 10}, {"asimddp", 20}, {"sve", 22}};
+    const std::pair<const char*, unsigned> second[] = {{"i8mm", 13}, {"bf16", 14}};
+    for (auto [name, bit] : first) {
+      if (getauxval(AT_HWCAP) >> bit & 1) found.insert(name);
+    }
+    for (auto [name, bit] : second) {
+      if (getauxval(AT_HWCAP2) >> bit & 1) found.insert(name);
+    }
+#else
+    std::ifstream file("/proc/cpuinfo");
+    std::string line, feature;
+    while (found.empty() && std::getline(file, line)) {
+      if (line.rfind("flags", 0) != 0) continue;
+      std::istringstream words(line.substr(line.find(':') + 1));
+      while (words >> feature) found.insert(feature);
+    }
+#endif
+    return found;
+  }
+
   static Spec OneSpec(tvm::ffi::json::Object entry) {
     Spec spec;
     spec.name = entry[String("name")].cast<std::string>();
