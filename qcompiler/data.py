@@ -289,7 +289,7 @@ def _split(
         real, size = 1, 1
         for f in feeds:
             part, samples = f.at(run)
-            arrays[f.spec.name] = np.ascontiguousarray(part)
+            arrays[f.spec.name] = np.ascontiguousarray(part).reshape(np.shape(part))
             if f in varying and f.spec.shape and f.spec.batch_axis == 0:
                 real, size = samples, f.spec.shape[0]
         yield Batch(arrays, real, size)

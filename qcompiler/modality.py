@@ -206,8 +206,8 @@ def sqnr_alone(result: Quantized, region: Modality) -> float | None:
     if all(p is Precision.FP32 for p in kept.values()):
         return None
     quantized = _with_plan(result, graph, inside)
-    noise: Counter[str] = Counter()
-    signal: Counter[str] = Counter()
+    noise: dict[str, float] = {}
+    signal: dict[str, float] = {}
     started = time.perf_counter()
     for done, batch in enumerate(samples):
         if done >= _RUNS or (done and time.perf_counter() - started > SECONDS):
@@ -217,8 +217,9 @@ def sqnr_alone(result: Quantized, region: Modality) -> float | None:
             if array.dtype.kind != "f":
                 continue
             exact = array.astype(np.float64)
-            signal[name] += float(np.sum(exact**2))
-            noise[name] += float(np.sum((got[name].astype(np.float64) - exact) ** 2))
+            error = got[name].astype(np.float64) - exact
+            signal[name] = signal.get(name, 0.0) + float(np.sum(exact**2))
+            noise[name] = noise.get(name, 0.0) + float(np.sum(error**2))
     levels = [_level(signal[name], noise[name]) for name in signal if signal[name]]
     return min(levels, default=None)
 

@@ -37,6 +37,8 @@ from qcompiler.onnx_import_context import (
     OpContext,
     attributes_of,
     check_folded_size,
+    find_schema,
+    required_schema,
     standalone,
 )
 from qcompiler.onnx_import_control import (
@@ -236,17 +238,18 @@ class _Importer:
         step more tells.
         """
         steps = [n.input(0).shape[0] for n in self.graph.nodes if n.op.kind is OpKind.RECURRENT]
-        open_first = {d.shape[0] for d in inputs
-                      if d.shape and not isinstance(d.shape[0], int)}  # fmt: skip
+        first = [d.shape[0] for d in inputs if d.shape]
+        open_first = {n for n in first if not isinstance(n, int)}
         if not steps or not open_first or self.probing:
             return False
-        longer: dict[str, Sequence[int]] = {}
-        for d in inputs:
-            if d.name not in freeze and d.shape is not None:
-                longer[d.name] = tuple(
-                    n + 1 if (want in open_first and (want is not None or i == 0)) else n
-                    for i, (want, n) in enumerate(zip(d.shape, shapes[d.name], strict=True))
-                )
+        longer = {
+            d.name: tuple(
+                n + 1 if want in open_first and (want is not None or i == 0) else n
+                for i, (want, n) in enumerate(zip(d.shape, shapes[d.name], strict=True))
+            )
+            for d in inputs
+            if d.name not in freeze and d.shape is not None
+        }
         probe = _Importer(self.model, self.unroller.limit)
         probe.probing = True
         try:
@@ -369,7 +372,7 @@ class _Importer:
             raise UnsupportedOpError("its result is random")
         if (domain, node.op_type) in CONVERTERS and domain:
             return
-        if _schema(node.op_type, domain, self.opsets[domain]) is None:
+        if find_schema(node.op_type, domain, self.opsets[domain]) is None:
             where = f"opset {self.opsets[domain]}" if not domain else f"domain {domain!r}"
             raise UnsupportedOpError(f"no operator of that name is known in {where}")
         self.checker.check(node)
@@ -377,7 +380,9 @@ class _Importer:
     def _results(self, ctx: OpContext, domain: str, scope: _Scope) -> Sequence[Value | None] | None:
         self.builder.created.clear()
         if ctx.proto.op_type in _CONTROL_FLOW and domain == "":
-            return self._control_flow(ctx, scope)
+            selected = self._control_flow(ctx, scope)
+            self._take_names(ctx, selected)
+            return selected
         results: Sequence[Value | None] | None = self._converted(ctx, domain)
         if results is None:
             expanded = self._expanded(ctx, domain, scope)
@@ -453,7 +458,7 @@ class _Importer:
         None where it has no body, or something in the body cannot be imported: the operator can
         still stay opaque.
         """
-        schema = _schema(ctx.proto.op_type, domain, ctx.version)
+        schema = find_schema(ctx.proto.op_type, domain, ctx.version)
         if schema is None or all(v is None or v.is_constant for v in ctx.inputs):
             return None
         types = [onnx.TypeProto() if v is None else make_type(v.type) for v in ctx.inputs]
@@ -487,7 +492,7 @@ class _Importer:
         """Keep the node whole, or evaluate it where every operand is constant."""
         if any(True for _ in subgraphs(ctx.proto)):
             raise UnsupportedOpError("operators with inner graphs are not supported")
-        schema = _schema(ctx.proto.op_type, domain, ctx.version)
+        schema = find_schema(ctx.proto.op_type, domain, ctx.version)
         if schema is None:
             raise UnsupportedOpError("this form of the operator is not supported")
         node = standalone(ctx, schema)
@@ -546,7 +551,7 @@ class _Importer:
     ) -> Sequence[Value | None] | None:
         """Evaluate a node of constants by ONNX's reference; None where it cannot."""
         try:
-            types = self._infer(ctx, node, _required_schema(node, domain, ctx.version), domain)
+            types = self._infer(ctx, node, required_schema(node, domain, ctx.version), domain)
         except (UnsupportedOpError, ShapeError):
             types = []  # the shape depends on the data: bounded by the operands
         for t in types:
@@ -583,17 +588,3 @@ class _Importer:
             check_folded_size(data.shape, dtype, "a constant result")
             results.append(ctx.constant(data, dtype=dtype))
         return results
-
-
-def _schema(op: str, domain: str, version: int) -> onnx.defs.OpSchema | None:
-    try:
-        return onnx.defs.get_schema(op, version, domain)
-    except onnx.defs.SchemaError:
-        return None
-
-
-def _required_schema(node: onnx.NodeProto, domain: str, version: int) -> onnx.defs.OpSchema:
-    schema = _schema(node.op_type, domain, version)
-    if schema is None:
-        raise UnsupportedOpError("no operator of that name is known")
-    return schema

@@ -280,3 +280,19 @@ def standalone(ctx: OpContext, schema: onnx.defs.OpSchema) -> onnx.NodeProto:
     while node.input and not node.input[-1]:
         del node.input[-1]
     return node
+
+
+def find_schema(op: str, domain: str, version: int) -> onnx.defs.OpSchema | None:
+    """Return the schema of an operator; None where ONNX has no such one."""
+    try:
+        return onnx.defs.get_schema(op, version, domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def required_schema(node: onnx.NodeProto, domain: str, version: int) -> onnx.defs.OpSchema:
+    """Return the schema of a node's operator."""
+    schema = find_schema(node.op_type, domain, version)
+    if schema is None:
+        raise UnsupportedOpError("no operator of that name is known")
+    return schema

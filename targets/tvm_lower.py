@@ -23,6 +23,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.plan import precision_of
 from qcompiler.targets.base import Region
+from qcompiler.targets.branches import Guards, guarded, guards_of, in_order
 from qcompiler.types import Array, Precision
 
 VIEWS = frozenset({"reshape"})
@@ -83,6 +84,7 @@ class _Plan:
 
     steps: list[Node | tuple[Node, ...]] = field(default_factory=list)
     calls: dict[Node, KernelCall] = field(default_factory=dict)
+    guards: dict[Node, Guards] = field(default_factory=dict)
 
 
 def lower_graph(
@@ -104,7 +106,7 @@ def lower_graph(
 
 
 def _plan(graph: Graph, lower_node: LowerNode) -> _Plan:
-    plan = _Plan()
+    plan = _Plan(guards=guards_of(graph))
     covered: set[Node] = set()
     # Consumers first: a call may cover its producers (quantize + transpose in one kernel).
     for node in reversed(graph.nodes):
@@ -121,9 +123,11 @@ def _plan(graph: Graph, lower_node: LowerNode) -> _Plan:
             plan.steps.append(tuple(run))
             run.clear()
 
-    for node in graph.nodes:
+    for node in in_order(graph, plan.guards) if plan.guards else graph.nodes:
         if node in covered:
             continue
+        if run and plan.guards.get(node) != plan.guards.get(run[-1]):
+            flush()
         if node in plan.calls or node.op.name in VIEWS:
             # A view in the middle of a float region would only cut it in two.
             if node.op.name in VIEWS and run and not node.input(0).type.is_quantized:
@@ -162,6 +166,9 @@ class _Emitter:
                     f"the output {name!r} of shape {list(v.shape)} has no elements"
                 )
         self.float_regions = _import_regions(plan, self.graph, self.target)
+        # Where some part of a branch cannot be left out, nothing that it reads may be.
+        free = all(r.is_kernels for s, r in self.float_regions.items() if plan.guards.get(s[0]))
+        self.guards = plan.guards if free else {}
         inputs = [self._var(f"input{i}", v.shape, v) for i, v in enumerate(self.graph.inputs)]
         self.env.update(zip(self.graph.inputs, inputs, strict=True))
         # Parameters are arguments of main, so they must exist before its body is emitted.
@@ -231,13 +238,19 @@ class _Emitter:
 
     def _call(self, node: Node, call: KernelCall) -> None:
         relax = self.relax
-        function = self.functions.get(call.key)
+        guards = self.guards.get(node, ())
+        key = (call.key, tuple((g.when, g.condition.shape) for g in guards))
+        function = self.functions.get(key)
         if function is None:
             symbol = f"{call.kernel}_{len(self.functions)}"
-            function = self.bb.add_func(call.build(symbol), symbol)
-            self.functions[call.key] = function
+            built = call.build(symbol)
+            if guards:
+                built = guarded(built, guards, len(node.outputs))
+            function = self.bb.add_func(built, symbol)
+            self.functions[key] = function
         types = [relax.TensorType(v.shape, v.dtype.numpy.name) for v in node.outputs]
         args = [self.env[v] for v in call.inputs] + self.call_params[node]
+        args += [self.env[g.condition] for g in guards]
         out = self.bb.emit(relax.call_tir(function, args, types[0] if len(types) == 1 else types))
         if len(types) == 1:
             self.env[node.output] = out
@@ -269,7 +282,8 @@ class _Emitter:
         if not imported.outputs:
             return
         prefix = f"float{len(self.regions)}"
-        results, symbols = imported.emit(self.bb, self.env, self.region_params, prefix)
+        guards = self.guards.get(nodes[0], ())
+        results, symbols = imported.emit(self.bb, self.env, self.region_params, prefix, guards)
         self.env.update(results)
         self.regions.append(
             Region(

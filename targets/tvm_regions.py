@@ -10,12 +10,13 @@ our `main`, where memory planning sees one function.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qcompiler.errors import QCompilerError, UnsupportedByTargetError, UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
+from qcompiler.targets.branches import Guards, guarded
 from qcompiler.types import DType
 
 _INLINE_BYTES = 4096  # constants up to this size may live in the library
@@ -63,8 +64,27 @@ class FloatRegion:
                         found[e] = None
         return list(found)
 
+    @property
+    def is_kernels(self) -> bool:
+        """Whether it only calls generated kernels, which can be left out under a condition."""
+        from tvm import relax
+
+        for block in self.module["main"].body.blocks:
+            for binding in block.bindings:
+                value = getattr(binding, "value", None)
+                if isinstance(value, relax.Call):
+                    name = getattr(value.op, "name", "")
+                    if name not in ("relax.call_tir", "relax.reshape"):
+                        return False
+        return True
+
     def emit(
-        self, bb: Any, env: Mapping[Value, Any], parameters: Mapping[Any, Any], prefix: str
+        self,
+        bb: Any,
+        env: Mapping[Value, Any],
+        parameters: Mapping[Any, Any],
+        prefix: str,
+        guards: Guards = (),
     ) -> tuple[dict[Value, Any], tuple[str, ...]]:
         """Emit the region's calls into a dataflow block; return its results and the symbols called.
 
@@ -73,8 +93,10 @@ class FloatRegion:
             env: Value -> Relax expression.
             parameters: Large constant -> parameter of the function under construction.
             prefix: Prefix of function names, unique in the module under construction.
+            guards: Conditions under which the kernels run.
         """
-        inliner = _Inliner(bb, self.module, parameters, prefix)
+        conditions = [env[g.condition] for g in guards]
+        inliner = _Inliner(bb, self.module, parameters, prefix, guards, conditions)
         results = inliner.inline([env[v] for v in self.inputs])
         return dict(zip(self.outputs, results, strict=True)), tuple(inliner.calls)
 
@@ -275,7 +297,18 @@ def _label(node: Node) -> str:
 class _Inliner:
     """Copies the calls of an imported `main` into another function under construction."""
 
-    def __init__(self, bb: Any, module: Any, parameters: Mapping[Any, Any], prefix: str) -> None:
+    def __init__(
+        self,
+        bb: Any,
+        module: Any,
+        parameters: Mapping[Any, Any],
+        prefix: str,
+        guards: Guards = (),
+        conditions: Sequence[Any] = (),
+    ) -> None:
+        self.guards = guards
+        self.conditions = conditions
+        self.results: dict[str, int] = {}
         self.bb = bb
         self.module = module
         self.parameters = parameters
@@ -320,6 +353,8 @@ class _Inliner:
             if name not in self.functions:
                 symbol = f"{self.prefix}_{name}"
                 function = self.module[e].without_attr("global_symbol")
+                if self.guards:
+                    function = guarded(function, self.guards, self.results[name])
                 self.functions[name] = self.bb.add_func(function, symbol)
             self.calls.append(str(self.functions[name].name_hint))
             return self.functions[name]
@@ -328,7 +363,13 @@ class _Inliner:
         if isinstance(e, relax.TupleGetItem):
             return relax.TupleGetItem(self._expr(e.tuple_value, env), e.index)
         if isinstance(e, relax.Call):
+            if self.guards and getattr(e.op, "name", "") == "relax.call_tir":
+                returned = e.ty_args[0]
+                count = len(returned.fields) if isinstance(returned, relax.TupleType) else 1
+                self.results[str(e.args[0].name_hint)] = count
             args = [self._expr(a, env) for a in e.args]
+            if self.guards and getattr(e.op, "name", "") == "relax.call_tir":
+                args[1] = relax.Tuple([*args[1].fields, *self.conditions])
             return relax.Call(e.op, args, e.attrs, e.ty_args)
         return e
 

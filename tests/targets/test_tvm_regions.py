@@ -29,16 +29,18 @@ def ones(*shape: int) -> Array:
 
 def test_unknown_operators_are_listed_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     proto = model(
-        """(float[5,1,3] x) => (a, b) {
-            h = LSTM<hidden_size: int = 4>(x, w, r)  i = Relu(h)
-            a = Transpose<perm: ints = [3, 2, 1, 0]>(i)
-            g = GRU<hidden_size: int = 4>(x, wg, rg)  b = Abs(g)
+        """(float[5,3,3] x) => (a, b) {
+            h = Det(x)  i = Relu(h)
+            a = Unsqueeze(i, axis)
+            g = CumProd(x, axis)  b = Abs(g)
         }""",
-        w=ones(1, 16, 3), r=ones(1, 16, 4), wg=ones(1, 12, 3), rg=ones(1, 12, 4),
-    )  # fmt: skip
-    with pytest.raises(UnsupportedOpError, match=r"(?s)LSTM \('LSTM_0'\).*GRU \('GRU_0'\)") as info:
+        axis=np.asarray([0]),
+    )
+    proto.opset_import[0].version = 26
+    pattern = r"(?s)CumProd \('CumProd_0'\).*Det \('Det_0'\)|Det \('Det_0'\).*CumProd"
+    with pytest.raises(UnsupportedOpError, match=pattern) as info:
         qcompiler.compile(proto, precision="fp32")
-    assert info.value.operators == ("GRU", "LSTM")
+    assert info.value.operators == ("CumProd", "Det")
     assert capfd.readouterr() == ("", "")
 
 
