@@ -8,7 +8,8 @@ and static int8, per channel), every runner in its own process, pinned, in inter
 Compile time, peak memory, artifact size and time to the first result are reported too.
 
 Usage: ``python benchmarks/models.py [--threads 1,2] [--target host] [--models resnet50,encoder]
-[--json FILE]``. Needs `pip install .[bench]`.
+[--json FILE]``. A model may also be an ONNX file with fixed shapes but the batch. Needs
+`pip install .[bench]`.
 """
 
 from __future__ import annotations
@@ -59,11 +60,15 @@ def builders() -> ModuleType:
 
 
 def bench(name: str, target: str, threads: list[int], folder: Path) -> dict[str, Any]:
-    """Build, compile and time one model; returns the figures."""
+    """Build (or take), compile and time one model; returns the figures."""
+    given, name = Path(name), Path(name).stem
     folder = folder / name  # the peers keep their quantized models here
     folder.mkdir()
     model = folder / f"{name}.onnx"
-    model.write_bytes(builders().BUILDERS[name]().SerializeToString())
+    if given.suffix == ".onnx":
+        model.write_bytes(given.read_bytes())
+    else:
+        model.write_bytes(builders().BUILDERS[name]().SerializeToString())
     shapes = {n: s.shape for n, s in qcompiler.compile(model, precision="fp32").inputs.items()}
     rng = np.random.default_rng(0)
     samples = {

@@ -55,6 +55,7 @@ from qcompiler.targets.kernels.tir import (
     minimum,
     own_function,
     parallel,
+    prefetch,
     registers,
     reinterpret,
     scratch,
@@ -70,6 +71,9 @@ from qcompiler.targets.kernels.unpack import (
     weight_vectors,
 )
 from qcompiler.targets.kernels.workload import GemmParams
+
+_FAR_BYTES = 512 * 1024
+"""Weights of a kernel from which they are fetched ahead."""
 
 __all__ = ["MacroKernel", "Source", "Step", "copy_elements", "fill_elements"]
 
@@ -110,19 +114,23 @@ class MacroKernel:
     tasks: int
     """Iterations of the loop over tasks."""
 
-    def task_loop(self, macs: int) -> Any:
-        """The loop over tasks, on the thread pool where the work pays for waking it."""
+    def task_loop(self, macs: int, extent: int | None = None) -> Any:
+        """A loop over tasks, on the thread pool where the work pays for waking it."""
+        extent = self.tasks if extent is None else extent
         lanes = self.isa.lanes()
         per_cycle = _PRODUCTS[self.isa.dot] * lanes
         if self.geometry.a_dtype == "float32":
             per_cycle = (2 if self.isa.fma else 1) * lanes
-        threads = self.tasks > 1 and worth_threads(macs / per_cycle)
-        return parallel(self.tasks) if threads else serial(self.tasks)
+        threads = extent > 1 and worth_threads(macs / per_cycle)
+        return parallel(extent) if threads else serial(extent)
 
     def emit(self) -> None:
         """The loop over tasks."""
-        plan = self.plan
-        with self.task_loop(self.geometry.macs) as task:
+        g, plan = self.geometry, self.plan
+        bands = None
+        if not g.direct and plan.col_blocks > 1:  # tasks of several column blocks share a band
+            bands = self._copy_bands()
+        with self.task_loop(g.macs) as task:
             block = bind(task % plan.col_blocks)
             outer = bind(task // plan.col_blocks)
             image = bind(outer // plan.row_blocks)
@@ -130,7 +138,13 @@ class MacroKernel:
             last = bind(minimum(first + plan.row_block, plan.rows.tiles))
             begin = bind(block * plan.col_block)
             end = bind(minimum(begin + plan.col_block, plan.tiles))
-            self.emit_task(self._source(image, first), (first, last), (begin, end))
+            if bands is None:
+                source = self._source(image, first)
+            else:
+                pitch = g.band_width * g.c
+                start = outer * self._band_size - self.first_row_of(first) * (g.sh * pitch)
+                source = Source(bands, bind(start), pitch, image)
+            self.emit_task(source, (first, last), (begin, end))
 
     def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
         """All register tiles of the tile rows and column tiles in the two half-open ranges."""
@@ -228,33 +242,54 @@ class MacroKernel:
         if g.direct:
             return Source(self.a, bind(image * (g.h * g.w * g.c)), g.w * g.c, image)
         first_row = bind(self.first_row_of(first))
-        band = self._copy_band(image, first_row)
         pitch = g.band_width * g.c
+        band = self._work_area(1)
+        with serial(g.band_rows(self.plan.band)) as row:
+            self._copy_row(image, first_row, row, band, bind(row * pitch))
         return Source(band, bind(0 - first_row * (g.sh * pitch)), pitch, image)
 
-    def _copy_band(self, image: Expr, first_row: Expr) -> Buffer:
-        """Copy the input rows that a task reads into a padded work area."""
+    @property
+    def _band_size(self) -> int:
+        """Elements of a padded band of input rows."""
+        g = self.geometry
+        return g.band_rows(self.plan.band) * g.band_width * g.c
+
+    def _work_area(self, bands: int) -> Buffer:
+        dtype = "float32" if self.geometry.a_dtype == "float32" else self.geometry.dot_dtype
+        return scratch(bands * self._band_size + _CHUNK, dtype)
+
+    def _copy_bands(self) -> Buffer:
+        """Copy the bands of all tasks, one after the other."""
+        g, plan = self.geometry, self.plan
+        count = g.batch * plan.row_blocks
+        rows, pitch = g.band_rows(plan.band), g.band_width * g.c
+        area = self._work_area(count)
+        with self.task_loop(g.macs, count * rows) as index:
+            band = bind(index // rows)
+            row = bind(index % rows)
+            first_row = bind(self.first_row_of(bind(band % plan.row_blocks * plan.row_block)))
+            self._copy_row(bind(band // plan.row_blocks), first_row, row, area, bind(index * pitch))
+        return area
+
+    def _copy_row(
+        self, image: Expr, first_row: Expr, row: Expr, band: Buffer, target: Expr
+    ) -> None:
+        """Copy one input row that a task reads into a padded work area."""
         g = self.geometry
         pitch = g.band_width * g.c
-        rows = g.band_rows(self.plan.band)
-        dtype = "float32" if g.a_dtype == "float32" else g.dot_dtype
-        band = scratch(rows * pitch + _CHUNK, dtype)
-        fill = bind(cast(load(self.constants["scalars"], 0, 1), dtype))
+        fill = bind(cast(load(self.constants["scalars"], 0, 1), str(band.dtype)))
         left = min(g.pl, g.band_width) * g.c
         inside = max(0, min(g.w, g.band_width - g.pl)) * g.c
-        with serial(rows) as row:
-            top = bind(first_row * g.sh + row - g.pt)
-            target = bind(row * pitch)
-            with when(top < 0):
-                fill_elements(band, target, fill, pitch)
-            with when(top >= g.h):
-                fill_elements(band, target, fill, pitch)
-            with when(maximum(0, top) == minimum(top, g.h - 1)):
-                fill_elements(band, target, fill, left)
-                start = bind((image * g.h + top) * (g.w * g.c))
-                copy_elements(band, target + left, self.a, start, inside)
-                fill_elements(band, target + (left + inside), fill, pitch - left - inside)
-        return band
+        top = bind(first_row * g.sh + row - g.pt)
+        with when(top < 0):
+            fill_elements(band, target, fill, pitch)
+        with when(top >= g.h):
+            fill_elements(band, target, fill, pitch)
+        with when(maximum(0, top) == minimum(top, g.h - 1)):
+            fill_elements(band, target, fill, left)
+            start = bind((image * g.h + top) * (g.w * g.c))
+            copy_elements(band, target + left, self.a, start, inside)
+            fill_elements(band, target + (left + inside), fill, pitch - left - inside)
 
     def _tile(
         self, source: Source, at: tuple[Expr, Expr], extent: tuple[int, int], tile: Expr
@@ -301,12 +336,13 @@ class MacroKernel:
         weight_tile = near_tile
         if source.weight_tile is not None:
             weight_tile = bind(tile - source.weight_tile)
-        self._k_loops(source, a_index, a_steps, weight_tile, acc)
-
         channels = g.groups * g.n
         starts, valid = self.columns(tile)
         base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
         lane = bind(tile * plan.nt)
+        ahead = self._ahead(at, len(pixels), weight_tile)
+        self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
+
         for m, (r, c) in enumerate(pixels):
             step = (r * g.ow + c) * channels
             values = [acc.get(m, v) for v in range(nv)]
@@ -329,8 +365,37 @@ class MacroKernel:
         within = tile % plan.group_tiles
         return [bind(group * g.n + minimum(within * nt, g.n - nt))], lanes
 
+    def _ahead(
+        self, at: tuple[Expr, Expr], pixels: int, tile: Expr
+    ) -> tuple[Expr, list[int], int] | None:
+        """What to fetch of the next column tile's weights: (first element, further ones, step).
+
+        Large weights come from level 3 or memory, once for each column tile.  Fetched evenly by all
+        register tiles of the column tile before, they arrive while others are multiplied.
+        """
+        g = self.geometry
+        per_group = self.plan.nt * (1 if self.facts.dot == "float" else 4)
+        line = 64 // (4 if self.facts.dot == "float" else 1)
+        panel = g.k_groups * per_group
+        far = panel * self.plan.tiles // line * 64 >= _FAR_BYTES
+        known = self.facts.dot in ("float", "vpdpbusd") and self.facts.storage == "plain"
+        wide = self.isa.vector_bits == 512
+        if not (far and known and wide and self.params.order == "n") or pixels >= g.oh * g.ow:
+            return None
+        share = -(-panel // (g.oh * g.ow))  # of one pixel
+        step = -(-pixels * share // g.k_groups)
+        row, col = at
+        first = bind((tile + 1) * panel + (row * g.ow + col) * share)
+        return first, list(range(0, min(step, 4 * line), line)), step
+
     def _k_loops(
-        self, source: Source, a_index: Expr, a_steps: list[int], tile: Expr, acc: Accumulators
+        self,
+        source: Source,
+        a_index: Expr,
+        a_steps: list[int],
+        tile: Expr,
+        acc: Accumulators,
+        ahead: tuple[Expr, list[int], int] | None = None,
     ) -> None:
         """Accumulate over all of K."""
         g = self.geometry
@@ -352,6 +417,9 @@ class MacroKernel:
 
         if depth == 1:
             with self._each_group(step, tile) as (one, k):
+                if ahead is not None:
+                    for line in ahead[1]:
+                        prefetch(self.constants["weight"], ahead[0] + (k * ahead[2] + line))
                 block(one, k, 1)
             return
         with serial(g.k_groups // depth) as k:

@@ -23,6 +23,8 @@ __all__ = ["default_params", "fitted", "space"]
 
 _L2_BYTES = 256 * 1024
 """Half of the level-2 cache of the smallest machines we expect (Zen 3: 512 KiB)."""
+_FAR_BYTES = 4 * _L2_BYTES
+"""Constants that no level 2 keeps from one use to the next."""
 _TASKS = 32
 """Tasks wanted, so that up to 16 threads share them evenly."""
 
@@ -186,6 +188,12 @@ def _blocked(geometry: Geometry, lanes: int, mt: int, nv: int) -> GemmParams:
     weight_bytes = geometry.k_groups * geometry.k_group * plan.nt * plan.tiles * width
     if weight_bytes > _L2_BYTES:  # weights stream from further away: few row blocks
         blocks = -(-plan.rows.tiles // m_block)
+        # One block reads them once, but all activations again for each column tile.
+        read = min(geometry.kh, geometry.sh) * min(geometry.kw, geometry.sw)
+        activations = plan.rows.tiles * row_bytes * read // (geometry.sh * geometry.sw)
+        again = weight_bytes * (blocks - 1)
+        if activations <= _FAR_BYTES < weight_bytes and activations * plan.tiles < again:
+            blocks = 1
     m_block = -(-plan.rows.tiles // blocks)
     blocks = -(-plan.rows.tiles // m_block)
     col_blocks = min(plan.tiles, max(1, -(-wanted // blocks)))
