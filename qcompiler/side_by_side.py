@@ -5,7 +5,9 @@
 Two runtimes in one process share caches of memory, thread pools and settings of the floating-point
 unit; measured one after the other, they meet different moments of the machine. So every runner has
 its own process, pinned to the same CPUs, and in every round each of them runs for a slice of time,
-in turn. A runner that is not installed, fails or crashes is reported, and the others go on.
+in turn. Whose turn it is not is stopped by a signal: the threads of a pool go on looking for work
+for a while after a run, which would take a core from the next runner. A runner that is not
+installed, fails or crashes is reported, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +121,7 @@ def measure(
                 outcomes[runner.name] = Outcome(None, problem=reply["problem"])
             else:
                 workers[runner.name] = worker
+                worker.stop()
                 worker.note = reply["note"]
                 worker.slice = max(1, min(50, round(SLICE_SECONDS / max(reply["seconds"], 1e-6))))
         rounds = max(
@@ -128,8 +132,10 @@ def measure(
         for index in range(rounds):
             say("measure", index, rounds)
             for name, worker in list(workers.items()):
+                worker.resume()
                 worker.send({"runs": worker.slice})
                 reply = worker.receive(PREPARE_SECONDS)
+                worker.stop()
                 if "problem" in reply:
                     outcomes[name] = Outcome(None, problem=reply["problem"])
                     del workers[name]
@@ -177,6 +183,19 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):
             self.questions.write(json.dumps(message).encode() + b"\n")
             self.questions.flush()
+
+    def stop(self) -> None:
+        """Stop all threads of the worker until `resume`, where the system can."""
+        self._signal("SIGSTOP")
+
+    def resume(self) -> None:
+        """Let the worker's threads go on."""
+        self._signal("SIGCONT")
+
+    def _signal(self, name: str) -> None:
+        number = getattr(signal, name, None)
+        if number is not None and self.process.poll() is None:
+            self.process.send_signal(number)
 
     def receive(self, seconds: float) -> dict[str, Any]:
         """Return the answer, or {"problem": ...} where none comes."""

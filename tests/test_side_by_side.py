@@ -50,6 +50,29 @@ FACTORIES = """
         return run, ""
 
 
+    def leaves_a_thread(path):
+        import threading
+
+        def tick():
+            with open(path, "w", buffering=1) as file:
+                while True:
+                    file.write(f"{time.monotonic()}\\n")
+                    time.sleep(0.001)
+
+        threading.Thread(target=tick, daemon=True).start()
+        return (lambda: time.sleep(0.01)), ""
+
+
+    def notes_its_runs(path):
+        def run():
+            begin = time.monotonic()
+            time.sleep(0.01)
+            with open(path, "a") as file:
+                file.write(f"{begin} {time.monotonic()}\\n")
+
+        return run, ""
+
+
     def noisy():
         def run():
             print("not an answer")
@@ -142,6 +165,24 @@ def test_runners_have_processes_of_their_own_and_take_turns(factories: str, tmp_
     turns = sum(x != y for x, y in itertools.pairwise(pids))
     assert turns >= 10  # ten rounds of two runners, not two blocks
     assert {rest for _, rest in lines} == {f"[{pick_cpus(1)[0]}] 1"}
+
+
+def test_threads_left_behind_do_not_run_in_the_turns_of_others(
+    factories: str, tmp_path: Path
+) -> None:
+    """One runner leaves a thread that notes the time for ever; the other notes its turns."""
+    runners = [
+        Runner("busy", f"{factories}:leaves_a_thread", {"path": str(tmp_path / "thread")}),
+        Runner("other", f"{factories}:notes_its_runs", {"path": str(tmp_path / "runs")}),
+    ]
+    outcomes = measure(runners, runs=10)
+    assert all(outcome.timing for outcome in outcomes.values())
+    ticks = [float(line) for line in (tmp_path / "thread").read_text().split()]
+    turns = [tuple(map(float, line.split())) for line in (tmp_path / "runs").open()]
+    # The first runs prepare the other runner, when the first one is stopped already.
+    inside = sum(any(begin < tick < end for begin, end in turns) for tick in ticks)
+    assert len(ticks) > 10
+    assert inside == 0
 
 
 def test_progress_is_told(factories: str) -> None:
