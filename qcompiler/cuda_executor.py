@@ -186,6 +186,11 @@ class CudaExecutor:
         with self.gpu.current():
             return _Machine(self._code, record=False).profile(inputs, runs)
 
+    def device_times(self, inputs: Sequence[Array], *, runs: int = 20) -> list[float]:
+        """Return the seconds of some runs on the device alone: no copies of inputs and results."""
+        with self.gpu.current():
+            return _Machine(self._code, record=False).device_times(inputs, runs)
+
 
 def _rounded(nbytes: int) -> int:
     return -(-max(nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
@@ -260,14 +265,16 @@ class _Machine:
             "cuMemcpyDtoHAsync_v2", ctypes.addressof(self.status_word), self.status, 4, self.stream
         )
 
-    def _record(self) -> int:
+    def _record(self, *, copies: bool = True) -> int:
         gpu = self.gpu
         gpu.call("cuStreamBeginCapture_v2", self.stream, _CAPTURE_RELAXED)
         try:
-            self._copies_in()
+            if copies:
+                self._copies_in()
             for _, call, _ in self._launches:
                 gpu.call("cuLaunchKernel", *call)
-            self._copies_out()
+            if copies:
+                self._copies_out()
         finally:
             recorded = c_void_p()  # a capture has to end, whatever happened in it
             gpu.call("cuStreamEndCapture", self.stream, byref(recorded))
@@ -288,15 +295,38 @@ class _Machine:
             raise DataError("an index in the inputs is outside of the table that it points into")
         return [array.copy() for array in self.results]
 
+    def _events(self, count: int) -> list[int]:
+        made = (self.gpu.get("cuEventCreate", c_void_p, 0).value for _ in range(count))
+        return [self._keep("cuEventDestroy_v2", event) for event in made]
+
+    def _seconds(self, start: int, end: int) -> float:
+        milliseconds = c_float()
+        self.gpu.call("cuEventElapsedTime", byref(milliseconds), start, end)
+        return milliseconds.value * 1e-3
+
+    def device_times(self, inputs: Sequence[Array], runs: int) -> list[float]:
+        """Time runs of the launches alone, as one graph each."""
+        gpu = self.gpu
+        graph = self._record(copies=False)
+        for to, array in zip(self.sources, inputs, strict=True):
+            to[...] = array
+        self._copies_in()
+        start, end = self._events(2)
+        found = []
+        for _ in range(runs + 1):  # the first one warms up
+            gpu.call("cuEventRecord", start, self.stream)
+            gpu.call("cuGraphLaunch", graph, self.stream)
+            gpu.call("cuEventRecord", end, self.stream)
+            gpu.call("cuStreamSynchronize", self.stream)
+            found.append(self._seconds(start, end))
+        return found[1:]
+
     def profile(self, inputs: Sequence[Array], runs: int) -> list[tuple[str, float]]:
         """Time every launch between two events."""
         gpu = self.gpu
         for to, array in zip(self.sources, inputs, strict=True):
             to[...] = array
-        events = [
-            self._keep("cuEventDestroy_v2", gpu.get("cuEventCreate", c_void_p, 0).value)
-            for _ in range(len(self._launches) + 1)
-        ]
+        events = self._events(len(self._launches) + 1)
         best = [math.inf] * len(self._launches)
         for _ in range(runs + 1):  # the first one warms up
             self._copies_in()
@@ -306,9 +336,7 @@ class _Machine:
                 gpu.call("cuEventRecord", event, self.stream)
             gpu.call("cuStreamSynchronize", self.stream)
             for i in range(len(best)):
-                milliseconds = c_float()
-                gpu.call("cuEventElapsedTime", byref(milliseconds), events[i], events[i + 1])
-                best[i] = min(best[i], milliseconds.value * 1e-3)
+                best[i] = min(best[i], self._seconds(events[i], events[i + 1]))
         names = [name for name, _, _ in self._launches]
         return list(zip(names, best, strict=True))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -245,6 +246,25 @@ def test_memory_is_given_back() -> None:
         del executor
         assert emulator.allocated() == before
         assert isinstance(gpu, cuda_driver.Driver)
+
+
+@needs_emulator
+def test_times_on_the_device_alone() -> None:
+    graph = chain()
+    with emulator.driver_environment():
+        times = emulator.executor(graph).device_times([feed(graph)["x"]], runs=4)
+    assert len(times) == 4
+    assert all(t > 0 for t in times)
+
+
+def test_the_benchmark_says_why_nothing_is_measured() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "cuda.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False,
+        env={**os.environ, cuda_driver.LIBCUDA: "/nonexistent/libcuda.so.1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "nothing is measured: there is no NVIDIA driver" in done.stderr
 
 
 @needs_emulator
