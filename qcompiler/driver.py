@@ -115,8 +115,8 @@ def compile(
         target: Target name ("host" picks the best row for this CPU) or a TargetSpec.
         calibration: Representative samples (see `qcompiler.data.load_samples`); needed for integer
             precisions unless the model is already quantized.
-        precision: "w8a8", "w4a8" (first and last products keep 8 bits; where the target has it),
-            "fp32", a PrecisionPlan, or the path of a saved plan; "auto" searches the fastest plan
+        precision: "w8a8", "w4a8" (first and last products keep 8 bits); without calibration "fp32",
+            "fp16", "w8", "w4", "w8a8-dynamic" (docs/precisions.md); a PrecisionPlan, or the path of a saved plan; "auto" searches the fastest plan
             that keeps the budget, by latency measured on the target (`qcompiler.auto`).
         evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
             is better); measures what compilation costs.

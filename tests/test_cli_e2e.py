@@ -240,6 +240,37 @@ def test_unknown_targets_and_precisions(capsys: pytest.CaptureFixture[str]) -> N
     assert "plan.json" in err
 
 
+@pytest.mark.parametrize("precision", ["fp16", "w8", "w4", "w8a8-dynamic"])
+def test_precisions_without_calibration_data(
+    capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    status, out, _ = run(
+        capsys, "compile", MODEL, "-o", "net.qcm", "--precision", precision, "--json"
+    )
+    assert status == 0
+    found = json.loads(out)
+    precisions = {e["precision"] for e in found["precision"].values()}
+    if precision == "w8a8-dynamic":
+        assert precisions == {"fp32", precision}
+        return
+    assert precision in precisions
+    assert found["size_bytes"]["parameters"] < 0.6 * found["size_bytes"]["model"]
+    status, out, _ = run(
+        capsys,
+        *("check", "net.qcm", MODEL, "--evaluate", EVALUATION, "--metric", "top1"),
+        *("--max-drop", "1", "--json"),
+    )
+    assert status == 0
+
+
+def test_precisions_that_a_qdq_model_cannot_say(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("export", MODEL, "-o", "q.onnx", "--calibration", CALIBRATION, "--precision", "w4")
+    status, _, err = run(capsys, *given)
+    assert status == 2
+    assert "a QDQ model cannot say what precision w4 computes" in err
+    assert not Path("q.onnx").exists()
+
+
 def test_an_input_shape_for_no_input(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(
         capsys,

@@ -76,8 +76,9 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="P",
-        help="w8a8, fp32, w4a8 and what else `qcompile targets` lists; auto: the fastest plan that "
-        "keeps the budget; or the path of a saved plan (.json).",
+        help="w8a8, w4a8 (and w8a7, w7a8, w6a8); without calibration: fp32, fp16, w8, w4, "
+        "w8a8-dynamic, w8a8-dynamic-tensor; `qcompile targets` lists what each target has. auto: "
+        "the fastest plan that keeps the budget. Or the path of a saved plan (.json).",
     ),
 ]
 OverrideOption = Annotated[
