@@ -25,8 +25,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from qcompiler.errors import DataError, UsageError
-from qcompiler.metrics import Metric, metric_of
-from qcompiler.slices import MINIMUM, score_slices, worst
+from qcompiler.metrics import Metric, labels_of, metric_of
+from qcompiler.slices import MINIMUM, check_slices, score_slices, worst
 from qcompiler.types import Array, DType, Shape
 
 Chunk = Mapping[str, Array]
@@ -395,6 +395,27 @@ class Budget:
 
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 """Runs one batch: arrays by input name -> arrays by output name."""
+
+
+def check_evaluation(evaluation: Evaluation, inputs: Sequence[InputSpec]) -> None:
+    """Check that evaluation samples fit a model before time is spent on compiling it.
+
+    Only the first chunk is read (a file holds one): a mistake is usually in all of them.
+
+    Raises:
+        DataError: The samples do not fit the model, or labels and slices do not fit the samples.
+    """
+    samples = load_samples(evaluation.samples)
+    chunk = next(samples.chunks(), None)
+    if chunk is None:
+        raise DataError(f"{samples.origin} holds no samples")
+    first = SampleSet(samples.origin, lambda: iter([chunk]))
+    count = sum(batch.samples for batch in first.batches(inputs))
+    metric = metric_of(evaluation.metric)
+    extras = first.extras(inputs)
+    check_slices(metric, extras, count)
+    if metric.name in ("top1", "top5") and "label" in extras:
+        labels_of(extras["label"], count)
 
 
 def evaluate(

@@ -21,7 +21,14 @@ import numpy as np
 
 from qcompiler.artifact import Artifact, ParamBlock
 from qcompiler.cpu import host_cpu
-from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
+from qcompiler.data import (
+    Budget,
+    Evaluation,
+    InputSpec,
+    SampleSource,
+    check_evaluation,
+    load_samples,
+)
 from qcompiler.dynamic_compile import build_sizes, joined, ranges_of
 from qcompiler.errors import (
     DataError,
@@ -199,6 +206,7 @@ def compile(
         seed=seed,
         progress=report_progress,
         instruments=(clock,),
+        evaluate=evaluate if isinstance(evaluate, Evaluation) and ranges is None else None,
     )
     if choice is not None:
         result.sources.update(choice.sources)
@@ -340,10 +348,12 @@ def quantize_model(
     progress: ProgressFn = no_progress,
     instruments: Sequence[Instrument] = (),
     stage: Stage = Stage.INTEGER,
+    evaluate: Evaluation | None = None,
 ) -> Quantized:
     """Run every pass up to Graph[INTEGER], or up to Graph[QDQ] for export.
 
-    Args and errors: as `compile`; `spec` limits the precisions, `stage` says where to stop.
+    Args and errors: as `compile`; `spec` limits the precisions, `stage` says where to stop, samples
+    of `evaluate` are only checked: what does not fit is said before the long part.
     """
     from qcompiler.onnx_import import load_onnx, model_digest
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
@@ -360,6 +370,8 @@ def quantize_model(
     shapes = {} if samples is None else samples.shapes()
     graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze, sample_shapes=shapes)
     sources = {"model": model_digest(model)}
+    if evaluate is not None:
+        check_evaluation(evaluate, InputSpec.of({v.name: v for v in graph.inputs}))
     progress("import", 1, 1)
     ctx = PassContext(seed=seed, progress=progress)
     imported_qdq = graph.stage is Stage.QDQ

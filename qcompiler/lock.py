@@ -19,7 +19,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,16 +137,17 @@ class Lock:
         """
         origin = os.fspath(path)
         try:
-            if zipfile.is_zipfile(path):
+            data = Path(path).read_bytes()
+            if data.startswith(b"PK") or origin.endswith(".qcm"):
                 from qcompiler.artifact import read_artifact
 
                 return cls.of(read_artifact(path, check_cpu=False), origin)
-            doc = json.loads(Path(path).read_bytes())
+            doc = json.loads(data)
         except OSError as error:
             raise LockError(f"cannot read the lock {origin}: {error.strerror}") from None
-        except ValueError as error:
+        except ValueError:
             raise LockError(
-                f"{origin} is neither an artifact nor a lock: {error}",
+                f"{origin} is neither an artifact nor a lock file, which is JSON",
                 hint="`qcompile inspect ART.qcm --lock LOCK.json` writes one",
             ) from None
         return cls.from_json(doc, origin)

@@ -104,6 +104,20 @@ def _required(name: str, reference: Outputs | None) -> Outputs:
     return reference
 
 
+def labels_of(label: Array, count: int) -> Array:
+    """Return the array `label` as [count] class ids.
+
+    Raises:
+        DataError: Another number of labels than samples, or no integers.
+    """
+    labels = np.asarray(label).reshape(-1)
+    if labels.size != count:
+        raise DataError(f"{labels.size} labels for {count} samples", value="label")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"labels are {labels.dtype}, expected integer class ids", value="label")
+    return labels
+
+
 def top_k(
     outputs: Outputs, samples: Mapping[str, Array], reference: Outputs | None, k: int
 ) -> float:
@@ -118,11 +132,7 @@ def top_k(
     name, scores = _scores(outputs)
     n = len(scores)
     if "label" in samples:
-        labels = np.asarray(samples["label"]).reshape(-1)
-        if labels.size != n:
-            raise DataError(f"{labels.size} labels for {n} samples", value="label")
-        if labels.dtype.kind not in "iu":
-            raise DataError(f"labels are {labels.dtype}, expected integer class ids", value="label")
+        labels = labels_of(samples["label"], n)
     elif reference is not None:
         labels = _scores(reference)[1].argmax(1)
     else:

@@ -83,6 +83,15 @@ def score_slices(
     return found
 
 
+def check_slices(metric: Metric, samples: Mapping[str, Array], count: int) -> None:
+    """Check that the array `slice`, where there is one, names a group for each of the samples.
+
+    Raises:
+        DataError: It does not.
+    """
+    _groupings(metric, samples, count)
+
+
 def worst(found: list[SliceScore]) -> SliceScore | None:
     """Return the group with the largest drop among those that limits bind, or None."""
     binding = [s for s in found if s.binds and s.drop is not None]

@@ -243,3 +243,17 @@ def test_frozen_inputs_are_compared_too(tmp_path: Path) -> None:
     assert compiled.report is not None
     assert compiled.report["metric"]["compiled"] > 30
     np.testing.assert_allclose(compiled(x)["y"], 2 * x["x"] @ w, atol=0.3)
+
+
+def test_evaluation_samples_are_checked_before_the_long_part(calibration: dict[str, Any]) -> None:
+    stages: list[str] = []
+    samples = dict(np.load(DIGITS / "eval.npz"))
+    samples["slice"] = np.zeros(3, int)
+    with pytest.raises(DataError, match="'slice' has shape"):
+        qcompiler.compile(
+            MODEL,
+            calibration=calibration,
+            evaluate=qcompiler.Evaluation(samples, "top1"),
+            progress=lambda stage, done, total: stages.append(stage),
+        )
+    assert set(stages) == {"import"}

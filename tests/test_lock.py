@@ -16,7 +16,7 @@ import pytest
 import qcompiler
 from qcompiler.artifact import read_artifact, write_artifact
 from qcompiler.cli import main
-from qcompiler.errors import LockError, UsageError
+from qcompiler.errors import ArtifactError, LockError, UsageError
 from qcompiler.lock import Lock, options, versions
 from qcompiler.plan import PrecisionPlan
 from qcompiler.records import Record, Records, WorkloadKey
@@ -188,6 +188,12 @@ def test_files_that_are_no_lock(tmp_path: Path, content: bytes, message: str) ->
     path.write_bytes(content)
     with pytest.raises(LockError, match=message):
         Lock.load(path)
+
+
+def test_a_truncated_artifact_is_said_to_be_one(first: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.qcm").write_bytes((first / "net.qcm").read_bytes()[:2000])
+    with pytest.raises(ArtifactError, match=r"cut\.qcm is not a valid artifact"):
+        Lock.load(tmp_path / "cut.qcm")
 
 
 def test_a_lock_that_does_not_exist(tmp_path: Path) -> None:

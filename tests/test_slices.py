@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompiler.data import Budget, Evaluation, InputSpec, compare
+from qcompiler.data import Budget, Evaluation, InputSpec, check_evaluation, compare
 from qcompiler.errors import DataError, UsageError
 from qcompiler.metrics import metric_of
 from qcompiler.slices import MINIMUM, score_slices, worst
@@ -176,6 +176,31 @@ def test_slices_that_are_none(groups: Any, message: str) -> None:
     data = {"x": one_hot(np.zeros(20, np.int64)), "slice": groups}
     with pytest.raises(DataError, match=message):
         compare(Scores(), Scores(), Evaluation(data, "mse"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slice": np.zeros(7, int)}, r"'slice' has shape \[7\]"),
+        ({"label": np.zeros(7, int)}, "7 labels for 20 samples"),
+        ({"label": np.zeros(20)}, "labels are float64, expected integer class ids"),
+        ({"x": np.zeros((20, 4), np.float32)}, "'x' has shape"),
+        ({"x": np.full((20, 3), np.nan, np.float32)}, "holds NaN"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused_before_compiling(
+    changes: dict[str, Any], message: str
+) -> None:
+    data = {**samples(["a"] * 20), **changes}
+    with pytest.raises(DataError, match=message):
+        check_evaluation(Evaluation(data, "top1"), [X])
+
+
+def test_samples_that_fit_are_let_through() -> None:
+    check_evaluation(Evaluation(samples(["a"] * 21), "top1"), [X])
+    check_evaluation(Evaluation([{"x": one_hot(np.zeros(2, np.int64))}], "mse"), [X])
+    with pytest.raises(DataError, match="holds no samples"):
+        check_evaluation(Evaluation([], "mse"), [X])
 
 
 def test_without_slices_and_labels_there_are_none() -> None:
