@@ -23,6 +23,7 @@ from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
 from qcompiler.decisions import Network, network_of
 from qcompiler.errors import DataError, InfeasibleBudgetError, UsageError
 from qcompiler.interrupts import interruptible
+from qcompiler.latency import runs_here
 from qcompiler.metrics import SQNR_CEILING
 from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no_progress
 from qcompiler.plan import PrecisionPlan, uniform
@@ -33,7 +34,7 @@ from qcompiler.search import search
 from qcompiler.targets.base import Backend
 from qcompiler.tuning import Tuning
 from qcompiler.types import Precision
-from qcompiler.workshop import Judge, Prepared, Workshop, prepare, records_file
+from qcompiler.workshop import Judge, Prepared, Workshop, prepare, race, records_file
 
 if TYPE_CHECKING:
     from qcompiler.latency import LatencyTable
@@ -48,6 +49,8 @@ _JOINT_SAMPLES = 128
 """Calibration samples on which joint models are compared with float."""
 _HELD = frozenset({"fp16", "w8", "w4"})
 """Precisions that only hold weights in fewer bits."""
+_OFF = 1.25
+"""Ratio of a whole run to the sum of its kernels beyond which latencies are measured again."""
 _TUNING_SHARE = 0.6
 """Share of the wall-clock budget that kernel tuning gets, of what is left when it starts."""
 
@@ -163,7 +166,7 @@ def choose(
         mark = time.perf_counter()
         file = records_file(cache, backend.spec.name, None if tuning is None else tuning.records)
         late = _late(deadline)
-        table = workshop.latency_table(precisions, file, deadline=late)
+        table = trusted_table(workshop, precisions, file, late)
         seconds["latency"] = time.perf_counter() - mark
         mark = time.perf_counter()
         network = network_of(prepared.graph, table, precisions, sensitivity)
@@ -186,6 +189,30 @@ def choose(
     notes = [log["statement"]] if by_default else []
     notes += [outcome.note] if outcome.note else []
     return Choice(plan, log, dict(outcome.broken), sources, notes, evaluation, limits, known)
+
+
+def trusted_table(
+    workshop: Workshop,
+    precisions: Sequence[Precision],
+    file: RecordFile | None,
+    late: Callable[[], bool] = lambda: False,
+) -> LatencyTable:
+    """Return a latency table that agrees with whole runs; a table that does not is made anew, once.
+
+    What the records hold may come from a busy moment, or from before the machine changed.
+    """
+    table = workshop.latency_table(precisions, file, deadline=late)
+    trials = {p.value: workshop.uniform(p) for p in precisions}
+    if not runs_here(trials[precisions[0].value].compiled):
+        return table
+    seconds = race(trials, rounds=3)
+    off = [p for p, s in seconds.items() if not 1 / _OFF <= table.expected(p) / s <= _OFF]
+    if off:
+        table = workshop.latency_table(precisions, file, fresh=True, deadline=late)
+    else:
+        for name, trial in trials.items():
+            trial.note(seconds=seconds[name])
+    return table
 
 
 def _nothing_to_choose(prepared: Prepared, backend: Backend) -> str | None:

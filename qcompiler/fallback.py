@@ -64,7 +64,7 @@ def lost_to_float(report: Mapping[str, Any] | None) -> bool:
     if ours is None or theirs is None:
         return False
     slower = ours > theirs * (1 + _NOISE)
-    return slower and least.get("compiled", ours) > least.get("float", theirs) * (1 + _NOISE)
+    return bool(slower and least.get("compiled", ours) > least.get("float", theirs) * (1 + _NOISE))
 
 
 def without_slower_regions(

@@ -40,6 +40,7 @@ __all__ = [
     "RegionTime",
     "enough_runs",
     "measure_models",
+    "runs_here",
 ]
 
 FORMAT = 1
@@ -52,6 +53,7 @@ _BLOCK = 4
 _BLOCK_SECONDS = 3e-3
 _ENOUGH = 12.0
 """Seconds of measuring after which no further round begins."""
+_MOST_NOISE = 0.2
 _LEAST = 2
 """Rounds that are measured in any case."""
 
@@ -190,6 +192,20 @@ class LatencyTable:
         ]
         return max(statistics.median(found), 0.0) if found else 0.0
 
+    def regions(self, precision: str) -> list[dict[str, Any]]:
+        """Return the regions of a model as reports have them; empty for one that was not built."""
+        model = self.models.get(precision)
+        return [] if model is None else [
+            {"name": r.name, "nodes": list(r.nodes), "ops": list(r.ops),
+             "latency_ms": None if r.seconds is None else r.seconds * 1e3}
+            for r in model.regions
+        ]  # fmt: skip
+
+    def expected(self, precision: str) -> float:
+        """Return the seconds of one run that the kernels of a model add up to."""
+        model = self.models[precision]
+        return model.kernels + model.calls * self.overhead
+
     def cast(self, kind: str, shape: Sequence[int]) -> float:
         """Return the seconds of a conversion; of an unmeasured size by the nearest one's rate."""
         wanted = int(np.prod(shape, dtype=np.int64))
@@ -310,7 +326,7 @@ def measure_models(
     keys = {name: _keys(b, m, threads) for name, (b, m) in built.items()}
     held: dict[str, Record] = {}
     for name, per_model in keys.items():
-        here = _runs_here(built[name][1])
+        here = runs_here(built[name][1])
         for workload, key in per_model.items():
             found = known.latency(key, anywhere=not here)
             if found is not None:
@@ -343,7 +359,8 @@ def measure_models(
     return Measured(models, len(missing), len(held))
 
 
-def _runs_here(model: CompiledModel) -> bool:
+def runs_here(model: CompiledModel) -> bool:
+    """Whether this machine can run a compiled model."""
     try:
         check_runnable(model.target, "the model")
     except UnsupportedByTargetError:
@@ -453,18 +470,20 @@ def enough_runs(run: Callable[[], object], least: int) -> int:
 
 
 def _summary(samples: Sequence[Sequence[float]]) -> KernelTime:
-    """Return the mean over the places of a kernel of each one's median over the rounds."""
-    medians = [statistics.median(s) for s in samples if s]
-    if not medians:
+    """Return the mean over the places of a kernel of each one's least over the rounds.
+
+    The least is what the kernel takes; whatever else ran on the machine only adds to it.
+    """
+    least = [min(s) for s in samples if s]
+    if not least:
         return KernelTime(0.0)
     spreads = []
     for s in samples:
         if len(s) > 1:
-            low, middle, high = np.percentile(s, [25, 50, 75])
-            # The spread of a median of n values is about 1.25 of a deviation over sqrt(n).
-            spreads.append(float((high - low) / max(middle, 1e-12)) * 0.93 / len(s) ** 0.5)
+            first, second = sorted(s)[:2]  # how well the least repeats
+            spreads.append((second - first) / max(first, 1e-12))
     noise = statistics.fmean(spreads) / len(samples) ** 0.5 if spreads else 0.0
-    return KernelTime(statistics.fmean(medians), noise)
+    return KernelTime(statistics.fmean(least), min(noise, _MOST_NOISE))
 
 
 def _times(built: Built, model: CompiledModel, times: Mapping[str, KernelTime]) -> ModelTimes:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from qcompiler.assign import Limits, Solution, front, solve, totals
 from qcompiler.data import Budget
 from qcompiler.decisions import FLOAT, INTEGER, Network
+from qcompiler.latency import runs_here
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.types import Precision
 from qcompiler.workshop import Figures, Judge, Trial, Workshop, race
@@ -218,14 +219,7 @@ class Search:
 
     def timed(self) -> bool:
         """Whether the target runs here."""
-        from qcompiler.artifact import check_runnable
-        from qcompiler.errors import UnsupportedByTargetError
-
-        try:
-            check_runnable(self.workshop.uniform(Precision.FP32).compiled.target, "the model")
-        except UnsupportedByTargetError:
-            return False
-        return True
+        return runs_here(self.workshop.uniform(Precision.FP32).compiled)
 
     def learn(self, made: Round) -> str:
         """Scale losses by what a joint model showed; return what was learned as a sentence."""

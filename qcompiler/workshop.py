@@ -249,6 +249,7 @@ class Workshop:
         precisions: Sequence[Precision],
         file: RecordFile | None = None,
         *,
+        fresh: bool = False,
         deadline: Callable[[], bool] = lambda: False,
     ) -> LatencyTable:
         """Measure every kernel at every precision, and the conversions.
@@ -256,6 +257,7 @@ class Workshop:
         Args:
             precisions: To build the model at.
             file: Records that hold times, and get new ones.
+            fresh: Measure what the records hold as well.
             deadline: Whether time is up.
 
         Raises:
@@ -270,7 +272,9 @@ class Workshop:
         pairs = {p: (t.built, t.compiled) for p, t in models.items()}
         if casts is not None:
             pairs["casts"] = (casts[0], casts[1])
-        found = measure_models(pairs, file=file, deadline=deadline, progress=self.progress)
+        found = measure_models(
+            pairs, file=file, fresh=fresh, deadline=deadline, progress=self.progress
+        )
         times = {}
         if casts is not None:
             for region in found.models.pop("casts").regions:
@@ -476,8 +480,7 @@ def race(
 ) -> dict[str, float]:
     """Return the seconds of one run of each model, all run in turn.
 
-    Of each round the least counts, and of the rounds the median: the same measure as in the latency
-    table.
+    The least counts, as in the latency table: what else runs on the machine only adds to it.
     """
     inputs = {name: t.compiled.random_inputs() for name, t in trials.items()}
     found: dict[str, list[float]] = {name: [] for name in trials}
@@ -495,7 +498,7 @@ def race(
                 warmup=1,
             )
             found[name].append(min(block))
-    return {name: float(np.median(s)) for name, s in found.items()}
+    return {name: min(s) for name, s in found.items()}
 
 
 def records_file(cache: Cache, target: str, records: str | os.PathLike[str] | None) -> RecordFile:

@@ -62,6 +62,31 @@ def test_kernel_times_on_a_target(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert set(document["latency_ms"]) == {n["node"] for n in document["sensitivity"]["nodes"]}
     assert all(ms > 0 for ms in document["latency_ms"].values())
+    table = document["latency"]
+    assert {"w8a8", "fp32"} <= set(table["models"])
+    for model in table["models"].values():
+        assert model["calls"] > 5
+        assert model["latency_ms"] > 0
+        assert all(r["latency_us"] > 0 for r in model["regions"])
+    assert {k.split()[0] for k in table["casts"]} == {"quantize", "dequantize"}
+    assert all(c["latency_us"] > 0 for c in table["casts"].values())
+
+
+@pytest.mark.e2e
+def test_latencies_by_precision_are_printed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    records = tmp_path / "r.jsonl"
+    base = ("analyze", MODEL, "--calibration", CALIBRATION, "--samples", 1, "--bits", 4)
+    status, out, _ = run(capsys, *base, "--target", "host", "--records", records)
+    assert status == 0
+    assert "microseconds on x86-" in out
+    assert "one run" in out
+    assert "dequantize: " in out
+    assert '"stage": "latency"' in records.read_text()
+    status, out, err = run(capsys, *base, "--target", "reference")
+    assert status == 0
+    assert "cannot tell what its kernels take" in err
 
 
 @pytest.mark.parametrize(

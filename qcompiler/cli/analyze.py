@@ -14,9 +14,10 @@ import typer
 from rich.table import Table
 
 from qcompiler.cli import options, shell
-from qcompiler.errors import DataError, UsageError
+from qcompiler.errors import DataError, UnsupportedByTargetError, UsageError
 
 if TYPE_CHECKING:
+    from qcompiler.latency import LatencyTable
     from qcompiler.passes.sensitivity_report import SensitivityReport
 
 _SHOWN = 15
@@ -30,7 +31,17 @@ def analyze(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", metavar="T", help="Compile for this target as well, and time each kernel."
+            "--target",
+            metavar="T",
+            help="Build for this target at each of its precisions as well, and time each kernel.",
+        ),
+    ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            "--records",
+            metavar="R",
+            help="Tuning records for --target; latencies that they hold are not measured again.",
         ),
     ] = None,
     bits: Annotated[
@@ -77,14 +88,15 @@ def analyze(
         )
 
     from qcompiler.artifact import atomic_write
+    from qcompiler.auto import latency_of
     from qcompiler.data import Evaluation, load_samples
-    from qcompiler.driver import compile as compile_model
     from qcompiler.onnx_import import load_onnx, model_digest
     from qcompiler.ops import Stage
     from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.sensitivity import Settings, measure_sensitivity
     from qcompiler.passmanager import PassContext, PassManager
+    from qcompiler.registry import get_target
     from qcompiler.report_analysis import to_html
 
     loaded = load_samples(calibration)
@@ -92,6 +104,7 @@ def analyze(
     if evaluate is not None and metric is not None:
         evaluation = Evaluation(evaluate, metric)
     latency: dict[str, float] = {}
+    table: LatencyTable | None = None
     notes: list[str] = []
     with shell.Stopwatch() as watch, shell.ProgressBars(progress) as bars:
         graph = load_onnx(
@@ -120,23 +133,27 @@ def analyze(
                 progress=bars,
             )
         if target is not None:
-            compiled = compile_model(
-                model,
-                target=target,
-                calibration=calibration,
-                input_shapes=shapes,
-                freeze=constants,
-                seed=seed,
-                progress=bars,
-            )
-            figures = compiled.report or {}
-            latency = kernel_latency(found, figures.get("nodes") or ())
-            notes = [str(n) for n in figures.get("notes") or ()]
+            try:
+                table = latency_of(
+                    model,
+                    get_target(target),
+                    calibration=calibration,
+                    input_shapes=shapes,
+                    freeze=constants,
+                    records=records,
+                    seed=seed,
+                    progress=bars,
+                )
+            except UnsupportedByTargetError as error:
+                notes.append(str(error))
+            else:
+                latency = kernel_latency(found, table.regions("w8a8"))
     document: dict[str, Any] = {
         "model": str(model),
         "target": target,
         "sensitivity": found.to_json(),
         "latency_ms": latency if target is not None else None,
+        "latency": None if table is None else table.to_json(),
         "notes": notes,
         "digests": {"model": model_digest(model)},
         "versions": shell.versions(),
@@ -148,6 +165,8 @@ def analyze(
             file.write(to_html(found, str(model), latency, target).encode())
     if not json_output:
         print_summary(found, model, report, latency)
+        if table is not None:
+            print_latency(found, table)
     for note in notes:
         shell.say(note)
     return shell.DONE
@@ -177,6 +196,30 @@ def kernel_latency(
             if name in products:
                 latency.setdefault(name, float(ms))
     return latency
+
+
+def print_latency(found: SensitivityReport, table: LatencyTable) -> None:
+    """Print what the slowest products take at each precision, and what conversions take."""
+    console = shell.out_console()
+    times = {p: kernel_latency(found, table.regions(p)) for p in table.models}
+    products = {n.node: 0.0 for n in found.nodes}
+    for name in products:
+        products[name] = max((t.get(name, 0.0) for t in times.values()), default=0.0)
+    order = sorted(products, key=lambda n: -products[n])
+    view = Table(title=f"microseconds on {table.target}, {table.threads} threads")
+    view.add_column("product", overflow="fold")
+    for precision in times:
+        view.add_column(precision, justify="right")
+    for name in order[:_SHOWN]:
+        cells = [f"{t[name] * 1e3:.2f}" if name in t else "–" for t in times.values()]
+        view.add_row(name, *cells)
+    whole = [table.models[p].seconds for p in times]
+    view.add_row("one run", *("–" if s is None else f"{s * 1e6:.2f}" for s in whole), style="bold")
+    console.print(view)
+    for kind in ("quantize", "dequantize"):
+        found_us = [t.seconds * 1e6 for k, t in table.casts.items() if k.startswith(f"{kind} ")]
+        if found_us:
+            console.print(f"{kind}: {min(found_us):.2f} to {max(found_us):.2f} us by size")
 
 
 def print_summary(
