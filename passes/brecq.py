@@ -58,7 +58,7 @@ class Brecq(Pass):
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, CalibrationTable, PrecisionPlan)
     provides: ClassVar[tuple[type, ...]] = (CalibrationTable, WeightGrids)
     iterations: int = 400
-    runs: int = 96  # calibration runs to learn from, at most
+    runs: int = 192  # calibration runs to learn from, at most
     tiles: int = 768  # tiles of each block's result to learn from, at most
     batch: int = 12  # tiles per iteration
     patches: int = 16384  # rows per product for the start, as gptq

@@ -56,8 +56,8 @@ class Gptq(Pass):
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.FLOAT, Stage.FLOAT)
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, CalibrationTable, PrecisionPlan)
     provides: ClassVar[tuple[type, ...]] = (CalibrationTable, WeightGrids)
-    runs: int = 64  # calibration runs to draw patches from, at most
-    patches: int = 8192  # patches of activations per product, at most
+    runs: int = 192  # calibration runs to draw patches from, at most
+    patches: int = 16384  # patches of activations per product, at most
     damp: float | None = None  # pull towards the weights given; None tries some, held out
     seconds: float | None = None  # time limit; products not reached are rounded to nearest
 

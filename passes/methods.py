@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""The post-training methods that keep accuracy, by name."""
+"""The post-training methods that keep accuracy, by name, and which ones a precision gets."""
 
 from __future__ import annotations
 
+import os
 import re
 
 from qcompiler.errors import UsageError
@@ -14,6 +15,8 @@ from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.smooth import Smooth
 from qcompiler.passmanager import Pass, parse_pass
+from qcompiler.plan import PrecisionPlan
+from qcompiler.types import Precision
 
 METHODS: dict[str, type[Pass]] = {
     p.name: p for p in (Equalize, Smooth, AdaRound, Gptq, Brecq, CorrectBias)
@@ -21,16 +24,45 @@ METHODS: dict[str, type[Pass]] = {
 
 
 def parse_methods(text: str) -> tuple[Pass, ...]:
-    """Return the methods of a comma-separated list of text forms.
+    """Return the methods of a comma-separated list of text forms; "none" stands for none.
 
     Example: `equalize,adaround{iterations=500}`.
 
     Raises:
         UsageError: An unknown or repeated method, or an option that it lacks.
     """
+    if text.strip() == "none":
+        return ()
     parts = [p.strip() for p in re.split(r",(?![^{]*\})", text) if p.strip()]
     found = tuple(parse_pass(p, METHODS) for p in parts)
     names = [m.name for m in found]
     if len(set(names)) < len(names):
         raise UsageError(f"methods {text!r}: each may be named once")
     return found
+
+
+DEFAULT_NARROW = "equalize,gptq"
+"""Methods for weights of 4 bits: what `docs/accuracy.md` measures as the default pipeline."""
+
+
+def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
+    """Return the methods that a precision gets where none are named.
+
+    Eight bits need none. Weights of four bits rounded to nearest can ruin a network.
+
+    Args:
+        precision: As `qcompiler.compile` takes it; "auto" measures its plans without methods.
+
+    Raises:
+        UsageError: Unknown precision, or a plan that cannot be read.
+    """
+    if isinstance(precision, str) and precision == "auto":
+        return ""
+    if isinstance(precision, str) and not precision.endswith(".json"):
+        wanted = [Precision.parse(precision)]
+    else:
+        plan = precision
+        if not isinstance(plan, PrecisionPlan):
+            plan = PrecisionPlan.load(os.fspath(plan))
+        wanted = [d.precision for d in plan.nodes.values()]
+    return DEFAULT_NARROW if any(p.is_integer and p.weight_bits <= 4 for p in wanted) else ""

@@ -109,7 +109,7 @@ def compile(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
     tuning: Tuning | None = None,
-    methods: str | Sequence[Pass] = (),
+    methods: str | Sequence[Pass] | None = None,
     seed: int = 0,
     locked: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, str | Precision] | None = None,
@@ -134,7 +134,8 @@ def compile(
         tuning: Tuning records to use, and limits of further tuning; None uses the analytic
             defaults.
         methods: Post-training methods that keep accuracy, as passes or as text:
-            "equalize,adaround"; what held-out calibration samples do not approve is undone.
+            "equalize,adaround"; what held-out calibration samples do not approve is undone. None
+            takes `default_methods` of the precision: some for 4-bit weights, none for others.
         seed: Seed of everything random.
         locked: Artifact or lock file to make again: whatever differs from it is refused, and its
             plan is taken where "auto" would search for one.
@@ -153,9 +154,14 @@ def compile(
         InfeasibleBudgetError: The budget is not kept; its `best` is the compiled model.
         LockError: Something differs from `locked`; all of it is listed.
     """
+    from qcompiler.passes.methods import default_methods
+
     started = time.perf_counter()
     report_progress = progress or no_progress
     backend = get_target(target)
+    ranges = ranges_of(model, input_shapes)
+    if methods is None:
+        methods = "" if ranges is not None else default_methods(precision)
     decided = _decided(backend.spec, methods, input_shapes, freeze, seed)
     lock = None if locked is None else Lock.load(locked)
     if lock is not None:
@@ -166,7 +172,6 @@ def compile(
             decided = decided.searched(
                 lock.options.get("precision"), lock.digests.get("evaluation")
             )
-    ranges = ranges_of(model, input_shapes)
     if ranges is not None:
         if methods:
             raise UsageError("methods change the weights of one size, and a range has several",

@@ -125,7 +125,7 @@ def compile_(
                 target=target,
                 calibration=calibration,
                 precision=precision,
-                methods=methods,
+                methods=methods or None,
                 evaluate=evaluation,
                 budget=budget,
                 input_shapes=shapes,

@@ -36,13 +36,14 @@ def export(
     from qcompiler.driver import quantize_model
     from qcompiler.onnx_export import to_onnx
     from qcompiler.ops import Stage
+    from qcompiler.passes.methods import default_methods
 
     with shell.ProgressBars(progress) as bars:
         result = quantize_model(
             model,
             calibration=calibration,
             precision=precision,
-            methods=methods,
+            methods=methods or default_methods(precision),
             input_shapes=shapes,
             freeze=constants,
             seed=seed,

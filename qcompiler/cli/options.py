@@ -95,8 +95,9 @@ MethodsOption = Annotated[
     typer.Option(
         "--methods",
         metavar="M,M",
-        help="Post-training methods that keep accuracy: equalize, smooth, adaround, correct_bias; "
-        "options in braces, as in adaround{iterations=2000}.",
+        help="Post-training methods that keep accuracy: equalize, smooth, gptq, brecq, adaround, "
+        "correct_bias; options in braces, as in adaround{iterations=2000}. "
+        "Default: equalize,gptq for 4-bit weights, else none.",
     ),
 ]
 InputShapeOption = Annotated[

@@ -21,9 +21,10 @@ from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTab
 from qcompiler.passes.channel_scales import input_range, joints, output_range
 from qcompiler.passes.correct_bias import CorrectBias
 from qcompiler.passes.equalize import Equalize, growth
+from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.held_out import Judge, Share, quantized, shares, verdict, weighted_products
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
-from qcompiler.passes.methods import METHODS, parse_methods
+from qcompiler.passes.methods import METHODS, default_methods, parse_methods
 from qcompiler.passes.patches import collect, matrix_of
 from qcompiler.passes.single_node import units
 from qcompiler.passes.smooth import Smooth
@@ -334,6 +335,19 @@ def test_methods_by_text() -> None:
         parse_methods("smooth,smooth")
     known = ["adaround", "brecq", "correct_bias", "equalize", "gptq", "smooth"]
     assert sorted(METHODS) == known
+
+
+def test_methods_of_a_precision(net: Graph, tmp_path: Path) -> None:
+    plan = uniform(net, "w4a8")
+    plan.save(tmp_path / "plan.json")
+    for narrow in ("w4a8", plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
+        assert default_methods(narrow) == "equalize,gptq"
+    for wide in ("w8a8", "fp32", "auto", "w4", uniform(net)):
+        assert default_methods(wide) == ""
+    assert parse_methods(default_methods("w4a8")) == (Equalize(), Gptq())
+    assert parse_methods("none") == ()
+    with pytest.raises(UsageError, match="unknown precision"):
+        default_methods("w5a5")
 
 
 def test_pipeline_order(net: Graph) -> None:
