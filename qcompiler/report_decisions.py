@@ -107,7 +107,7 @@ def _front_point(p: Mapping[str, Any], key: str, found: Report) -> charts.Point:
 
 
 def _counts(counts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{counts[p]} {p}" for p in svg.in_order(counts))
+    return ", ".join(f"{counts[p]} {p}" for p in svg.in_order(counts) if counts[p])
 
 
 def _megabytes(size: object) -> float | None:

@@ -63,6 +63,7 @@ summary { cursor: pointer; color: #0072b2; margin: .8rem 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   table { font-size: 8.5px; } th { white-space: normal; }
   td:first-child, #decisions td { min-width: 0; }
+  .card { flex-basis: 9rem; } .multiples svg { width: 8.6rem; } .chip { font-size: inherit; }
   .scroll { max-height: none; overflow: visible; border: 0; padding: 0; }
   details::details-content { content-visibility: visible; display: block; }
   svg, tr, .card, .verdict { break-inside: avoid; } h2 { break-after: avoid; }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ from qcompiler.records import Record, Records, WorkloadKey
 
 MODELS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 MODEL, CALIBRATION, EVALUATION = (MODELS / n for n in ("model.onnx", "calib.npz", "eval.npz"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_is_timed() -> Iterator[None]:
+    """Latencies of the interpreter, which say nothing, would take most of this module's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompiler.measure._latency", lambda *_: {"compiled": None, "float": None})
+        patch.setattr("qcompiler.measure_network._RUNS", 0)
+        yield
 
 
 def compile_reference(**changes: Any) -> qcompiler.CompiledModel:
