@@ -66,9 +66,9 @@ def get_target(target: str | TargetSpec) -> Backend:
     """
     points = _points(TARGETS)
     if not isinstance(target, str):
-        known = get_target(target.name)
-        other = target.mcpu is not None and target.mcpu != known.spec.mcpu
-        return known.with_processor(str(target.mcpu)) if other else known
+        own = get_target(target.name)
+        other = target.mcpu is not None and target.mcpu != own.spec.mcpu
+        return own.with_processor(str(target.mcpu)) if other else own
     name, separator, processor = target.partition(":")
     if name == "host":
         from qcompiler.targets.cpu import host_target

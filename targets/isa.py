@@ -86,6 +86,11 @@ class Isa:
         return self.dot in ("vpdpbusd", "sdot", "smmla")
 
     @property
+    def saturates(self) -> bool:
+        """Whether float32 too large for int32 converts to the nearest int32, as on ARM."""
+        return self.architecture == "aarch64"
+
+    @property
     def dot_operation(self) -> str:
         """The intrinsic that adds four neighbouring products of the row's operands to int32."""
         return "dot_s8s8" if self.a_dtype == "int8" else "dot_u8s8"

@@ -331,12 +331,21 @@ class _Finish:
         if dtype == "float32":
             tir.store(out, self.at, in_order(reals))
             return
-        if not facts.saturating:
+        clamps = not facts.saturating
+        late = clamps and isa.saturates and dtype != "int16"
+        if clamps and not late:
             reals = [T.min(T.max(value, self._scalar(2)), self._scalar(3)) for value in reals]
         rounded = [tir.round_to_int32(isa, value) for value in reals]
         zero = tir.cast(tir.load(kernel.buffers["scalars"], 1, 1), "int32")
         zero_point = zero if facts.zero_point else None
-        tir.store(out, self.at, narrowed(isa, rounded, zero_point, dtype))
+        narrow = narrowed(isa, rounded, zero_point, dtype)
+        if late:  # in whole registers of bytes
+            for position, limit in ((2, T.max), (3, T.min)):
+                scalars = kernel.buffers["scalars"]
+                bound = tir.load(scalars, position, 1) + tir.load(scalars, 1, 1)
+                bound = tir.cast(tir.cast(bound, "int32"), dtype)
+                narrow = limit(narrow, tir.splat(bound, dtype, tir.lanes_of(narrow)))
+        tir.store(out, self.at, narrow)
 
     def _scalar(self, position: int) -> Expr:
         scalar = tir.load(self.block.kernel.buffers["scalars"], position, 1)

@@ -29,6 +29,7 @@ from qcompiler.targets.kernels.tir import (
     registers,
     reinterpret,
     round_to_int32,
+    saturated,
     serial,
     shuffle,
     splat,
@@ -126,11 +127,55 @@ class EpilogueWriter:
         found = all(self.isa.intrinsic(name, bits) for name in ("pack_i16", "pack_u8", "pack_i8"))
         return found and self.out.dtype in ("uint8", "int8")
 
+    @property
+    def _late(self) -> bool:
+        """Whether zero point and clamp are left to the narrowing, for conversions saturate."""
+        integers = self.facts.dot != "float" and self.row_scale is None
+        return self.isa.saturates and integers and self.out.dtype in ("uint8", "int8")
+
+    def _bytes(self, values: Sequence[Expr]) -> Expr:
+        """Rounded int32 vectors, plus the zero point, clamped, as the output's bytes.
+
+        Saturating to int16 before and after the zero point is added changes no 8-bit result, and
+        the clamp of a whole register of bytes takes two instructions.
+        """
+        dtype, count = str(self.out.dtype), len(values)
+        width = 1 << (count - 1).bit_length()
+        values = [*values, *[values[-1]] * (width - count)]
+        lanes = lanes_of(values[0])
+        if width == 1:
+            words = [cast(clamp(values[0], *LIMITS["int16"]), "int16")]
+        else:
+            pairs = range(0, width, 2)
+            words = [saturated(self.isa, values[i], values[i + 1], "int16") for i in pairs]
+        if self.facts.zero_point:
+            zero = cast(load(self.scalars, 1, 1), "int16")
+            half = f"int16x{lanes_of(words[0])}"
+            shift = splat(zero, "int16", lanes_of(words[0]))
+            words = [intrinsic(half, "llvm.sadd.sat", bind(word), shift) for word in words]
+        if len(words) == 1:
+            narrow = cast(clamp(bind(words[0]), *LIMITS[dtype]), dtype)
+        else:
+            narrow = saturated(self.isa, words[0], words[1], dtype)
+        if width > count:
+            narrow = shuffle([bind(narrow)], range(count * lanes))
+        if not self.facts.saturating:
+            zero_point = load(self.scalars, 1, 1)
+            for position, limit in ((2, maximum), (3, minimum)):
+                bound = cast(load(self.scalars, position, 1) + zero_point, "int32")
+                narrow = limit(narrow, splat(cast(bound, dtype), dtype, count * lanes))
+        return bind(narrow)
+
     def _store(self, values: Sequence[Expr], index: Expr) -> None:
+        lanes = lanes_of(values[0])
         if self.out.dtype == "float32":
-            lanes = lanes_of(values[0])
             for position, value in enumerate(values):
                 store(self.out, index + position * lanes, value)
+        elif self._late:
+            together = 16 // lanes
+            for first in range(0, len(values), together):
+                narrow = self._bytes(values[first : first + together])
+                store(self.out, index + first * lanes, narrow)
         else:
             saturate = self.facts.saturating
             store_narrow(self.isa, self.out, index, values, saturate=saturate)
@@ -139,6 +184,12 @@ class EpilogueWriter:
         """Store the first `valid` lanes one by one, out of the tile function's own registers."""
         dtype = str(self.out.dtype)
         lanes = lanes_of(value)
+        if self._late:
+            narrow = registers(lanes, dtype)
+            store(narrow, 0, self._bytes([value]))
+            for position in range(valid):
+                store(self.out, index + position, load(narrow, position, 1))
+            return
         staged = registers(lanes, "float32" if dtype == "float32" else "int32")
         if self.facts.saturating and dtype in LIMITS:
             value = clamp(value, *LIMITS[dtype])
@@ -169,6 +220,8 @@ class EpilogueWriter:
             if self.facts.residual_zero_point:
                 other = other - self._scalar(5, lanes)  # exact: integers below 2**24
             value = fence(value) + fence(other * self._scalar(4, lanes))
+        if self._late:
+            return bind(round_to_int32(self.isa, value))
         if not self.facts.saturating:
             value = minimum(maximum(value, self._scalar(2, lanes)), self._scalar(3, lanes))
         rounded = round_to_int32(self.isa, value)

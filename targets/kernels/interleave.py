@@ -86,4 +86,4 @@ def narrowed(isa: Isa, parts: Sequence[Expr], zero_point: Expr | None, dtype: st
         channels = lane_channels(lanes).reshape(2, 2, -1, 4)  # pair, member, 128-bit lane, word
         position = np.argsort(channels.transpose(0, 2, 1, 3).reshape(-1))
         return tir.shuffle(words, position.tolist())
-    return tir.saturated(isa, *words, dtype)
+    return tir.saturated(isa, words[0], words[1], dtype)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -484,7 +485,7 @@ _WORD_PERMUTE = "llvm.x86.avx512.vpermi2var.hi.512"
 
 
 def _table_form(workload: TableWorkload, isa: Isa) -> str:
-    """How the look-up is done: "permute", "shuffle" or "memory"."""
+    """How the look-up is done: "permute", "shuffle", "registers" or "memory"."""
     if ITEM_BYTES[workload.dtype] != 1 or prod(workload.shape) < isa.vector_bits // 8:
         return "memory"
     if isa.mtriple.startswith("x86_64"):
@@ -492,6 +493,8 @@ def _table_form(workload: TableWorkload, isa: Isa) -> str:
             return "permute"
         if isa.vector_bits == 256:
             return "shuffle"
+    if isa.intrinsic("table_4", 128) is not None:
+        return "registers"
     return "memory"
 
 
@@ -502,7 +505,7 @@ def table_shape(workload: TableWorkload, isa: Isa) -> tuple[Shape, str]:
         return (16, 16), "uint8"
     if form == "permute":
         return (128,), "int16"
-    return (256,), workload.dtype
+    return (256,), "uint8" if form == "registers" else workload.dtype
 
 
 def pack_table(entries: npt.NDArray[Any], workload: TableWorkload, isa: Isa) -> npt.NDArray[Any]:
@@ -527,6 +530,8 @@ def pack_table(entries: npt.NDArray[Any], workload: TableWorkload, isa: Isa) -> 
     if form == "permute":
         words = codes[:128].astype(np.uint16) | (codes[128:].astype(np.uint16) << 8)
         return words.view(np.int16)
+    if form == "registers":
+        return codes
     pieces = codes.reshape(2, 8, 16).copy()
     pieces[:, 1:] ^= codes.reshape(2, 8, 16)[:, :-1]
     packed: npt.NDArray[Any] = pieces.reshape(16, 16)
@@ -548,7 +553,7 @@ def table(workload: TableWorkload, isa: Isa) -> Any:
             _look_up_in_memory(x, entries, tir.flat(output), size)
         else:
             y = tir.alias(output, (size,), "uint8")
-            _look_up_in_registers(form, isa.vector_bits // 8, x, tir.flat(entries), y, size)
+            _look_up_in_registers(form, isa, x, tir.flat(entries), y, size)
     return builder.finish()
 
 
@@ -565,12 +570,17 @@ def _look_up_in_memory(x: Buffer, entries: Buffer, y: Buffer, size: int) -> None
 
 
 def _look_up_in_registers(
-    form: str, lanes: int, x: Buffer, pieces: Buffer, y: Buffer, size: int
+    form: str, isa: Isa, x: Buffer, pieces: Buffer, y: Buffer, size: int
 ) -> None:
-    look_up = permute_look_up if form == "permute" else _shuffle_look_up
-    threads = worth_threads(size * (0.15 if form == "permute" else 0.8))
+    lanes = isa.vector_bits // 8
+    look_up = {
+        "permute": permute_look_up,
+        "shuffle": _shuffle_look_up,
+        "registers": partial(_table_look_up, isa),
+    }[form]
+    threads = worth_threads(size * {"permute": 0.15, "shuffle": 0.8, "registers": 0.5}[form])
     # Several vectors in one iteration share what the registers do not hold of the table.
-    vectors = 4 if form == "permute" else 2
+    vectors = 2 if form == "shuffle" else 4
     blocks = size // (vectors * lanes)
     done = 0
     if blocks > 1:
@@ -584,6 +594,25 @@ def _look_up_in_registers(
         for repeat in range(count):
             at = min(done + offset + repeat * lanes, size - lanes)
             tir.store(y, at, look_up(pieces, [tir.bind(tir.load(x, at, lanes))])[0])
+
+
+def _table_look_up(isa: Isa, pieces: Buffer, codes: list[Expr]) -> list[Expr]:
+    """Look 8-bit codes up in sixteen registers, four at a time.
+
+    An index beyond the four registers leaves what was found before; 64 less makes the next four
+    the first, and wraps those that were found.
+    """
+    first, more = (str(isa.intrinsic(name, 128)) for name in ("table_4", "table_4_else"))
+    parts = [tir.bind(tir.load(pieces, k * 16, 16)) for k in range(16)]
+    step = tir.splat(64, "uint8", 16)
+    results = []
+    for code in codes:
+        found = tir.bind(tir.intrinsic("uint8x16", first, *parts[:4], code))
+        for k in range(4, 16, 4):
+            code = tir.bind(code - step)
+            found = tir.bind(tir.intrinsic("uint8x16", more, found, *parts[k : k + 4], code))
+        results.append(found)
+    return results
 
 
 def _shuffle_look_up(pieces: Buffer, codes: list[Expr]) -> list[Expr]:

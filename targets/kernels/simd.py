@@ -209,7 +209,10 @@ def quantized(
     """
     lanes = tir.lanes_of(value)
     packs = isa is not None and lanes * 8 == isa.vector_bits and dtype in ("uint8", "int8")
-    free = packs and bound is not None and bound < 2.0**30
+    free = packs and bound is not None and (bound < 2.0**30 or (isa and isa.saturates))
+    if isa is not None and free and isa.saturates:
+        narrow = _packed_bytes(isa, tir.bind(value), zero_point, dtype)
+        return clamped(tir.bind(narrow), qmin, qmax, dtype)
     if not (free and (qmin, qmax) == STORAGE_RANGE[dtype]):
         value = tir.clamp(value, float(qmin - zero_point), float(qmax - zero_point))
     if isa is not None and packs:
@@ -234,7 +237,7 @@ def _packed_bytes(isa: Isa, value: Expr, zero_point: int, dtype: str) -> Expr:
     if zero_point:  # saturating to int16 before and after it changes no 8-bit result
         shift = tir.splat(zero_point, "int16", lanes // 2)
         words = [tir.intrinsic(half, "llvm.sadd.sat", word, shift) for word in words]
-    narrow = tir.saturated(isa, *[tir.bind(word) for word in words], dtype)
+    narrow = tir.saturated(isa, tir.bind(words[0]), tir.bind(words[1]), dtype)
     if lanes == 16:
         return narrow
     # Packs work within 128-bit lanes: four bytes of each part, lane after lane.

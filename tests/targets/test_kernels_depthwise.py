@@ -176,6 +176,7 @@ INSTRUCTION = {
     "x86-avx2": "vpmaddwd",
     "x86-avxvnni": "{vex}\tvpdpbusd",
     "x86-avx512vnni": "vpdpbusd",
+    "x86-amx": "vpdpbusd",
 }
 
 
