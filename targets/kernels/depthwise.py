@@ -20,7 +20,8 @@ that order, and the pack instructions that narrow the results undo it.
 
 Channels are covered by vectors of one width, of which the last may overlap the one before: that
 takes no more instructions than a narrower vector.  Fewer than 16 channels, multipliers other than
-powers of two up to 16 and very large kernels take the plain form of `depthwise_plain`.
+powers of two up to 16 and very large kernels take the plain form of `depthwise_plain`; rows whose
+products of two bytes make int16 the form of `depthwise_taps`.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ from qcompiler.targets.kernels.depthwise_plain import PlainKernel
 from qcompiler.targets.kernels.depthwise_plan import (
     DepthwiseParams,
     Plan,
+    by_taps,
     default_params,
     is_depthwise,
     is_plain,
     pack_depthwise,
     space,
 )
+from qcompiler.targets.kernels.depthwise_taps import TapsKernel
 from qcompiler.targets.kernels.interleave import (
     in_order,
     interleave,
@@ -98,7 +101,9 @@ def build_depthwise(
         buffers["out"] = tir.flat(out)
         if residual is not None:
             buffers["residual"] = tir.flat(residual)
-        if is_plain(workload, isa, params):
+        if by_taps(workload, isa):
+            TapsKernel(workload, isa, packed.facts, buffers).emit()
+        elif is_plain(workload, isa, params):
             PlainKernel(workload, isa, packed.facts, buffers).emit()
         else:
             _Kernel(Plan(workload, isa, params), packed.facts, buffers).emit()

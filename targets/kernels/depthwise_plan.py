@@ -39,6 +39,8 @@ Array = npt.NDArray[Any]
 
 STRIP_BYTES = 24 * 1024
 """Largest work area: it should stay in the first-level cache beside the weights."""
+LANES = 16
+"""Channels that the form by taps takes at a time."""
 TILE_PRODUCTS = 400
 """Most dot instructions in one unrolled tile; above, compile time and code size suffer, and a
 kernel too large for one output at a time takes the plain form."""
@@ -190,19 +192,28 @@ def is_depthwise(workload: ConvWorkload) -> bool:
     return workload.groups == workload.c and workload.a_dtype in ("uint8", "int8")
 
 
+def by_taps(workload: ConvWorkload, isa: Isa) -> bool:
+    """Whether the workload is computed tap by tap, from products in int16."""
+    return isa.dot == "smlal" and workload.co == workload.c and workload.co >= LANES
+
+
 def is_plain(workload: ConvWorkload, isa: Isa, params: DepthwiseParams) -> bool:
     """Whether the workload needs the plain form."""
     multiplier = workload.co // workload.c
+    if by_taps(workload, isa):
+        return False
     if workload.co < 16 or multiplier not in (1, 2, 4, 8, 16):
         return True
-    if not isa.adds_to_int32 and isa.intrinsic("madd_i16", isa.vector_bits) is None:
-        return True  # nothing multiplies neighbours
+    if isa.dot == "smlal":
+        return True  # nothing multiplies and adds neighbours
     return Plan(workload, isa, params).products > TILE_PRODUCTS
 
 
 def space(workload: ConvWorkload, isa: Isa) -> tuple[DepthwiseParams, ...]:
     """Parameters worth trying, the default first."""
     found = [default_params(workload, isa)]
+    if by_taps(workload, isa):
+        return tuple(found)  # it has no parameters
     for gather in ("h", "w"):
         for rows in (1, 2, 3, 4):
             for cols in (1, 2, 3, 4):
@@ -221,6 +232,8 @@ def default_params(workload: ConvWorkload, isa: Isa) -> DepthwiseParams:
     stay in registers, which is worth more than sharing them over columns.  Rows share what is
     interleaved only at stride 1.
     """
+    if by_taps(workload, isa):
+        return DepthwiseParams("h", 1, 1)
     best: list[tuple[float, str, DepthwiseParams]] = []
     for gather in ("h", "w"):
         one = Plan(workload, isa, DepthwiseParams(gather, 1, 1))
@@ -283,6 +296,10 @@ def pack_depthwise(
         arrays = {"weight": np.ascontiguousarray(weight.reshape(count, -1).T.astype(np.int16))}
         corrected = bias
         order = np.arange(count)
+    elif by_taps(workload, isa):
+        arrays = {"weight": np.ascontiguousarray(weight.reshape(count, -1).T)}
+        arrays["corrected"] = _wrapped(bias - zero * flat.sum(1))
+        corrected, order = bias, np.arange(count)
     else:
         plan = Plan(workload, isa, params)
         arrays = {"weight": _pack_weights(plan, weight[:, 0])}
@@ -290,14 +307,27 @@ def pack_depthwise(
         order = np.concatenate(
             [first + lane_channels(plan.lanes).reshape(-1) for first in plan.starts]
         )
-    arrays["bias"] = corrected[order].astype(np.uint64).astype(np.uint32).view(np.int32)
+    arrays["bias"] = _wrapped(corrected[order])
     arrays["multiplier"] = np.ascontiguousarray(multiplier[order])
     arrays["scalars"] = scalars
     dot: Dot = "exact"
     if isa.adds_to_int32 and not plain:
         dot = "vpdpbusd" if isa.dot == "vpdpbusd" else "sdot"
-    facts = Facts(dot, saturating, values.zero_point != 0, clip=False)
+    depths: tuple[int, ...] = (1,)
+    if by_taps(workload, isa):
+        # Products of two neighbouring taps fit int16 together, unless both weights are -128.
+        dot = "smlal"
+        taps = np.abs(flat)
+        both = taps[:, 0::2][:, : taps.shape[1] // 2] + taps[:, 1::2]
+        depths = (2 if both.size and both.max() * 128 < 2**15 else 1,)
+    facts = Facts(dot, saturating, values.zero_point != 0, clip=False, depths=depths)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _wrapped(values: Array) -> Array:
+    """int64 modulo 2**32 as int32."""
+    wrapped: Array = values.astype(np.uint64).astype(np.uint32).view(np.int32)
+    return wrapped
 
 
 def _scalars(

@@ -254,6 +254,30 @@ def test_convolutions_at_the_limits(isa: Isa, largest: int) -> None:
 
 
 @emulated
+@pytest.mark.parametrize("weight", [-128, -127, 127])
+@each_row
+def test_depthwise_at_the_limits(isa: Isa, weight: int) -> None:
+    """Sums of two products in int16 overflow for weights of -128 alone; borders skip taps."""
+    workload = ConvWorkload(
+        1, 7, 9, 24, 24, 3, 3, Epilogue("int32"), pads=(1, 1, 1, 1), groups=24, a_dtype="int8"
+    )
+    weights = np.full(workload.weight_shape, weight, np.int8)
+    values = GemmValues(a_zero_point=-5)
+    params = depthwise_params(workload, isa)
+    packed = pack_depthwise(workload, isa, params, weights, values)
+    function = build_depthwise(workload, isa, params, packed, "kernel")
+    module = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa))
+    library = emulation.library_of(module)
+    taps = np.add.outer([2, *[3] * 5, 2], np.zeros(9, int)) * np.asarray([2, *[3] * 7, 2])
+    for value in (-128, 127):
+        x = np.full(workload.a_shape, value, np.int8)
+        out = np.zeros(workload.out_shape, np.int32)
+        found = emulation.rig().call(isa.name, library, "kernel", [x, *packed.arrays, out])
+        want = np.broadcast_to((taps * (value + 5) * weight)[None, :, :, None], out.shape)
+        np.testing.assert_array_equal(found, want)
+
+
+@emulated
 @pytest.mark.parametrize("transpose_b", [False, True])
 @each_row
 def test_products_of_two_activations(isa: Isa, transpose_b: bool) -> None:
