@@ -13,12 +13,14 @@ from qcompiler.passes.contiguous_reductions import ContiguousReductions
 from qcompiler.passes.split_to_slices import SplitToSlices
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import precision_of
+from qcompiler.records import Records
 from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
 from qcompiler.targets.cuda.arch import Arch, arch_named
-from qcompiler.targets.cuda.lowering import VIEWS, Lowered, lower_graph, lower_node
+from qcompiler.targets.cuda.lowering import VIEWS, Lowered, Maker, lower_graph, lower_node
 from qcompiler.targets.cuda.nvcc import compile_fatbin, find_nvcc
 from qcompiler.targets.cuda.program import Parameters, program_json
 from qcompiler.targets.cuda.source import module_source
+from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import Precision
 
 PROGRAM, FATBIN, SOURCE = "program.json", "kernels.fatbin", "kernels.cu"
@@ -27,15 +29,16 @@ PROGRAM, FATBIN, SOURCE = "program.json", "kernels.fatbin", "kernels.cu"
 class CudaBackend(Backend):
     """Generates CUDA C++ kernels and a program of launches; the driver runs it."""
 
-    def __init__(self, spec: TargetSpec, arch: Arch) -> None:
+    def __init__(self, spec: TargetSpec, arch: Arch, records: Records | None = None) -> None:
         super().__init__(spec)
         self.arch = arch
+        self.records = records
 
     def supports(self, node: Node) -> Support:
         """Say whether a CUDA kernel serves the node; there is no fallback."""
         if node.op.name in VIEWS:
             return Support(True)
-        answer = lower_node(self.arch, node)
+        answer = lower_node(Maker(self.arch), node)
         return Support(False, answer) if isinstance(answer, str) else Support(True)
 
     def passes(self) -> tuple[Pass, ...]:
@@ -44,7 +47,31 @@ class CudaBackend(Backend):
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> Lowered:
         """Turn the shaped graph into launches."""
-        return lower_graph(graph, self.arch, progress)
+        if self.records is None:
+            return lower_graph(graph, self.arch, progress)
+        from qcompiler.targets.cuda.tune import RecordedTiles
+
+        choose = RecordedTiles(self.records, self.spec.name)
+        lowered = lower_graph(graph, self.arch, progress, choose)
+        lowered.notes += choose.summary()
+        return lowered
+
+    def with_records(self, records: Records) -> CudaBackend:
+        """Return this backend with tiles chosen by tuning records."""
+        return CudaBackend(self.spec, self.arch, records)
+
+    def tune(
+        self,
+        graph: Graph,
+        tuning: Tuning,
+        *,
+        seed: int = 0,
+        progress: ProgressFn = no_progress,
+    ) -> TuningOutcome:
+        """Search the tiles of products by measuring on the GPU of this machine (`tune`)."""
+        from qcompiler.targets.cuda.tune import tune_graph
+
+        return tune_graph(graph, self.arch, self.spec.name, tuning, seed=seed, progress=progress)
 
     def build(
         self, lowered: Lowered, tuning: TuningBudget, progress: ProgressFn = no_progress

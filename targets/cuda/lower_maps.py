@@ -13,12 +13,12 @@ import numpy as np
 from qcompiler.ir import Node, Value
 from qcompiler.ops import _resize
 from qcompiler.ops.movement import slices
-from qcompiler.targets.cuda.arch import Arch
 from qcompiler.targets.cuda.lower_rows import result_text
 from qcompiler.targets.cuda.lowering import (
     EIGHT_BITS,
     FLOATS,
     Answer,
+    Maker,
     grid,
     row,
     scalar,
@@ -57,7 +57,7 @@ def simple(node: Node, expression: str, extra: list[tuple[str, Argument]] | None
 
 
 @row("quantize")
-def _quantize(arch: Arch, node: Node) -> Answer:
+def _quantize(make: Maker, node: Node) -> Answer:
     out = node.output
     q = grid(out)
     if q is None or node.input(0).dtype not in FLOATS:
@@ -66,7 +66,7 @@ def _quantize(arch: Arch, node: Node) -> Answer:
 
 
 @row("dequantize")
-def _dequantize(arch: Arch, node: Node) -> Answer:
+def _dequantize(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     q = x.qparams
     if q is None or x.dtype.bits > 32:
@@ -89,7 +89,7 @@ def _dequantize(arch: Arch, node: Node) -> Answer:
 
 
 @row("requantize")
-def _requantize(arch: Arch, node: Node) -> Answer:
+def _requantize(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     q, o = grid(x), grid(out)
     if q is None or o is None:
@@ -100,7 +100,7 @@ def _requantize(arch: Arch, node: Node) -> Answer:
 
 
 @row("qadd", "qsub", "qmul")
-def _qbinary(arch: Arch, node: Node) -> Answer:
+def _qbinary(make: Maker, node: Node) -> Answer:
     a, b, out = node.input(0), node.input(1), node.output
     qa, qb, o = grid(a), grid(b), grid(out)
     if qa is None or qb is None or (o is None and out.dtype is not DType.FLOAT32):
@@ -121,7 +121,7 @@ def _qbinary(arch: Arch, node: Node) -> Answer:
 
 
 @row("table")
-def _table(arch: Arch, node: Node) -> Answer:
+def _table(make: Maker, node: Node) -> Answer:
     x, entries = node.input(0), node.input(1)
     if x.dtype not in EIGHT_BITS or not entries.is_constant:
         return f"its operand is {x.type}, expected 8 bits and constant entries"
@@ -170,7 +170,7 @@ _ATTRIBUTES = {"A": "alpha", "B": "beta", "G": "gamma"}
 
 
 @row(*_UNARY)
-def _unary(arch: Arch, node: Node) -> Answer:
+def _unary(make: Maker, node: Node) -> Answer:
     if node.input(0).dtype not in FLOATS:
         return f"no kernel takes {node.input(0).dtype.value}"
     return simple(
@@ -184,7 +184,7 @@ def _unary(arch: Arch, node: Node) -> Answer:
 
 
 @row("gelu")
-def _gelu(arch: Arch, node: Node) -> Answer:
+def _gelu(make: Maker, node: Node) -> Answer:
     if node.input(0).dtype not in FLOATS:
         return f"no kernel takes {node.input(0).dtype.value}"
     if node.attr("approximate") == "tanh":
@@ -194,7 +194,7 @@ def _gelu(arch: Arch, node: Node) -> Answer:
 
 
 @row("relu", "clip", "neg", "abs", "sign")
-def _numeric(arch: Arch, node: Node) -> Answer:
+def _numeric(make: Maker, node: Node) -> Answer:
     x, name = node.input(0), node.op.name
     real = x.dtype in FLOATS
 
@@ -240,7 +240,7 @@ _COMPARE = {
 
 
 @row(*_ARITHMETIC, *_COMPARE, "div", "mod", "pow")
-def _binary(arch: Arch, node: Node) -> Answer:
+def _binary(make: Maker, node: Node) -> Answer:
     name, a = node.op.name, node.input(0)
     text = _ARITHMETIC.get(name) or _COMPARE.get(name)
     real, double = a.dtype in FLOATS, a.dtype is DType.FLOAT64
@@ -263,22 +263,22 @@ def _binary(arch: Arch, node: Node) -> Answer:
 
 
 @row("where")
-def _where(arch: Arch, node: Node) -> Answer:
+def _where(make: Maker, node: Node) -> Answer:
     return simple(node, "a ? b : c")
 
 
 @row("not")
-def _not(arch: Arch, node: Node) -> Answer:
+def _not(make: Maker, node: Node) -> Answer:
     return simple(node, "!a")
 
 
 @row("isnan")
-def _isnan(arch: Arch, node: Node) -> Answer:
+def _isnan(make: Maker, node: Node) -> Answer:
     return simple(node, "a != a")
 
 
 @row("isinf")
-def _isinf(arch: Arch, node: Node) -> Answer:
+def _isinf(make: Maker, node: Node) -> Answer:
     parts = []
     if node.attr("detect_positive"):
         parts.append("(a > 0 && a - a != a - a && a == a)")
@@ -288,7 +288,7 @@ def _isinf(arch: Arch, node: Node) -> Answer:
 
 
 @row("cast")
-def _cast(arch: Arch, node: Node) -> Answer:
+def _cast(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     if DType.BFLOAT16 in (x.dtype, out.dtype):
         return "no kernel takes bfloat16"
@@ -300,7 +300,7 @@ def _cast(arch: Arch, node: Node) -> Answer:
 
 
 @row("batch_norm")
-def _batch_norm(arch: Arch, node: Node) -> Answer:
+def _batch_norm(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     if x.dtype is not DType.FLOAT32 or any(not v.is_constant for v in node.operands[1:]):
         return "it is float32 with constant statistics only"
@@ -322,7 +322,7 @@ def _moved(node: Node, x: Operand, shape: Shape) -> Answer:
 
 
 @row("transpose")
-def _transpose(arch: Arch, node: Node) -> Answer:
+def _transpose(make: Maker, node: Node) -> Answer:
     x = node.input(0)
     own = row_major(x.shape)
     strides = tuple(own[p] for p in node.attr("perm"))
@@ -330,12 +330,12 @@ def _transpose(arch: Arch, node: Node) -> Answer:
 
 
 @row("expand")
-def _expand(arch: Arch, node: Node) -> Answer:
+def _expand(make: Maker, node: Node) -> Answer:
     return _moved(node, plain(node.input(0), node.output.shape), node.output.shape)
 
 
 @row("slice")
-def _slice(arch: Arch, node: Node) -> Answer:
+def _slice(make: Maker, node: Node) -> Answer:
     x = node.input(0)
     own = row_major(x.shape)
     picks = [
@@ -359,7 +359,7 @@ def _by_index(node: Node, index: dict[int, Array], fill: str = "0") -> Answer:
 
 
 @row("tile")
-def _tile(arch: Arch, node: Node) -> Answer:
+def _tile(make: Maker, node: Node) -> Answer:
     x = node.input(0)
     repeats = node.attr("repeats")
     index = {
@@ -371,7 +371,7 @@ def _tile(arch: Arch, node: Node) -> Answer:
 
 
 @row("pad")
-def _pad(arch: Arch, node: Node) -> Answer:
+def _pad(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     pads, mode, rank = node.attr("pads"), node.attr("mode"), x.type.rank
     index: dict[int, Array] = {}
@@ -397,7 +397,7 @@ def _pad(arch: Arch, node: Node) -> Answer:
 
 
 @row("resize")
-def _resize_nearest(arch: Arch, node: Node) -> Answer:
+def _resize_nearest(make: Maker, node: Node) -> Answer:
     if node.attr("mode") != "nearest":
         return f"no kernel interpolates ({node.attr('mode')})"
     x = node.input(0)
@@ -413,7 +413,7 @@ def _resize_nearest(arch: Arch, node: Node) -> Answer:
 
 
 @row("depth_to_space", "space_to_depth")
-def _blocks(arch: Arch, node: Node) -> Answer:
+def _blocks(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     last = node.attr("layout") == "NHWC"
     b = int(node.attr("blocksize"))
@@ -445,7 +445,7 @@ def _moved_axis(strides: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @row("concat")
-def _concat(arch: Arch, node: Node) -> Answer:
+def _concat(make: Maker, node: Node) -> Answer:
     out = node.output
     axis = node.attr("axis") % out.type.rank
     own = row_major(out.shape)
@@ -460,7 +460,7 @@ def _concat(arch: Arch, node: Node) -> Answer:
 
 
 @row("gather")
-def _gather(arch: Arch, node: Node) -> Answer:
+def _gather(make: Maker, node: Node) -> Answer:
     x, indices, out = node.input(0), node.input(1), node.output
     axis = node.attr("axis") % x.type.rank
     inner, extent, count = math.prod(x.shape[axis + 1 :]), x.shape[axis], indices.type.size

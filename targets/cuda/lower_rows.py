@@ -10,8 +10,16 @@ import numpy as np
 
 from qcompiler import numerics
 from qcompiler.ir import Node, Value
-from qcompiler.targets.cuda.arch import Arch
-from qcompiler.targets.cuda.lowering import EIGHT_BITS, FLOATS, Answer, bounds, grid, row, scalar
+from qcompiler.targets.cuda.lowering import (
+    EIGHT_BITS,
+    FLOATS,
+    Answer,
+    Maker,
+    bounds,
+    grid,
+    row,
+    scalar,
+)
 from qcompiler.targets.cuda.products import Window
 from qcompiler.targets.cuda.rows import along, row_launch
 from qcompiler.targets.cuda.source import c_type, literal
@@ -45,7 +53,7 @@ def _fits(out: Value) -> str | None:
 
 
 @row("max_pool", "average_pool", "qaverage_pool")
-def _pool(arch: Arch, node: Node) -> Answer:
+def _pool(make: Maker, node: Node) -> Answer:
     x, out, name = node.input(0), node.output, node.op.name
     if x.type.rank != 4 or node.attr("layout") != "NHWC":
         return f"its operand {x.type} is not an image with channels last"
@@ -133,7 +141,7 @@ _INTEGER_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "redu
 
 
 @row("qreduce_mean", *_FLOAT_REDUCTIONS)
-def _reduce(arch: Arch, node: Node) -> Answer:
+def _reduce(make: Maker, node: Node) -> Answer:
     x, out, name = node.input(0), node.output, node.op.name
     extents = _run(node)
     if isinstance(extents, str):
@@ -179,7 +187,7 @@ def _reduce(arch: Arch, node: Node) -> Answer:
 
 
 @row("qsoftmax")
-def _qsoftmax(arch: Arch, node: Node) -> Answer:
+def _qsoftmax(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     problem = _fits(out)
     if problem:
@@ -211,7 +219,7 @@ def _qsoftmax(arch: Arch, node: Node) -> Answer:
 
 
 @row("softmax", "log_softmax")
-def _softmax(arch: Arch, node: Node) -> Answer:
+def _softmax(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     if x.dtype not in FLOATS:
         return f"no kernel takes {x.dtype.value}"
@@ -227,7 +235,7 @@ def _softmax(arch: Arch, node: Node) -> Answer:
 
 
 @row("qlayer_norm")
-def _qlayer_norm(arch: Arch, node: Node) -> Answer:
+def _qlayer_norm(make: Maker, node: Node) -> Answer:
     x, gamma, beta, out = node.input(0), node.input(1), node.input(2), node.output
     q, problem = grid(x), _fits(out)
     if q is None or problem:
@@ -255,7 +263,7 @@ def _qlayer_norm(arch: Arch, node: Node) -> Answer:
 
 
 @row("layer_norm", "instance_norm")
-def _norm(arch: Arch, node: Node) -> Answer:
+def _norm(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     if x.dtype not in FLOATS:
         return f"no kernel takes {x.dtype.value}"
@@ -282,7 +290,7 @@ def _norm(arch: Arch, node: Node) -> Answer:
 
 
 @row("argmax", "argmin")
-def _arg(arch: Arch, node: Node) -> Answer:
+def _arg(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     if x.dtype not in _NUMBERS:
         return f"no kernel takes {x.dtype.value}"
@@ -295,7 +303,7 @@ def _arg(arch: Arch, node: Node) -> Answer:
 
 
 @row("cumsum")
-def _cumsum(arch: Arch, node: Node) -> Answer:
+def _cumsum(make: Maker, node: Node) -> Answer:
     x, out = node.input(0), node.output
     if x.dtype not in _NUMBERS:
         return f"no kernel takes {x.dtype.value}"

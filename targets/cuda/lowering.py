@@ -23,11 +23,13 @@ from qcompiler.targets.cuda.halves import with_halves
 from qcompiler.targets.cuda.maps import Operand, map_launch, row_major
 from qcompiler.targets.cuda.products import (
     MAX_FLOAT,
+    ChooseTile,
     Epilogue,
     Product,
     Window,
     float_product_launch,
     product_launch,
+    tile_of,
 )
 from qcompiler.targets.cuda.program import Argument, Launch, Step, Temporary
 from qcompiler.targets.cuda.source import KernelText
@@ -41,7 +43,26 @@ _LARGEST = 1 << 31  # kernels count elements in int32
 
 Answer = tuple[Launch, ...] | str
 """Launches, or why there are none."""
-Row = Callable[[Arch, Node], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What the rows of the table need to know besides the node.
+
+    Attributes:
+        arch: The GPU.
+        choose: Picks the tile of a product.
+    """
+
+    arch: Arch
+    choose: ChooseTile = tile_of
+
+    def product(self, p: Product) -> Launch:
+        """Return the launch of a product on tensor cores."""
+        return product_launch(p, self.arch, self.choose(p, self.arch))
+
+
+Row = Callable[[Maker, Node], Answer]
 _ROWS: dict[str, Row] = {}
 
 
@@ -56,7 +77,7 @@ def row(*operators: str) -> Callable[[Row], Row]:
     return enter
 
 
-def lower_node(arch: Arch, node: Node) -> Answer:
+def lower_node(make: Maker, node: Node) -> Answer:
     """Return the launches of a node, or why there are none."""
     from qcompiler.targets.cuda import lower_maps, lower_rows  # enter their rows
 
@@ -69,7 +90,7 @@ def lower_node(arch: Arch, node: Node) -> Answer:
             return f"{v.name} has {v.type.size} elements, kernels count to {_LARGEST - 1}"
     if any(v.type.size == 0 for v in node.outputs):
         return f"its result {node.outputs[0].type} has no elements"
-    return function(arch, node)
+    return function(make, node)
 
 
 @dataclass
@@ -95,13 +116,16 @@ class Lowered:
     notes: list[str] = field(default_factory=list)
 
 
-def lower_graph(graph: Graph, arch: Arch, progress: ProgressFn = no_progress) -> Lowered:
+def lower_graph(
+    graph: Graph, arch: Arch, progress: ProgressFn = no_progress, choose: ChooseTile = tile_of
+) -> Lowered:
     """Lower a verified, shaped INTEGER graph.
 
     Raises:
         UnsupportedByTargetError: All nodes that have no kernel, in one message.
     """
     given, graph = graph, with_halves(graph)
+    maker = Maker(arch, choose)
     steps: list[Step] = []
     views: dict[Value, Value] = {}
     problems: list[str] = []
@@ -111,7 +135,7 @@ def lower_graph(graph: Graph, arch: Arch, progress: ProgressFn = no_progress) ->
         if node.op.name in VIEWS:
             views[node.output] = node.input(0)
             continue
-        answer = lower_node(arch, node)
+        answer = lower_node(maker, node)
         if isinstance(answer, str):
             problems.append(f"{node.name} ({node.op.name}): {answer}")
             refused.append(node)
@@ -252,7 +276,7 @@ def _float_epilogue(node: Node, columns: int) -> Epilogue | str:
 
 
 @row("qconv", "conv")
-def _conv(arch: Arch, node: Node) -> Answer:
+def _conv(make: Maker, node: Node) -> Answer:
     x, w, out = node.input(0), node.input(1), node.output
     if x.type.rank != 4 or node.attr("layout") != "NHWC":
         return f"its operand {x.type} is not an image with channels last"
@@ -305,7 +329,7 @@ def _conv(arch: Arch, node: Node) -> Answer:
     )  # fmt: skip
     if x.dtype is DType.FLOAT32:
         return (float_product_launch(product),)
-    return (product_launch(product, arch),)
+    return (make.product(product),)
 
 
 def _times(name: str, step: int, count: int) -> str:
@@ -325,7 +349,7 @@ def _lead_offset(lead: tuple[int, ...], own: tuple[int, ...], step: int) -> str:
 
 
 @row("qmatmul", "matmul")
-def _matmul(arch: Arch, node: Node) -> Answer:
+def _matmul(make: Maker, node: Node) -> Answer:
     a, b, out = node.input(0), node.input(1), node.output
     flip_a, flip_b = bool(node.attr("transpose_a")), bool(node.attr("transpose_b"))
     quantized = node.op.name == "qmatmul"
@@ -395,7 +419,7 @@ def _matmul(arch: Arch, node: Node) -> Answer:
     if a.dtype is DType.FLOAT32:
         launches.append(float_product_launch(product))
     else:
-        launches.append(product_launch(product, arch))
+        launches.append(make.product(product))
     return tuple(launches)
 
 

@@ -54,6 +54,12 @@ def find_nvcc() -> Nvcc | None:
     return None
 
 
+def nvcc_version() -> str:
+    """Return the version of nvcc, or "none": it decides an artifact's bytes."""
+    found = find_nvcc()
+    return "none" if found is None else ".".join(map(str, found.version))
+
+
 @functools.cache
 def _version(path: str) -> tuple[int, int] | None:
     try:

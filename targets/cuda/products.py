@@ -5,14 +5,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from qcompiler.records import stable_text
 from qcompiler.targets.cuda.arch import Arch
 from qcompiler.targets.cuda.program import Argument, Buffer, Launch
 from qcompiler.targets.cuda.source import NAME, KernelText, c_type, entry, struct
-from qcompiler.targets.cuda.tiles import Tile, choose
+from qcompiler.targets.cuda.tiles import Tile, candidates, choose
 from qcompiler.types import Array, DType
 
 MAX_FLOAT = float(np.finfo(np.float32).max)
@@ -150,12 +152,41 @@ def _columns(values: Array, count: int, dtype: type) -> Array:
     return np.ascontiguousarray(np.broadcast_to(values.reshape(-1), (count,)).astype(dtype))
 
 
+ChooseTile = Callable[["Product", Arch], Tile]
+"""Picks the tile of a product for a GPU."""
+
+
 def tile_of(p: Product, arch: Arch) -> Tile:
     """Return the analytic choice of the tile."""
     size = 2 if p.a_dtype is DType.FLOAT16 else 1
     out_bytes = p.epilogue.out.numpy.itemsize
     return choose(arch, p.rows, p.columns, p.depth * size, p.batch,
                   packed4=_is_packed4(p), out_bytes=out_bytes)  # fmt: skip
+
+
+def tiles_of(p: Product, arch: Arch) -> tuple[Tile, ...]:
+    """Return every tile that a product can have, the analytic choice first."""
+    size = 2 if p.a_dtype is DType.FLOAT16 else 1
+    first = tile_of(p, arch)
+    every = candidates(arch, p.depth * size, packed4=_is_packed4(p),
+                       out_bytes=p.epilogue.out.numpy.itemsize)  # fmt: skip
+    return (first, *(t for t in every if t != first))
+
+
+def workload_text(p: Product) -> str:
+    """Return one text for products that the same tile serves equally well."""
+    ep = p.epilogue
+    window = "none" if p.window is None else stable_text(p.window)
+    size = "packed4" if _is_packed4(p) else p.b_dtype.value
+    facts = {
+        "rows": p.rows, "columns": p.columns, "depth": p.depth, "batch": p.batch,
+        "a": p.a_dtype.value, "b": size, "constant": p.weights is not None, "window": window,
+        "out": ep.out.value, "scales": 0 if ep.scale is None else min(ep.scale.size, 2),
+        "bias": ep.bias is not None,
+        "residual": "none" if ep.residual is None else ep.residual.value,
+        "a_zero": p.a_zero != 0, "b_zero": bool(p.b_zero.any()),
+    }  # fmt: skip
+    return "product " + " ".join(f"{name}={value}" for name, value in facts.items())
 
 
 def _is_packed4(p: Product) -> bool:

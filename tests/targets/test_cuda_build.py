@@ -273,8 +273,11 @@ def test_nvcc_is_found_by_its_variable(tmp_path: Path, monkeypatch: pytest.Monke
     found = nvcc.find_nvcc()
     assert found is not None
     assert found.version == (12, 4)
+    assert nvcc.nvcc_version() == "12.4"
     broken = tmp_path / "elsewhere"
     broken.mkdir()
     monkeypatch.setenv("NVCC", fake_nvcc(broken, "nothing"))
     other = nvcc.find_nvcc()
     assert other is None or other.path != str(broken / "nvcc")
+    monkeypatch.setattr(nvcc, "find_nvcc", lambda: None)
+    assert nvcc.nvcc_version() == "none"

@@ -23,13 +23,16 @@ from qcompiler.driver import assemble, build_graph, quantize_model
 from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph
 from qcompiler.manifest import TensorSpec, loads
+from qcompiler.passmanager import PassContext, PassManager
+from qcompiler.records import RecordFile
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.base import TuningBudget
-from qcompiler.targets.cuda import backend, nvcc, products
+from qcompiler.targets.cuda import backend, nvcc
 from qcompiler.targets.cuda.arch import ARCHES
 from qcompiler.targets.cuda.tiles import Tile, candidates
 from qcompiler.targets.reference import GraphExecutor
+from qcompiler.tuning import Tuning
 
 HERE = Path(__file__).parent
 
@@ -131,7 +134,23 @@ def test_every_tile(
     arch = ARCHES[own_target()]
     tiles: tuple[Tile, ...] = candidates(arch, 300, packed4=False, out_bytes=1)
     module.run_with_tiles(rng, list(tiles), monkeypatch)
-    assert products.tile_of is not None
+
+
+def test_tuning(tmp_path: Path) -> None:
+    models = _module("test_cuda_models_on_gpu", HERE / "test_cuda_models.py")
+    model, calibration, evaluation = models.model_of("digits_cnn")
+    made = get_target(own_target())
+    result = quantize_model(model, calibration=calibration, precision="w8a8")
+    shaped = PassManager(made.passes()).run(result.graph, PassContext())
+    outcome = made.tune(shaped, Tuning(records=tmp_path / "records.jsonl", trials=40))
+    assert sum(t.trials for t in outcome.tasks) == 40
+    assert not any(t.failures for t in outcome.tasks)
+    records = RecordFile(tmp_path / "records.jsonl", own_target()).read()
+    built = build_graph(result.graph, made.with_records(records))
+    compiled = assemble(built, made.spec, result)
+    inputs = {k: evaluation[k][:16] for k in compiled.inputs}
+    reference = CompiledModel(compiled.artifact, executor=GraphExecutor(result.graph))
+    assert emulator.differences(compiled(inputs), reference(inputs)) == []
 
 
 @pytest.mark.e2e

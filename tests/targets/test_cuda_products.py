@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import pytest
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage
-from qcompiler.targets.cuda import products
+from qcompiler.targets.cuda import backend
 from qcompiler.targets.cuda.arch import ARCHES
+from qcompiler.targets.cuda.lowering import lower_graph
 from qcompiler.targets.cuda.products import Epilogue, Product, pack4, product_launch
 from qcompiler.targets.cuda.program import Temporary
 from qcompiler.targets.cuda.tiles import Tile, candidates, choose
@@ -220,7 +222,8 @@ def run_with_tiles(rng: np.random.Generator, tiles: list[Tile], monkeypatch: Any
     net.graph.set_outputs(net.results)
     expected = run(net.graph, net.feeds)
     for tile in tiles:
-        monkeypatch.setattr(products, "tile_of", lambda p, arch, tile=tile: tile)
+        choose = functools.partial(lower_graph, choose=lambda p, arch, tile=tile: tile)
+        monkeypatch.setattr(backend, "lower_graph", choose)
         got = emulator.run_graph(net.graph, net.feeds, "cuda-sm90")
         assert emulator.differences(got, expected) == [], tile
 
