@@ -40,8 +40,7 @@ from qcompiler.errors import (
 from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
 from qcompiler.lock import Lock
-from qcompiler.lock import options as lock_options
-from qcompiler.lock import versions as lock_versions
+from qcompiler.locked import check_given, decided_by, note_search
 from qcompiler.manifest import TargetInfo, TensorSpec
 from qcompiler.ops import Stage
 from qcompiler.passmanager import (
@@ -162,11 +161,11 @@ def compile(
     ranges = ranges_of(model, input_shapes)
     if methods is None:
         methods = "" if ranges is not None else default_methods(precision)
-    decided = _decided(backend.spec, methods, input_shapes, freeze, seed)
+    decided = decided_by(backend.spec, methods, input_shapes, freeze, seed)
     lock = None if locked is None else Lock.load(locked)
     if lock is not None:
         calibration = None if calibration is None else load_samples(calibration)
-        _check_locked(lock, decided, model, calibration, evaluate, tuning)
+        check_given(lock, decided, model, calibration, evaluate, tuning)
         if lock.gives_plan(precision):
             precision = lock.precision_plan()
             decided = decided.searched(
@@ -281,62 +280,11 @@ def compile(
                 seed=seed,
                 progress=progress,
             )
-            _lock_searched(compiled, precision)
+            note_search(compiled, precision)
     if choice is not None:
         choice.finish(compiled)
     _check_budget(compiled, budget)
     return compiled
-
-
-def _decided(
-    spec: TargetSpec,
-    methods: str | Sequence[Pass],
-    input_shapes: Mapping[str, Sequence[int]] | None,
-    freeze: Mapping[str, Array | float | bool] | None,
-    seed: int,
-) -> Lock:
-    """Return the lock of a compilation as far as it is known before any work."""
-    tools: dict[str, str] = {}
-    if spec.triple is not None:
-        from qcompiler.targets.toolchain import toolchain
-
-        tools = toolchain(spec.triple)
-    options = lock_options(
-        target=spec.name, methods=methods, input_shapes=input_shapes, freeze=freeze, seed=seed
-    )
-    return Lock({}, lock_versions(tools), options)
-
-
-def _lock_searched(compiled: CompiledModel, precision: str) -> None:
-    """Note in the lock that measurements chose the plan where `precision` was asked for."""
-    lock = dict(compiled.artifact.lock or {})
-    lock["options"] = {**lock.get("options", {}), "precision": precision}
-    compiled.artifact = dataclasses.replace(compiled.artifact, lock=lock)
-    compiled.report = {**(compiled.report or {}), "lock": lock}
-
-
-def _check_locked(
-    lock: Lock,
-    decided: Lock,
-    model: ModelSource,
-    calibration: SampleSource | None,
-    evaluate: Evaluation | Callable[[CompiledModel], float] | None,
-    tuning: Tuning | None,
-) -> None:
-    """Refuse what differs from the lock before any work is done."""
-    from qcompiler.onnx_import import model_digest
-
-    if tuning is not None and tuning.searches:
-        raise UsageError(
-            "a locked compilation cannot tune: what tuning finds would differ from the lock",
-            hint="give the records without a limit, or leave `locked` out",
-        )
-    digests = {"model": model_digest(model)}
-    if calibration is not None:
-        digests["calibration"] = load_samples(calibration).digest()
-    if isinstance(evaluate, Evaluation):
-        digests["evaluation"] = load_samples(evaluate.samples).digest()
-    lock.check_inputs(dataclasses.replace(decided, digests=digests))
 
 
 def quantize_model(
