@@ -21,6 +21,7 @@ import numpy as np
 from qcompiler.errors import UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.ops import OpKind
+from qcompiler.ops.recurrent import operand_index
 from qcompiler.types import DType, TensorType
 
 FILL = -1e30
@@ -199,6 +200,8 @@ class _Masking:
             first = int(node.attr("axis")) % node.input(0).type.rank
             if any(axis >= first for axis in self.dynamic.of(node.input(0))):
                 self.fail(node, "it normalizes over the extent")
+        elif kind is OpKind.RECURRENT:
+            self.recurrent(node)
         elif name in ("transpose", "reshape", "expand", "slice", "split", "concat", "pad", "tile",
                       "gather", "cumsum"):  # fmt: skip
             self.movement(node)
@@ -268,11 +271,7 @@ class _Masking:
         tail = self.tail(symbol, x.shape[axis])
         over = [int(a) % x.type.rank for a in node.attr("axes")]
         rest = prod(x.shape[a] for a in over if a != axis)
-        zero = graph.constant(np.float32(0.0), f"{node.name}_zero")
-        used = graph.add("equal", [tail, zero], name=f"{node.name}_used").output
-        ones = graph.add("cast", [used], {"to": DType.FLOAT32.value}, name=f"{node.name}_ones")
-        count = graph.add("reduce_sum", [ones.output], {"axes": (0,), "keepdims": False},
-                          name=f"{node.name}_count").output  # fmt: skip
+        count = self.count(node, tail)
         if rest != 1:
             scale = graph.constant(np.float32(rest), f"{node.name}_rest")
             count = graph.add("mul", [count, scale], name=f"{node.name}_elements").output
@@ -285,6 +284,44 @@ class _Masking:
         new.sources = node.sources
         graph.replace_node(node, new.output)
         new.output.name = old.name
+
+    def count(self, node: Node, tail: Value) -> Value:
+        """Return how much of an extent is in use, as a float32 scalar."""
+        graph = self.graph
+        zero = graph.constant(np.float32(0.0), f"{node.name}_zero")
+        used = graph.add("equal", [tail, zero], name=f"{node.name}_used").output
+        ones = graph.add("cast", [used], {"to": DType.FLOAT32.value}, name=f"{node.name}_ones")
+        return graph.add("reduce_sum", [ones.output], {"axes": (0,), "keepdims": False},
+                         name=f"{node.name}_count").output  # fmt: skip
+
+    def recurrent(self, node: Node) -> None:
+        """Let the loop over time end with the used part: its lengths say where."""
+        graph, gates = self.graph, node.input(0)
+        axes, y = self.dynamic.of(gates), node.outputs[0]
+        if 2 in axes or self.dynamic.of(node.input(1)):
+            self.fail(node, "its width follows the extent")
+            return
+        if self.dynamic.of(y) != axes:
+            self.fail(node, "it combines different extents")
+            return
+        at = operand_index(node.op.name, "lens")
+        if 0 not in axes or node.optional(at) is not None:
+            return  # lengths that are given end within the used part
+        count = self.count(node, self.tail(axes[0], gates.shape[0]))
+        whole = graph.add("cast", [count], {"to": DType.INT32.value}, name=f"{node.name}_steps")
+        shape = (gates.shape[1],)
+        lens = graph.add("expand", [whole.output], {"shape": shape}, name=f"{node.name}_lens")
+        inputs: list[Value | None] = [*node.inputs, *[None] * (at + 1 - len(node.inputs))]
+        inputs[at] = lens.output
+        new = graph.add(node.op.name, inputs, node.attrs, before=node, sources=node.sources)
+        names = [v.name for v in node.outputs]
+        for old, value in zip(node.outputs, new.outputs, strict=True):
+            self.dynamic.axes[value] = self.dynamic.of(old)
+            graph.replace_uses(old, value)
+        graph.erase(node)
+        new.name = node.name
+        for value, name in zip(new.outputs, names, strict=True):
+            value.name = name
 
     def movement(self, node: Node) -> None:
         x, name = node.input(0), node.op.name

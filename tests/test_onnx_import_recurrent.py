@@ -146,23 +146,37 @@ def test_refusals() -> None:
         load_onnx(model)
 
 
-def sequence_model(first: str) -> onnx.ModelProto:
+def sequence_model(first: str, direction: str = "forward") -> onnx.ModelProto:
     """frames [T, 6] -> LSTM over T, its batch 1; the states are inputs."""
     values_of = {"W": values(1, 32, WIDTH), "R": values(1, 32, HIDDEN)}
     nodes = [
         helper.make_node("Unsqueeze", ["frames", "one"], ["X"]),
-        helper.make_node("LSTM", ["X", "W", "R", "", "", "h0", "c0"], ["Y"], hidden_size=HIDDEN),
+        helper.make_node(
+            "LSTM",
+            ["X", "W", "R", "", "", "h0", "c0"],
+            ["Y", "hn", "cn"],
+            hidden_size=HIDDEN,
+            direction=direction,
+        ),
         helper.make_node("Squeeze", ["Y", "both"], ["y"]),
     ]
     constants = {**values_of, "one": np.asarray([1]), "both": np.asarray([1, 2])}
     shapes: dict[str, list[int | str]] = {
-        "frames": [first, WIDTH], "h0": [1, 1, HIDDEN], "c0": [1, 1, HIDDEN],
-    }  # fmt: skip
+        "frames": [first, WIDTH],
+        "h0": [1, 1, HIDDEN],
+        "c0": [1, 1, HIDDEN],
+    }
     graph = helper.make_graph(
         nodes,
         "net",
         [helper.make_tensor_value_info(k, TensorProto.FLOAT, v) for k, v in shapes.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [first, HIDDEN])],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, [first, HIDDEN]),
+            *(
+                helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 1, HIDDEN])
+                for n in ("hn", "cn")
+            ),
+        ],
         [numpy_helper.from_array(a, k) for k, a in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
@@ -175,7 +189,7 @@ def test_steps_are_no_batch(steps: int | None) -> None:
     """Samples along the time axis depend on each other, so a run must not be cut into runs."""
     shapes = None if steps is None else {"frames": (steps, WIDTH)}
     graph = load_onnx(sequence_model("T"), input_shapes=shapes)
-    assert [v.batch_axis for v in (*graph.inputs, *graph.output_values)] == [None] * 4
+    assert [v.batch_axis for v in (*graph.inputs, *graph.output_values)] == [None] * 6
 
 
 def test_a_batch_beside_the_steps_stays_one() -> None:
@@ -185,3 +199,20 @@ def test_a_batch_beside_the_steps_stays_one() -> None:
     graph = load_onnx(model)
     assert graph.inputs[0].shape == (1, STEPS, WIDTH)
     assert [v.batch_axis for v in (*graph.inputs, *graph.output_values)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_one_artifact_serves_sequences_of_any_length(direction: str) -> None:
+    """The loop ends with the used part, so the last states are those of the exact length."""
+    model = sequence_model("T", direction)
+    compiled = qcompiler.compile(model, precision="fp32", input_shapes={"frames": ((1, 20), WIDTH)})
+    reference = Session(model.SerializeToString(), optimization="disabled")
+    for steps in (1, 3, 8, 20):
+        feeds = {
+            "frames": values(steps, WIDTH),
+            "h0": values(1, 1, HIDDEN),
+            "c0": values(1, 1, HIDDEN) + 1,
+        }
+        want = reference.run(feeds)
+        for name, array in compiled(feeds).items():
+            np.testing.assert_allclose(array, want[name], rtol=1e-4, atol=1e-6)
