@@ -20,8 +20,8 @@ that order, and the pack instructions that narrow the results undo it.
 
 Channels are covered by vectors of one width, of which the last may overlap the one before: that
 takes no more instructions than a narrower vector.  Fewer than 16 channels, multipliers other than
-powers of two up to 16 and very large kernels take the plain form of `depthwise_plain`; rows whose
-products of two bytes make int16 the form of `depthwise_taps`.
+powers of two up to 16 and very large kernels take the plain form of `depthwise_plain`; where s8
+products make int16, kernels of few taps take the form of `depthwise_taps`.
 """
 
 from __future__ import annotations

@@ -193,8 +193,14 @@ def is_depthwise(workload: ConvWorkload) -> bool:
 
 
 def by_taps(workload: ConvWorkload, isa: Isa) -> bool:
-    """Whether the workload is computed tap by tap, from products in int16."""
-    return isa.dot == "smlal" and workload.co == workload.c and workload.co >= LANES
+    """Whether the workload is computed tap by tap, from products in int16.
+
+    Up to nine taps that takes fewer instructions than to interleave four rows for `sdot`: 72 for
+    16 results of a 3x3 kernel, epilogue included, where there are 85.
+    """
+    if isa.intrinsic("mul_s8", 128) is None or workload.co != workload.c or workload.co < LANES:
+        return False
+    return isa.dot == "smlal" or workload.kh * workload.kw <= 9
 
 
 def is_plain(workload: ConvWorkload, isa: Isa, params: DepthwiseParams) -> bool:
