@@ -46,7 +46,9 @@ from qcompiler.targets.kernels.workload import GemmParams
 
 __all__ = ["TilesKernel"]
 
-_MACS_PER_CYCLE = 1024
+_MACS_PER_CYCLE = 250
+"""Far below the peak of 1024, so that threads share kernels of ten microseconds: a woken pool is
+quick, and others run on one thread for as long."""
 _LONG = 24
 _AWAKE = 4
 """From `_LONG` chunks of K on, there is a store of a tile every `_AWAKE` chunks.
@@ -104,7 +106,7 @@ class TilesKernel:
     def emit(self) -> None:
         """The loop over tasks."""
         g, plan, columns = self.geometry, self.plan, self.vectors.plan
-        bands = g.batch * plan.tasks.tiles
+        bands = g.batch * plan.bands
         apart = plan.source != "direct" and columns.col_blocks > 1
         area = -(-plan.area // 64) * 64
         shared = scratch(bands * area, "uint8") if apart else None
@@ -138,14 +140,10 @@ class TilesKernel:
 
     def _band(self, band: Expr) -> tuple[Expr, Expr, Expr]:
         """Image, first output row and number of output rows of a task."""
-        tasks = self.plan.tasks
-        image = bind(band // tasks.tiles)
-        row = bind(band % tasks.tiles)
-        if tasks.small == 0:
-            return image, bind(row * tasks.size), splat(tasks.size, "int32", 1)
-        first = bind(row * (tasks.size - 1) + minimum(row, tasks.big))
-        small = cast(row >= tasks.big, "int32")
-        return image, first, bind(tasks.size - small)
+        plan = self.plan
+        image = bind(band // plan.bands)
+        first = bind(band % plan.bands * plan.rows)
+        return image, first, bind(minimum(plan.rows, self.geometry.oh - first))
 
     @staticmethod
     def _address(buffer: Buffer, index: Expr) -> Expr:

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.plan import Axis, Geometry, geometry_of, split
+from qcompiler.targets.kernels.plan import Geometry, geometry_of
 from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
 
 __all__ = [
@@ -72,13 +72,10 @@ class TilesPlan:
     """Source "planes": the phases (row, column) of the stride that the kernel reads."""
     plane_rows: int
     """Rows of one plane."""
-    tasks: Axis
-    """Output rows, cut into tasks."""
-
-    @property
-    def rows(self) -> int:
-        """Most output rows of a task."""
-        return self.tasks.size
+    rows: int
+    """Output rows of a task; the last one may have fewer."""
+    bands: int
+    """Tasks of one image, along its rows."""
 
     @property
     def consecutive(self) -> bool:
@@ -102,7 +99,7 @@ class TilesPlan:
 
 def applies(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> bool:
     """Whether tiles can compute a workload: constant weights, 16 pixels or more of one image."""
-    if isa.tiles == "none" or workload.a_dtype == "float32":
+    if isa.tiles == "none" or workload.a_dtype == "float32" or workload.epilogue.group:
         return False
     if isinstance(workload, MatmulWorkload) and not workload.b_constant:
         return False
@@ -120,8 +117,8 @@ def worthwhile(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> bool:
 
 _TASKS = 8
 """Tasks wanted for a kernel of some size."""
-_TASK_MACS = 25_000_000
-"""Products that a task should have, about ten microseconds: starting one costs up to one."""
+_TASK_MACS = 8_000_000
+"""Products that a task should have: some five microseconds."""
 _L2_BYTES = 512 * 1024
 """Quarter of level 2: what may stay there while other data streams through."""
 
@@ -151,24 +148,36 @@ def candidates(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmP
 
 
 def _tasks(geometry: Geometry, mt: int, nv: int, order: Literal["n", "m"]) -> GemmParams:
-    """Share the work out: by rows where activations outweigh weights, else by columns first."""
+    """Share the work out: by rows, unless weights are what has to come from far.
+
+    The threads then find in their own cache what they wrote in the kernel before.
+    """
     g = geometry
     wanted = max(1, min(_TASKS, 1 << (g.macs // _TASK_MACS).bit_length() >> 1))
     tiles = -(-g.n // (nv * TILE_ROWS))
-    # A task of a window copies the rows around its own too; it should have many more of its own.
-    least = max(8 * (g.kh - 1), -(-2 * mt * TILE_ROWS // g.ow))
-    by_rows = max(1, min(wanted, g.oh // least))
+    window = g.kh * g.kw > 1
+    # A task of a window copies the rows around its own too; it should have more of its own.
+    least = -(-3 * mt * TILE_ROWS // g.ow)
+    if window:
+        least = max(3 * (g.kh - 1) + 1, -(-mt * TILE_ROWS // g.ow))
+    most = max(1, g.oh // least)
     whole = tiles_plan(g, GemmParams(16, mt, nv, g.oh, 1, algorithm="tiles"))
     if whole.source == "rows":  # all of K for each pixel: the copy of a task stays in level 2
         most = max(1, g.oh * g.ow // (2 * mt * TILE_ROWS))
         by_rows = min(max(wanted, -(-whole.area // _L2_BYTES)), most, g.oh)
-    elif g.kh * g.kw > 1 or g.n * g.kh * g.kw > g.oh * g.ow:
+    elif g.n * g.c * g.kh * g.kw > 2 * _L2_BYTES:
         columns = min(tiles, wanted)
-        by_rows = min(by_rows, -(-wanted // columns))
-    columns = min(tiles, -(-wanted // (by_rows * g.batch)))
-    return GemmParams(
-        16, mt, nv, -(-g.oh // by_rows), -(-tiles // columns), order, algorithm="tiles"
-    )
+        by_rows = min(most, -(-wanted // columns))
+    else:
+        by_rows = 1 << (min(wanted, most, 4 if window else wanted).bit_length() - 1)
+    columns = min(tiles, max(1, wanted // (by_rows * g.batch)))
+    # No two tasks write into one line of 64 bytes.
+    n_block = -(-tiles // columns)
+    n_block += -n_block * nv * TILE_ROWS % 64 // (nv * TILE_ROWS)
+    m_block = -(-g.oh // by_rows)
+    if g.ow == 1 and m_block > TILE_ROWS:  # whole tiles
+        m_block = -(-m_block // TILE_ROWS) * TILE_ROWS
+    return GemmParams(16, mt, nv, m_block, n_block, order, algorithm="tiles")
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +236,10 @@ def tile_registers(mt: int, nv: int) -> TileRegisters:
 def tiles_plan(geometry: Geometry, params: GemmParams) -> TilesPlan:
     """Cut a geometry as `params` say: `m_block` output rows are one task."""
     g = geometry
-    least = -(-TILE_ROWS // g.ow)  # rows that fill a tile
-    count = max(1, min(-(-g.oh // max(params.m_block, 1)), g.oh // least))
-    tasks = split(g.oh, -(-g.oh // count))
-    if tasks.small and (tasks.size - 1) * g.ow < TILE_ROWS:
-        tasks = split(g.oh, g.oh)
+    rows = min(max(params.m_block, 1), g.oh)
+    while min(rows, (g.oh - 1) % rows + 1) * g.ow < TILE_ROWS:  # each task must fill a tile
+        rows += 1
+    bands = (rows, -(-g.oh // rows))
     wide = g.dw == 1 or g.kw == 1
     strided = g.sh > 1 or g.sw > 1
     taps = [(i * g.dh, j * g.dw) for i in range(g.kh) for j in range(g.kw)]
@@ -241,10 +249,10 @@ def tiles_plan(geometry: Geometry, params: GemmParams) -> TilesPlan:
         if not wide:
             runs = [((y * g.w + x) * g.c, g.c) for y, x in taps]
         if runs[0][1] >= TILE_BYTES or runs[0][1] % 4 == 0:
-            return _plan("direct", runs, g.c, g.w, ((0, 0),), 0, tasks)
+            return _plan("direct", runs, g.c, g.w, ((0, 0),), 0, bands)
     k = g.kh * g.kw * g.c
     planes = tuple(sorted({(y % g.sh, x % g.sw) for y, x in taps}))
-    plane_rows = tasks.size + (g.kh - 1) * g.dh // g.sh
+    plane_rows = rows + (g.kh - 1) * g.dh // g.sh
     pitch = g.ow + (g.kw - 1) * g.dw // g.sw
     columns = [0] if g.sw == 1 and wide else [j * g.dw for j in range(g.kw)]
     run = g.kw * g.c // len(columns)
@@ -256,14 +264,13 @@ def tiles_plan(geometry: Geometry, params: GemmParams) -> TilesPlan:
             row = plane * plane_rows + y // g.sh
             runs.append(((row * pitch + x // g.sw) * g.c, run))
     # Cycles for each pixel and column tile: one for a chunk, about two and a half for a copy.
-    rows = tasks.size
     in_planes = len(runs) * -(-run // TILE_BYTES) * _tiles((rows - 1) * pitch + g.ow)
     pieces = g.kh * -(-g.kw * g.c // TILE_BYTES) if wide else g.kh * g.kw * -(-g.c // TILE_BYTES)
     in_rows = (-(-k // TILE_BYTES) + 2.5 * pieces / -(-g.n // TILE_ROWS)) * _tiles(rows * g.ow)
     if g.kh * g.kw > 1 and (in_rows < in_planes or pitch > 2 * g.ow):
         pixel = -(-k // TILE_BYTES) * TILE_BYTES if k > TILE_BYTES else -(-k // 4) * 4
-        return _plan("rows", [(0, k)], pixel, g.ow, (), 0, tasks, whole=True)
-    return _plan("planes", runs, g.c, pitch, planes, plane_rows, tasks)
+        return _plan("rows", [(0, k)], pixel, g.ow, (), 0, bands, whole=True)
+    return _plan("planes", runs, g.c, pitch, planes, plane_rows, bands)
 
 
 def _tiles(pixels: int) -> int:
@@ -277,7 +284,7 @@ def _plan(
     pitch: int,
     planes: tuple[tuple[int, int], ...],
     plane_rows: int,
-    tasks: Axis,
+    bands: tuple[int, int],
     *,
     whole: bool = False,
 ) -> TilesPlan:
@@ -301,7 +308,8 @@ def _plan(
         pitch=pitch,
         planes=planes,
         plane_rows=plane_rows,
-        tasks=tasks,
+        rows=bands[0],
+        bands=bands[1],
     )
 
 
