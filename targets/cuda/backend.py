@@ -134,7 +134,14 @@ def make(name: str) -> Backend:
     spec = TargetSpec(
         name=name,
         description=f"NVIDIA GPUs of compute capability {arch.sm / 10:.1f} and later ({arch.card})",
-        precisions=(Precision.W8A8, Precision.W4A8, Precision.FP32, Precision.FP16),
+        precisions=(
+            Precision.W8A8,
+            Precision.W4A8,
+            Precision.FP32,
+            Precision.FP16,
+            Precision.W8A8_DYNAMIC,
+            Precision.W8A8_DYNAMIC_TENSOR,
+        ),
         isa=arch.isa,
     )
     return CudaBackend(spec, arch)

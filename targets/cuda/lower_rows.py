@@ -76,7 +76,8 @@ def _pool(make: Maker, node: Node) -> Answer:
             ),  # fmt: skip
         if x.dtype not in _NUMBERS:
             return f"no kernel takes {x.dtype.value}"
-        wide = "float" if x.dtype is DType.FLOAT32 else "qc_i64"
+        wide = "qc_i64" if x.dtype is DType.INT64 else "int"
+        wide = "float" if x.dtype is DType.FLOAT32 else wide
         ctype = c_type(x.dtype)
         return pool_launch(
             name, x, out, window, x.dtype, out.dtype, accumulator=wide,

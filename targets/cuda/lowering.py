@@ -79,9 +79,9 @@ def row(*operators: str) -> Callable[[Row], Row]:
 
 def lower_node(make: Maker, node: Node) -> Answer:
     """Return the launches of a node, or why there are none."""
-    from qcompiler.targets.cuda import lower_maps, lower_rows  # enter their rows
+    from qcompiler.targets.cuda import lower_dynamic, lower_maps, lower_rows  # enter their rows
 
-    del lower_maps, lower_rows
+    del lower_dynamic, lower_maps, lower_rows
     function = _ROWS.get(node.op.name)
     if function is None:
         return "no CUDA kernel exists for this operator"

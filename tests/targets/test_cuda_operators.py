@@ -230,6 +230,30 @@ def test_softmax_and_norms(rng: np.random.Generator) -> None:
 
 
 @needs_emulator
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_products_of_activations_quantized_at_run_time(rng: np.random.Generator, per: str) -> None:
+    net = Net(rng)
+    x = rng.standard_normal((2, 5, 70)).astype(np.float32) * 3
+    x[0, 1] = 0.0
+    x[1, 2, 3:5] = np.nan, np.inf
+    for storage, zero in ((I8, 0), (U8, 128)):
+        value = net.feed(x)
+        target = TensorType(x.shape, storage, q(storage, 1.0, zero))
+        scales = TensorType((2, 5, 1) if per == "row" else (), F32)
+        node = net.graph.add("dynamic_quantize", [value], {"per": per}, types=[target, scales])
+        net.results += [(f"q{storage.value}", node.outputs[0]), (f"s{zero}", node.outputs[1])]
+        weights = net.constant(
+            rng.integers(-127, 128, (70, 33)).astype(np.int8),
+            QuantParams(rng.uniform(0.001, 0.02, 33), np.zeros(33), I8, -127, 127, PerAxis(1)),
+        )
+        bias = net.constant(rng.standard_normal(33).astype(np.float32))
+        left, scale = node.outputs
+        net.add("dynamic_matmul", left, weights, scale)
+        net.add("dynamic_matmul", left, weights, scale, bias, net.real((2, 5, 33)), act_min=0.0)
+    net.check()
+
+
+@needs_emulator
 def test_float_rows(rng: np.random.Generator) -> None:
     net = Net(rng)
     f = net.real((4, 10, 70), 3.0)
@@ -397,6 +421,6 @@ def test_every_operator_is_supported_or_named_here() -> None:
     assert lower_rows is not None
     missing = {op.name for op in all_ops()} - set(lowering._ROWS) - lowering.VIEWS - {"split"}
     assert missing <= {
-        "opaque", "conv_transpose", "reduce_log_sum_exp", "dynamic_quantize", "dynamic_matmul",
-        "lstm", "gru", "rnn", "qlstm", "qgru", "qrnn", "mask_tail",
+        "opaque", "conv_transpose", "reduce_log_sum_exp", "mask_tail",
+        "lstm", "gru", "rnn", "qlstm", "qgru", "qrnn",
     }, missing  # fmt: skip
