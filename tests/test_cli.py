@@ -98,6 +98,12 @@ def test_wrong_usage_is_status_2_without_a_traceback(
             ["--evaluate", "e.npz", "--metric", "top1", "--max-drop", "nan"],
             "--max-drop nan: expected a number that is not negative",
         ),
+        (["--max-slice-drop", "1"], "--max-slice-drop needs --evaluate"),
+        (
+            ["--evaluate", "e.npz", "--metric", "top1", "--max-slice-drop", "inf"],
+            "--max-slice-drop inf: expected a number that is not negative",
+        ),
+        (["--locked", "none.qcm"], "lock none.qcm does not exist"),
         (["--max-latency", "0"], "--max-latency 0.0: expected a number above 0"),
         (["--max-size", "inf"], "--max-size inf: expected a number above 0"),
         (["--input-shape", "x=1x3"], "--input-shape 'x=1x3': expected NAME:1x3x224x224"),
