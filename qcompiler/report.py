@@ -170,9 +170,11 @@ def worst_slice(report: Report) -> str | None:
     binding = sum(bool(s.get("binds")) for s in slices)
     if worst["drop"] <= 0:
         return f"none of {binding} lost anything"
+    unit = " points" if name in PERCENT else ""
     return (
         f"{worst['kind']} {worst['name']}, {score_text(name, worst['float'])} to "
-        f"{score_text(name, worst['compiled'])} ({worst['samples']} samples; worst of {binding})"
+        f"{score_text(name, worst['compiled'])}, drop {worst['drop']:.3g}{unit} "
+        f"({worst['samples']} samples; worst of {binding})"
     )
 
 

@@ -550,7 +550,7 @@ def test_slices_error_ranges_and_energy_are_shown(figures: dict[str, Any]) -> No
     figures["energy"] = {"compiled": 1.5, "float": 3.0, "note": "one package (RAPL)"}
     page = report.to_html(figures)
     text = " ".join(parse(page).text)
-    assert "slice night, 90.00 % to 80.00 % (20 samples; worst of 1)" in text
+    assert "slice night, 90.00 % to 80.00 %, drop 10 points (20 samples; worst of 1)" in text
     assert "drop of each slice at most 5" in text
     assert "1.5 mJ, float 3 mJ (one package (RAPL))" in text
     assert "lowest: n2, 38.0 dB" in text
