@@ -28,6 +28,7 @@ PALETTE = {
     "w7a8": "#009e73",
     "w6a8": "#e69f00",
     "w4a8": "#d55e00",
+    "w4a8-group": "#8c510a",
 }
 """Colour of each precision, in the order of legends: floats grey, weights only purple, integers
 from blue (8 bits) to red (4 bits). The integer colours are Okabe and Ito's, told apart with the

@@ -319,7 +319,8 @@ def test_names_without_what_exporters_repeat(name: str, short: str) -> None:
 def test_precisions_have_distinct_colors_with_readable_text() -> None:
     from qcompiler.types import Precision
 
-    assert {p.value for p in Precision} <= set(svg.PALETTE)
+    missing = {p.value for p in Precision} - set(svg.PALETTE)
+    assert not missing, "give a new precision a colour of its own in svg.PALETTE"
     assert len(set(svg.PALETTE.values())) == len(svg.PALETTE)
     assert svg.color_of("w2a2") == svg.OTHER
 
