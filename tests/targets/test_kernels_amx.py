@@ -224,7 +224,8 @@ def test_hot_loop() -> None:
     assert bodies
     for body in bodies:  # LLVM unrolls it
         products = sum("tdpbusd" in line for line in body)
-        assert sum("tileloadd" in line for line in body) == products, "\n".join(body)
+        loads = sum("tileloadd" in line for line in body)
+        assert loads in (products, products * 3 // 2), "\n".join(body)  # 2 x 2, or a rest of 1 x 2
         assert len(body) < 6 * products + 4, "\n".join(body)
         assert not any("%rsp" in line for line in body), "\n".join(body)
     for mnemonic in ("ldtilecfg", "tilerelease", "tilestored"):
