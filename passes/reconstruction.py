@@ -180,7 +180,8 @@ class Reconstruction:
             f"; {better} of {len(self.units)} products are rounded better than to nearest{detail}"
         )
         if reached < len(self.units):
-            line += f", {len(self.units) - reached} were not reached in {seconds:g} s"
+            within = "" if seconds is None else f" in {seconds:g} s"
+            line += f", {len(self.units) - reached} were not reached{within}"
         ctx.log.append(line)
         if not kept or not self.done:
             return False

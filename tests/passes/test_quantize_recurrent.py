@@ -190,3 +190,12 @@ def test_exported_with_quantized_weights_and_states() -> None:
         assert sqnr(found[name], array) > 25
     again = quantize_model(written)  # read back, it computes in integers again
     assert "qlstm" in {n.op.name for n in again.graph.nodes}
+
+
+@pytest.mark.parametrize("method", ["adaround", "gptq", "brecq", "correct_bias"])
+def test_methods_go_around_cells(method: str) -> None:
+    """They look at the products; a cell between them stays what it is."""
+    model, samples = network("GRU")
+    result = quantize_model(model, calibration=samples, methods=method)
+    assert "qgru" in {n.op.name for n in result.graph.nodes}
+    assert any(line.startswith(method) for line in result.log)
