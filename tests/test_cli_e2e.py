@@ -467,6 +467,8 @@ def test_inspect_shows_what_the_report_beside_it_measured(
     _, out, _ = run(capsys, "inspect", artifact)
     assert "measured, worst slice" in out
     assert "lock, versions" in out
+    rows = [line.split("│")[1].strip() for line in out.splitlines() if line.count("│") == 4]
+    assert rows == list(report["precision"])  # in the order of the network
     # A report of another artifact, and none.
     shutil.copy(artifact, tmp_path / "copy.qcm")
     assert (

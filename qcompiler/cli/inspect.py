@@ -92,6 +92,9 @@ def _artifact(file: Path, json_output: bool) -> None:
     _tensors(console, "inputs", manifest["inputs"])
     _tensors(console, "outputs", manifest["outputs"])
     entries = plan_entries(found["plan"])
+    order = list((report or {}).get("precision") or ())  # of the network; members are sorted
+    if set(order) == set(entries):
+        entries = {node: entries[node] for node in order}
     if entries:
         table = Table(title="precision of each node", title_justify="left")
         for heading in ("node", "precision", "reason"):
