@@ -236,7 +236,8 @@ def wanted_precisions(backend: Backend, prepared: Prepared, limits: Budget) -> l
     found = []
     for p in backend.spec.precisions:
         held = p.value in _HELD and limits.max_size_mb is not None
-        if p.is_integer or p is Precision.FP32 or held:
+        integer = p.is_integer and p is not Precision.W4A8_GROUP  # nothing measures its loss
+        if integer or p is Precision.FP32 or held:
             found.append(p)
     return found
 
@@ -303,6 +304,8 @@ def fixed_by(
         if forced.nodes[item.name] == plain.nodes[item.name]:
             continue
         wanted = forced.precision(item.name).value
+        if item.name in network.followers and forced.precision(item.name).is_integer:
+            continue  # it is in integers where its neighbours let it
         if wanted not in item.options:
             known = ", ".join(item.options)
             raise UsageError(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from qcompiler.assign import Limits, Solution, front, solve, totals
 from qcompiler.data import Budget
 from qcompiler.decisions import FLOAT, INTEGER, Network
+from qcompiler.errors import AssignmentError
 from qcompiler.latency import runs_here
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.types import Precision
@@ -393,6 +394,14 @@ def search(
     steps = work.least_latency(limits) if objective == "latency" else work.least_loss(limits)
     for _ in steps:
         pass
+    if not work.rounds:  # overrides rule the uniform models out, and nothing keeps the limits
+        safest = solve(work.network.problem, "loss", then="latency")
+        if safest is None:
+            raise AssignmentError(
+                "the overrides contradict each other: no plan has all of them",
+                hint="nodes that read one value share its width; leave some of them out",
+            )
+        work.attempt(safest.choices)
     return _finished(work, objective, limits)
 
 

@@ -20,6 +20,7 @@ from qcompiler.auto import choose, default_budget
 from qcompiler.cache import Cache, cache_folder, key_of
 from qcompiler.data import Budget, Evaluation
 from qcompiler.errors import (
+    AssignmentError,
     DataError,
     InfeasibleBudgetError,
     UnsupportedByTargetError,
@@ -247,6 +248,62 @@ def test_overrides_of_a_uniform_precision() -> None:
     decided = model.plan["nodes"]
     assert decided["stem_1"] == {"precision": "fp32", "reason": "asked for by 'stem*'"}
     assert decided["res1_1"]["precision"] == "w8a8"
+
+
+def test_overrides_that_contradict_each_other() -> None:
+    folder = DIGITS.parent / "digits_hybrid"
+    rules = {"rows.0.query*": "w8a7", "rows.0.key*": "w8a8"}  # they read one tensor
+    with pytest.raises(AssignmentError, match="the overrides contradict each other"):
+        choose(
+            folder / "model.onnx", get_target(TARGET), calibration=folder / "calib.npz",
+            overrides=rules,
+        )  # fmt: skip
+
+
+def test_a_callable_scores_joint_models() -> None:
+    data = dict(np.load(DIGITS / "eval.npz"))
+    scored: list[float] = []
+
+    def accuracy(model: Any) -> float:
+        found = next(iter(model({"input": data["input"][:200]}).values()))
+        scored.append(float((found.argmax(1) == data["label"][:200]).mean()))
+        return scored[-1]
+
+    found = choose(
+        MODEL, get_target(TARGET), calibration=CALIBRATION, evaluate=accuracy,
+        budget=Budget(max_drop=0.02),
+    )  # fmt: skip
+    assert found.log is not None
+    assert found.log["metric"] == "custom"
+    assert found.log["kept"]
+    assert max(scored) - scored[-1] <= 0.02 + 1e-9
+    assert len(scored) >= 7  # every joint model and float
+
+
+def test_one_limit_is_shared_between_tuning_and_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qcompiler.targets.cpu import CpuBackend
+
+    given: list[float] = []
+
+    def tune(self: object, graph: object, tuning: qcompiler.Tuning, **_: object) -> None:
+        assert tuning.seconds is not None
+        given.append(tuning.seconds)
+
+    monkeypatch.setattr(CpuBackend, "tune", tune)
+    found = choose(
+        MODEL, get_target(TARGET), calibration=CALIBRATION,
+        tuning=qcompiler.Tuning(records=tmp_path / "r.jsonl", seconds=1000),
+    )  # fmt: skip
+    assert len(given) == 5  # every integer precision
+    # Of what is left (here nearly all, for nothing was tuned) 60 % may go to tuning: half of that to
+    # W8A8, the rest to the others in equal shares.
+    shares = [0.3, 0.15, 0.2, 0.3, 0.6]
+    for seconds, share in zip(given, shares, strict=True):
+        assert share * 400 < seconds <= share * 1000
+    assert found.tuning is None or found.tuning.seconds is None
+    assert '"stage": "latency"' in (tmp_path / "r.jsonl").read_text()
 
 
 def test_calibration_is_needed() -> None:
