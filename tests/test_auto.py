@@ -297,8 +297,8 @@ def test_one_limit_is_shared_between_tuning_and_search(
         tuning=qcompiler.Tuning(records=tmp_path / "r.jsonl", seconds=1000),
     )  # fmt: skip
     assert len(given) == 5  # every integer precision
-    # Of what is left (here nearly all, for nothing was tuned) 60 % may go to tuning: half of that to
-    # W8A8, the rest to the others in equal shares.
+    # Of what is left (here nearly all, for nothing was tuned) 60 % may go to tuning: half of that
+    # to W8A8, the rest to the others in equal shares.
     shares = [0.3, 0.15, 0.2, 0.3, 0.6]
     for seconds, share in zip(given, shares, strict=True):
         assert share * 400 < seconds <= share * 1000
