@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from qcompiler import report_charts as charts
-from qcompiler import report_decisions, report_network
+from qcompiler import report_decisions, report_modalities, report_network
 from qcompiler.report import (
     PERCENT,
     Comparison,
@@ -44,6 +44,7 @@ def page(report: Report) -> str:
         report_decisions.pareto(report),
         _network(report),
         report_decisions.cost(report),
+        report_modalities.modalities(report),
         _regions(report),
         _error(report),
         _slices(report),
@@ -71,6 +72,7 @@ def _contents(sections: Sequence[str]) -> str:
         "pareto": "possible plans",
         "network": "network",
         "cost": "sensitivity and latency",
+        "modalities": "regions by input",
         "regions": "time per kernel",
         "error": "error along the network",
         "slices": "slices",

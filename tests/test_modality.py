@@ -18,6 +18,7 @@ from qcompiler.ops import OpKind
 from qcompiler.passes.canonicalize import canonicalize_passes
 from qcompiler.passmanager import PassContext, PassManager
 from qcompiler.plan import uniform
+from qcompiler.report_page import page
 from qcompiler.types import Precision
 
 HYBRID = Path(__file__).parents[1] / "models" / "digits_hybrid"
@@ -123,6 +124,26 @@ def test_the_report_shows_each_region() -> None:
     softened = regions[worst["name"]]
     assert softened["sqnr_alone"] is None
     assert softened["weight_bytes"] > 3 * worst["weight_bytes"]
+
+
+def test_the_page_shows_each_region() -> None:
+    found = [
+        {"name": "input:<b>", "kind": "attention", "precisions": {"w8a8": 3, "fp32": 1},
+         "weight_bytes": 2500, "latency_ms": 0.25, "sqnr_alone": 31.0},
+        {"name": "input:a+<b>", "kind": "dense", "precisions": {"w8a8": 2},
+         "weight_bytes": None, "latency_ms": None, "sqnr_alone": 22.5},
+    ]  # fmt: skip
+    html = page({"target": "host", "modalities": found})
+    assert '<section id="modalities">' in html
+    assert '<a href="#modalities">' in html
+    assert "input:&lt;b&gt;" in html
+    assert "input:<b>" not in html
+    rows = [line for line in html.split("<tr") if "input:" in line]
+    assert ["class=bad" in row.partition(">")[0] for row in rows] == [False, True]
+    assert "2.5" in rows[0]
+    assert "22.5" in rows[1]
+    assert '<section id="modalities">' not in page({"target": "host", "modalities": found[:1]})
+    assert '<section id="modalities">' not in page({"target": "host", "modalities": None})
 
 
 def test_a_model_of_one_region_has_no_such_part() -> None:
