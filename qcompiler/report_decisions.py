@@ -72,8 +72,8 @@ def pareto(report: Report) -> str:
     ]  # fmt: skip
     listed = folded(f"The {len(front)} plans of the front", table(heads, rows, "front"))
     about = (
-        "Each point is a whole plan: nothing is both faster and closer to float than a plan on the "
-        "line."
+        "Each point is a whole plan. As predicted, nothing is both faster and closer to float than "
+        "a plan on the line; squares and diamonds are measured."
     )
     return section("pareto", "What was possible, and what was chosen", about,
                    _statement(found), chart, listed)  # fmt: skip
