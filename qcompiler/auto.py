@@ -51,6 +51,8 @@ _HELD = frozenset({"fp16", "w8", "w4"})
 """Precisions that only hold weights in fewer bits."""
 _OFF = 1.25
 """Ratio of a whole run to the sum of its kernels beyond which latencies are measured again."""
+_BUSY = 1.5
+"""Ratio between a measured and a predicted latency that the user is told about."""
 _TUNING_SHARE = 0.6
 """Share of the wall-clock budget that kernel tuning gets, of what is left when it starts."""
 
@@ -188,6 +190,12 @@ def choose(
         sources["evaluation"] = load_samples(evaluation.samples).digest()
     notes = [log["statement"]] if by_default else []
     notes += [outcome.note] if outcome.note else []
+    expected, took = outcome.predicted.seconds, outcome.trial.figures.seconds
+    if expected and took and not 1 / _BUSY <= took / expected <= _BUSY:
+        notes.append(
+            f"one run took {took * 1e3:.3g} ms, its kernels add up to {expected * 1e3:.3g} ms: the "
+            f"machine was busy, and another search may choose better"
+        )
     return Choice(plan, log, dict(outcome.broken), sources, notes, evaluation, limits, known)
 
 

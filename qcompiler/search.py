@@ -32,6 +32,8 @@ _ROUNDS = 8
 _GAIN = 0.004
 """Share of the latency below which a further solution is not worth building."""
 _FRONT = 20
+_MOST_RATE = 4.0
+"""Greatest factor between joint and summed losses that a uniform model teaches."""
 _EVEN = 0.01
 """Measured latencies this close are equal."""
 _SLACK = 0.01
@@ -413,7 +415,8 @@ def _uniform_rate(network: Network, precision: str, trial: Trial) -> float | Non
     summed = totals(network.problem, choices).loss
     if summed <= 0 or trial.figures.loss <= 0:
         return None
-    return min(max(trial.figures.loss / summed, 0.05), 20.0)
+    # Where everything is coarse, errors feed on each other: that says little of single coarse ones.
+    return min(max(trial.figures.loss / summed, 1 / _MOST_RATE), _MOST_RATE)
 
 
 def _finished(work: Search, objective: Literal["latency", "loss"], limits: Limits) -> Outcome:
