@@ -26,6 +26,7 @@ from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import Decision
 from qcompiler.search import Curve, Outcome
 from qcompiler.targets.base import Backend
+from qcompiler.targets.branches import guards_of
 from qcompiler.tuning import Tuning
 from qcompiler.types import Precision
 from qcompiler.workshop import Judge, Trial, Workshop, prepare, race, records_file
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["faster_in_float", "lost_to_float", "without_slower_regions"]
 
-_PRODUCTS = frozenset({"qconv", "qmatmul"})
+_PRODUCTS = frozenset({"qconv", "qmatmul", "qlstm", "qgru", "qrnn"})
 _CASTS = 0.25
 """Share of the products' time that conversions take before integers are doubted."""
 _NOISE = 0.05
@@ -128,6 +129,8 @@ def faster_in_float(
     )  # fmt: skip
     if prepared.table is None or precision is Precision.FP32:
         return None
+    if guards_of(prepared.graph):
+        return None  # which branches run decides the times, and random inputs say nothing of it
     records = None if tuning is None else tuning.records
     cache = Cache(cache_folder(records))
     file = records_file(cache, backend.spec.name, records)

@@ -115,7 +115,7 @@ def test_integer_branches() -> None:
         "x": rng.normal(0, 1, (16, 8, 32)).astype(np.float32),
         "s": rng.normal(0, 1, 16).astype(np.float32),
     }
-    compiled = qcompiler.compile(model, calibration=samples, overrides={"op:matmul": "w8a8"})
+    compiled = qcompiler.compile(model, calibration=samples)
     assert {p["precision"] for p in compiled.plan["nodes"].values()} >= {"w8a8"}
     for k in range(4):
         feeds = {name: a[k] for name, a in samples.items()}
