@@ -19,11 +19,12 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize_bias, table_entries
 from qcompiler.ops import EvalContext, OpKind
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
-from qcompiler.plan import TABLE_BINARY
+from qcompiler.plan import TABLE_BINARY, summed_axis
 from qcompiler.types import (
     Array,
     DType,
     PerAxis,
+    PerGroup,
     PerTensor,
     QuantParams,
     TensorType,
@@ -189,6 +190,8 @@ def product(node: Node | None, weights: Weights) -> Product | None:
         if transpose:
             attrs["transpose_b"] = False
         axis = 0 if node.op.name == "conv" else w.type.rank - (2 if transpose else 1)
+        if isinstance(q.granularity, PerGroup):
+            return _grouped(node, x, w)
         if q.storage not in _WEIGHT_STORAGE or w.type.rank < 2:
             return None
         if not q.is_per_tensor and q.granularity != PerAxis(axis):
@@ -207,6 +210,24 @@ def product(node: Node | None, weights: Weights) -> Product | None:
         if bias is None:
             return None
     return Product(node, "q" + node.op.name, (x, w, bias), attrs)
+
+
+def _grouped(node: Node, x: Value, w: Value) -> Product | None:
+    """Return the integer form of a product whose weights have scales in groups along K, or None.
+
+    Its bias stays float32: there is no one scale of its sums.
+    """
+    q, bias = params(w), node.optional(2)
+    axis = summed_axis(node)
+    one = node.attr("group") == 1 if node.op.name == "conv" else not node.attr("transpose_b")
+    size = q.granularity.group_size if isinstance(q.granularity, PerGroup) else 0
+    if not one or q.storage is not DType.INT8 or not q.is_symmetric:
+        return None
+    if q.granularity != PerGroup(axis, size) or w.shape[axis] % size or x.dtype is DType.INT16:
+        return None
+    if bias is not None and not (bias.is_constant and bias.dtype is DType.FLOAT32):
+        return None
+    return Product(node, "q" + node.op.name, (x, w, bias), {})
 
 
 def _activation(v: Value) -> bool:

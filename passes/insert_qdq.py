@@ -31,13 +31,21 @@ from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.calibrate import Calibrate, CalibrationTable
 from qcompiler.passes.channel_affine import use_depthwise
 from qcompiler.passes.fuse import Fuse
-from qcompiler.passes.narrow_products import NarrowProducts
+from qcompiler.passes.narrow_products import NarrowProducts, group_qparams, in_bytes
 from qcompiler.passes.regions import Kind, Regions, analyse, integer_operands
 from qcompiler.passes.weights import weight_qparams
 from qcompiler.passmanager import Pass, PassContext
-from qcompiler.plan import Decision, PrecisionPlan, integer_obstacle
+from qcompiler.plan import Decision, PrecisionPlan, integer_group, integer_obstacle
 from qcompiler.printer import digest
-from qcompiler.types import DType, PerAxis, PerTensor, Precision, QuantParams, TensorType
+from qcompiler.types import (
+    DType,
+    PerAxis,
+    PerGroup,
+    PerTensor,
+    Precision,
+    QuantParams,
+    TensorType,
+)
 
 S16_HEADROOM = 1.25
 """Factor by which a 16-bit range exceeds what calibration saw: 16 bits have room, and inputs
@@ -317,12 +325,15 @@ class _Insertion:
             least = 0.0 if bias is None else least_weight_scale(bias.array(), x.s)
             precision = self.plan.precision(node.name)
             weights = self.grids.nodes.get(node.name)
+            size = integer_group(node) if precision is Precision.W4A8_GROUP else None
+            if weights is None and size is not None:
+                weights = in_bytes(group_qparams(data, 1 - axis, size, precision.weight_bits))
             if weights is None:
                 weights = weight_qparams(data, axis, precision.weight_bits, least)
             held = self.graph.constant(quantize(data, weights), f"{w.name}_q", weights)
             real = self.graph.add("dequantize", [held], name=f"{w.name}_dequantize")
             self.graph.set_input(node, 1, real.output)
-        if bias is not None:
+        if bias is not None and not isinstance(weights.granularity, PerGroup):
             self._bias(node, bias, x, weights)
 
     def _recurrent(self, node: Node) -> None:

@@ -197,3 +197,8 @@ def group_qparams(
     storage = DType.INT4 if bits == 4 else DType.INT8
     zero = np.zeros(scale.shape, np.int32)
     return QuantParams(scale, zero, storage, found.qmin, found.qmax, PerGroup(axis, size))
+
+
+def in_bytes(q: QuantParams) -> QuantParams:
+    """Return the same symmetric grid held in int8, as integer products take weights."""
+    return QuantParams(q.scale, q.zero_point, DType.INT8, q.qmin, q.qmax, q.granularity)

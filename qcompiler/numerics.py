@@ -378,6 +378,12 @@ def requantize(
         return np.asarray(y.astype(target.storage.numpy))
     with np.errstate(over="ignore", invalid="ignore"):  # infinity clamps, NaN maps to qmin
         t = acc.astype(np.float32) * multiplier(scale, over=target.scale)
+    return requantize_real(np.asarray(t), target, residual)
+
+
+def requantize_real(t: Array, target: QuantParams, residual: Residual | None = None) -> Array:
+    """Return clamp(rint(t + float32(r - z_r) * M_r) + z_y), t in units of the result's scale."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity clamps, NaN maps to qmin
         if residual is not None:
             r = centred(residual.q, residual.qparams.zero_point).astype(np.float32)
             t = t + r * multiplier(residual.qparams.scale, over=target.scale)

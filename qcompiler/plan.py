@@ -19,7 +19,7 @@ from qcompiler.ir import Graph, Node
 from qcompiler.modality import is_regional, modalities, select
 from qcompiler.ops import OpKind
 from qcompiler.ops._recurrence import cell_of, settles
-from qcompiler.types import DType, Precision
+from qcompiler.types import DType, PerGroup, Precision
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -317,6 +317,25 @@ def group_size(extent: int, limit: int) -> int:
     return max(size for size in range(1, min(extent, limit) + 1) if extent % size == 0)
 
 
+GROUP = 64
+"""Most weights along K that share a scale in `w4a8-group`."""
+
+
+def integer_group(node: Node) -> int | None:
+    """Return the group size of a product's weights in `w4a8-group`; None: one scale per column.
+
+    Groups hold whole dot instructions (multiples of 4), and enough of them to pay for the float
+    addition at their end.
+    """
+    w = node.input(1)
+    if node.op.name not in ("conv", "matmul") or not w.is_constant or w.type.rank not in (2, 4):
+        return None
+    if node.op.name == "conv" and node.attr("group") != 1:
+        return None
+    size = group_size(w.shape[summed_axis(node)], GROUP)
+    return size if size >= 16 and size % 4 == 0 else None
+
+
 def summed_axis(node: Node) -> int:
     """Return the axis of the weights along which groups share a scale."""
     return 1 if node.op.name == "conv" or node.attr("transpose_b") else 0
@@ -352,7 +371,10 @@ def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> Precis
         elif node.op.kind in (OpKind.COMPUTE, OpKind.RECURRENT):
             constant = node.input(1).is_constant
             what = "weights and activations" if constant else "both operands"
-            nodes[node.name] = Decision(wanted, f"{what} are known: {_words(wanted)}")
+            given = wanted
+            if wanted is Precision.W4A8_GROUP and integer_group(node) is None:
+                given = Precision.W4A8  # no groups: one scale per column
+            nodes[node.name] = Decision(given, f"{what} are known: {_words(given)}")
         else:
             nodes[node.name] = Decision(wanted, "has an integer form; follows its neighbours")
     return PrecisionPlan(nodes, digest(graph))
@@ -399,6 +421,8 @@ def _asked(precision: Precision) -> str:
 
 
 def _words(precision: Precision) -> str:
+    if precision is Precision.W4A8_GROUP:
+        return "int4 weights by groups, int8 activations"
     w, a = precision.weight_bits, precision.activation_bits
     return f"int{w}" if w == a else f"int{w} weights, int{a} activations"
 
@@ -408,6 +432,8 @@ def precision_of(node: Node) -> Precision:
     weight = node.optional(1)
     product = node.op.name in ("qconv", "qmatmul")
     if product and weight is not None and weight.is_constant and weight.qparams is not None:
+        if isinstance(weight.qparams.granularity, PerGroup):
+            return Precision.W4A8_GROUP
         bits = (weight.qparams.qmax - weight.qparams.qmin).bit_length()
         for p in Precision:
             if p.is_integer and (p.weight_bits, p.activation_bits) == (bits, 8):

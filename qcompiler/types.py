@@ -277,7 +277,8 @@ class TensorType:
 class Precision(enum.Enum):
     """What a node computes in: weight bits and activation bits, or a float width.
 
-    `wNaM`: integers, with scales of activations from calibration. The others need no calibration:
+    `wNaM`: integers, with scales of activations from calibration; `w4a8-group`: with a scale of the
+    weights for each group along K, whose sums are added in float32. The others need no calibration:
     `fp16`: weights held in half precision; `w8`, `w4`: weights held in integers, one scale per
     group along K, both computing in float32; `w8a8-dynamic`: integer products of activations that
     are quantized at run time, one scale per row (token), or one per tensor.
@@ -290,6 +291,7 @@ class Precision(enum.Enum):
     W7A8 = "w7a8"
     W6A8 = "w6a8"
     W4A8 = "w4a8"
+    W4A8_GROUP = "w4a8-group"
     W8A8_DYNAMIC = "w8a8-dynamic"
     W8A8_DYNAMIC_TENSOR = "w8a8-dynamic-tensor"
     W8 = "w8"

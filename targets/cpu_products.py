@@ -36,6 +36,8 @@ def _weights(w: Value) -> tuple[Array, Array] | None:
     if not w.is_constant or w.qparams is None:
         return None
     data, q = w.array(), w.qparams
+    if isinstance(q.granularity, PerGroup):
+        return None
     if w.dtype is DType.UINT8 and (q.zero_point == 128).all():
         data = (data.astype(np.int16) - 128).astype(np.int8)
     elif w.dtype not in (DType.INT8, DType.INT4) or not q.is_symmetric:
@@ -77,11 +79,14 @@ def _float_weights(node: Node) -> tuple[Any, tuple[Node, ...]] | None:
     return GroupedWeights(held.array(), scale, zero, held.dtype.bits, group), (wide,)
 
 
-def _epilogue(node: Node, x: Value, weight_scale: Array, channels: int) -> tuple[Any, Any] | None:
+def _epilogue(
+    node: Node, x: Value, weight_scale: Array, channels: int, *, biased: bool = True
+) -> tuple[Any, Any] | None:
     """Return (Epilogue, GemmValues) of an integer product, or None where kernels lack it."""
     from qcompiler.targets.kernels.workload import Epilogue, GemmValues
 
-    out, bias, residual = node.output, node.optional(2), node.optional(3)
+    out, residual = node.output, node.optional(3)
+    bias = node.optional(2) if biased else None
     if not is_per_tensor(x) or x.dtype is DType.INT16:
         return None
     if bias is not None and (not bias.is_constant or bias.type.size != channels):
@@ -123,6 +128,45 @@ def _epilogue(node: Node, x: Value, weight_scale: Array, channels: int) -> tuple
     return Epilogue(storage(out), None if residual is None else storage(residual)), values
 
 
+def _integer(
+    self: CpuLowering, node: Node, w: Value, channels: int
+) -> tuple[Array, Any, Any] | None:
+    """Return (weights, Epilogue, GemmValues) of an integer product with constant weights."""
+    weights = _weights(w)
+    if weights is None:
+        return _grouped(self, node)
+    found = _epilogue(node, node.input(0), weights[1], channels)
+    return None if found is None else (weights[0], *found)
+
+
+def _grouped(self: CpuLowering, node: Node) -> tuple[Array, Any, Any] | None:
+    """Return (weights, Epilogue, GemmValues) of a product of weights in groups, or None."""
+    from qcompiler.targets.kernels.workload import GemmValues
+
+    w, bias = node.input(1), node.optional(2)
+    if w.qparams is None or not isinstance(w.qparams.granularity, PerGroup) or not w.is_constant:
+        return None
+    if self.isa.a_dtype != "uint8" or (bias is not None and not bias.is_constant):
+        return None
+    x, out, size = node.input(0), node.output, w.qparams.granularity.group_size
+    channels = w.shape[0 if node.op.name == "qconv" else 1]
+    # The epilogue of one scale in all: the scales of the groups take its place.
+    unbiased = _epilogue(node, x, np.ones((), np.float32), channels, biased=False)
+    if unbiased is None or size % self.isa.k_group or int(w.array().min()) < -8:
+        return None
+    epilogue, values = unbiased
+    over = 1.0 if out.qparams is None else out.qparams.scale
+    scale, _ = numerics.expanded(w.qparams, w.shape)
+    grouped = GemmValues(
+        addend=None if bias is None else numerics.multiplier(bias.array(), over=over),
+        group_multiplier=numerics.multiplier(grid(x).scale, scale, over=over),
+    )
+    values = dataclasses.replace(
+        values, multiplier=None, addend=grouped.addend, group_multiplier=grouped.group_multiplier
+    )
+    return w.array(), dataclasses.replace(epilogue, group=size), values
+
+
 def _per_channel(multiplier: Array, channels: int) -> Array:
     return np.ascontiguousarray(np.broadcast_to(multiplier.reshape(-1), (channels,)), np.float32)
 
@@ -150,12 +194,12 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
         return None
     channels = out.shape[3]
     widened: tuple[Node, ...] = ()
+    found: tuple[Any, Any] | None
     if node.op.name == "qconv":
-        weights = _weights(w)
-        found = None if weights is None else _epilogue(node, x, weights[1], channels)
-        if weights is None or found is None:
+        integer = _integer(self, node, w, channels)
+        if integer is None:
             return None
-        data, a_dtype = weights[0], storage(x)
+        data, found, a_dtype = integer[0], integer[1:], storage(x)
     else:
         found, held = _float_epilogue(node, channels), _float_weights(node)
         if found is None or held is None or not is_float32(x, w, out):
@@ -232,11 +276,10 @@ def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
         if constant and held is not None:
             data, widened = held
     elif constant:
-        weights = _weights(b)
-        found = None if weights is None else _epilogue(node, a, weights[1], channels)
-        if weights is None or found is None:
+        integer = _integer(self, node, b, channels)
+        if integer is None:
             return None
-        data = weights[0]
+        data, found = integer[0], integer[1:]
     else:
         if not is_per_tensor(b) or b.dtype is DType.INT16:
             return None

@@ -25,9 +25,13 @@ def _precisions(isa: Isa) -> tuple[Precision, ...]:
     let more products share one widening instruction (`kernels.depth`); the other rows take the
     same time for any 8-bit operands. What needs no calibration comes last.
     """
+    narrow: tuple[Precision, ...]
     if isa.dot != "maddubs":
-        return (Precision.W8A8, Precision.W4A8, Precision.FP32, *UNCALIBRATED)
-    narrow = (Precision.W8A7, Precision.W7A8, Precision.W6A8, Precision.W4A8)
+        narrow = (Precision.W4A8, Precision.W4A8_GROUP)
+    else:
+        narrow = (
+            Precision.W8A7, Precision.W7A8, Precision.W6A8, Precision.W4A8, Precision.W4A8_GROUP,
+        )  # fmt: skip
     return (Precision.W8A8, *narrow, Precision.FP32, *UNCALIBRATED)
 
 

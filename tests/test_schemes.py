@@ -148,13 +148,12 @@ def test_a_group_of_nothing_is_refused() -> None:
         int8(np.ones((1, 1), "f4"), PerGroup(0, 0))
 
 
-def test_a_product_of_integers_takes_no_groups() -> None:
-    """Sums of groups would need a scale each: int8 products have one per column."""
+def test_groups_of_a_product_of_integers_run_along_what_it_sums() -> None:
     graph = Graph("g", Stage.INTEGER)
     unit = QuantParams(np.float32(1), np.int32(0), DType.UINT8, 0, 255)
     x = graph.add_input("x", TensorType((2, 4), DType.UINT8, unit))
-    w = graph.constant(np.zeros((4, 3), np.int8), "w", int8(np.ones((2, 3), "f4"), PerGroup(0, 2)))
-    node = graph.add("qmatmul", [x, w], types=[TensorType((2, 3), DType.FLOAT32)])
+    w = graph.constant(np.zeros((4, 4), np.int8), "w", int8(np.ones((4, 2), "f4"), PerGroup(1, 2)))
+    node = graph.add("qmatmul", [x, w], types=[TensorType((2, 4), DType.FLOAT32)])
     graph.set_outputs([("y", node.output)])
     (problem,) = problems(graph, Stage.INTEGER)
-    assert "has per_group(0,2) scales, expected per_tensor or per_axis(1)" in problem
+    assert "has per_group(1,2) scales, expected groups along 0" in problem

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler import numerics
+from qcompiler import numerics, numerics_grouped
 from qcompiler.ops import _infer as c
 from qcompiler.ops._base import (
     INTEGER_ONLY,
@@ -39,7 +39,7 @@ from qcompiler.ops.linear import (
 )
 from qcompiler.ops.movement import pool_shape
 from qcompiler.ops.reduce import POOL_ATTRS
-from qcompiler.types import Array, DType, QuantParams, Shape, TensorType
+from qcompiler.types import Array, DType, PerGroup, QuantParams, Shape, TensorType
 
 Arrays = Sequence["Array | None"]
 
@@ -67,6 +67,30 @@ def _bias(name: str, types: c.Types, columns: int) -> None:
     c.has_shape(name, bias, (columns,), "bias")
 
 
+def _weights(name: str, types: c.Types, operand: str, columns: int, summed: int) -> None:
+    """Check the weights: one scale, one per index of `columns`, or one per group along `summed`.
+
+    With groups the bias is in float32, else in the accumulator's integers.
+    """
+    w = c.given(name, types, 1, operand)
+    q = c.quantized(name, w, operand)
+    bias = c.optional(types, 2)
+    if not isinstance(q.granularity, PerGroup):
+        c.quantized_weight(name, w, operand, columns)
+        _bias(name, types, w.shape[columns])
+        return
+    if q.granularity.axis != summed or w.shape[summed] % q.granularity.group_size:
+        raise c.fail(
+            name, f"operand {operand!r} has {q.granularity} scales, expected groups along {summed}"
+        )
+    if not q.is_symmetric:
+        raise c.fail(name, f"operand {operand!r} has groups with zero points, expected none")
+    if bias is not None:
+        if bias.dtype is not DType.FLOAT32 or bias.qparams is not None:
+            raise c.fail(name, f"operand 'bias' is {bias}, expected float32 beside groups")
+        c.has_shape(name, bias, (w.shape[columns],), "bias")
+
+
 def _register(name: str, inputs: tuple[str, ...], infer: Any, evaluate: Any, **row: Any) -> None:
     register(
         OpDef(name, inputs, infer, evaluate, stages=INTEGER_ONLY, declared=True, **row),
@@ -92,8 +116,10 @@ def _qconv_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
     w = c.given("qconv", types, 1, "w")
     c.quantized("qconv", w, "w")
     shape = conv_shape("qconv", x, w, attrs)
-    c.quantized_weight("qconv", w, "w", 0)
-    _bias("qconv", types, w.shape[0])
+    _weights("qconv", types, "w", 0, 1)
+    q = c.quantized("qconv", w, "w")
+    if isinstance(q.granularity, PerGroup) and attrs["group"] != 1:
+        raise c.fail("qconv", "operand 'w' has scales in groups, expected group 1")
     if check_residual("qconv", types, 3, shape) is not None:
         _operand("qconv", types, 3, "residual")
     return _float(shape)
@@ -104,6 +130,8 @@ def _qconv(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
     xq, wq = operand_qparams("qconv", ctx, 0), operand_qparams("qconv", ctx, 1)
     layout, group = str(attrs["layout"]), attrs["group"]
     target = ctx.outputs[0].qparams
+    if isinstance(wq.granularity, PerGroup):
+        return (_grouped_conv(x, w, arrays, attrs, ctx),)
     acc = numerics.accumulate_conv(
         channels_first(x, layout),
         w,
@@ -120,6 +148,21 @@ def _qconv(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
         to_layout(acc, layout), scale, target, residual=_residual("qconv", arrays, ctx, target)
     )
     return (y,)
+
+
+def _grouped_conv(x: Array, w: Array, arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> Array:
+    """The convolution of weights with scales in groups of input channels."""
+    xq, wq = operand_qparams("qconv", ctx, 0), operand_qparams("qconv", ctx, 1)
+    target, layout = ctx.outputs[0].qparams, str(attrs["layout"])
+    geometry = conv_geometry("qconv", x.shape, w.shape, attrs)
+    parts = numerics_grouped.conv_parts(channels_first(x, layout), w, xq.z, wq.scale, geometry)
+    residual = _residual("qconv", arrays, ctx, target)
+    if residual is not None and layout == "NCHW":
+        residual = numerics.Residual(np.moveaxis(residual.q, 1, -1), residual.qparams)
+    y = numerics_grouped.grouped_result(
+        parts, xq.s, target, bias=optional_array(arrays, 2), residual=residual
+    )
+    return y if layout == "NHWC" else np.ascontiguousarray(np.moveaxis(y, -1, 1))
 
 
 _register(
@@ -144,8 +187,14 @@ def _qmatmul_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
     b = c.given("qmatmul", types, 1, "b")
     c.quantized("qmatmul", b, "b")
     shape = matmul_shape("qmatmul", a, b, attrs)
-    c.quantized_weight("qmatmul", b, "b", _columns_axis(b, attrs) if b.rank > 1 else -1)
-    _bias("qmatmul", types, matmul_columns(b, attrs))
+    q = c.quantized("qmatmul", b, "b")
+    if isinstance(q.granularity, PerGroup):
+        if b.rank != 2 or attrs["transpose_b"]:
+            raise c.fail("qmatmul", f"operand 'b' is {b}, expected a matrix, not transposed")
+        _weights("qmatmul", types, "b", 1, 0)
+    else:
+        c.quantized_weight("qmatmul", b, "b", _columns_axis(b, attrs) if b.rank > 1 else -1)
+        _bias("qmatmul", types, matmul_columns(b, attrs))
     if check_residual("qmatmul", types, 3, shape) is not None:
         _operand("qmatmul", types, 3, "residual")
     return _float(shape)
@@ -156,6 +205,15 @@ def _qmatmul(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...
     a = swapped(np.asarray(arrays[0]), attrs["transpose_a"])
     b = swapped(np.asarray(arrays[1]), attrs["transpose_b"])
     target = ctx.outputs[0].qparams
+    if isinstance(bq.granularity, PerGroup):
+        y = numerics_grouped.grouped_result(
+            numerics_grouped.matmul_parts(a, b, aq.z, bq.scale),
+            aq.s,
+            target,
+            bias=optional_array(arrays, 2),
+            residual=_residual("qmatmul", arrays, ctx, target),
+        )
+        return (y,)
     # One zero point per column, or one in all: both broadcast against [..., K, N].
     acc = numerics.accumulate_matmul(a, b, aq.z, bq.zero_point, optional_array(arrays, 2))
     scale = np.float64(aq.s) * bq.scale.astype(np.float64)

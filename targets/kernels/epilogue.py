@@ -212,7 +212,9 @@ class EpilogueWriter:
             return acc
         if self.row_scale is not None:
             return self._dynamic(self.row_scale, acc, lane, index, valid)
-        value = cast(acc, "float32") * load(self.multiplier, lane, lanes)
+        value = acc  # in groups the sums are scaled already
+        if not self.epilogue.group:
+            value = cast(acc, "float32") * load(self.multiplier, lane, lanes)
         if out_dtype == "float32":
             return bind(value)
         if self.residual is not None:

@@ -34,6 +34,7 @@ from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
+from qcompiler.targets.kernels.grouped import grouped_loops
 from qcompiler.targets.kernels.neon import (
     by_element_loops,
     chain,
@@ -162,7 +163,7 @@ class MacroKernel:
         self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]
     ) -> None:
         """The same, by columns, with the weights of each column tile unpacked first."""
-        packed = self._step(Accumulators(1, self.plan.nv, self.plan.lanes, "int32"))
+        packed = self.step(Accumulators(1, self.plan.nv, self.plan.lanes, "int32"))
         plain = replace(packed, storage="plain")
         dtype = {"exact": "int16", "float": "float32"}.get(self.facts.dot, "int8")
         area = scratch(self.geometry.k_groups * plain.weight_elements, dtype)
@@ -178,7 +179,7 @@ class MacroKernel:
             for row_tile, size in self._row_tiles(rows):
                 kernel._row(replace(source, weight_tile=tile), row_tile, size, (tile, None))
 
-    def _step(self, acc: Accumulators) -> Step:
+    def step(self, acc: Accumulators) -> Step:
         """The step of a kernel with one kind of K-groups."""
         return Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
 
@@ -323,6 +324,9 @@ class MacroKernel:
         acc = Accumulators(rows_of_tile(self.facts.dot, pixels), nv, lanes, dtype, narrow=narrow)
         near_tile = bind(tile - source.first_tile)
         near_row = bind(row - source.first_row)
+        totals = acc
+        if self.writer.epilogue.group:
+            totals = Accumulators(len(pixels), nv, lanes, "float32")
         for v in range(nv):
             index = near_tile * plan.nt + v * lanes
             bias = bind(load(self.constants["bias"], index, lanes))
@@ -331,7 +335,7 @@ class MacroKernel:
                 if source.row_terms is not None:
                     term = load(source.row_terms, near_row + r, 1)
                     total = total + splat(term, "int32", lanes)
-                acc.put(m, v, total)
+                totals.put(m, v, total)
 
         weight_tile = near_tile
         if source.weight_tile is not None:
@@ -341,11 +345,14 @@ class MacroKernel:
         base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
         lane = bind(tile * plan.nt)
         ahead = self._ahead(at, len(pixels), weight_tile)
-        self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
+        if totals is acc:
+            self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
+        else:
+            grouped_loops(self, source, a_index, a_steps, (weight_tile, tile), (acc, totals))
 
         for m, (r, c) in enumerate(pixels):
             step = (r * g.ow + c) * channels
-            values = [acc.get(m, v) for v in range(nv)]
+            values = [totals.get(m, v) for v in range(nv)]
             self.writer.store_row(values, lane, [base + start + step for start in starts], valid)
 
     def columns(self, tile: Expr) -> tuple[list[Expr], int]:
@@ -406,7 +413,7 @@ class MacroKernel:
         if self.isa.a_dtype == "int8" and self.facts.dot != "float":
             by_element_loops(self, source, a_index, a_steps, tile, acc)
             return
-        step = self._step(acc)
+        step = self.step(acc)
         first = bind(tile * (g.k_groups * step.weight_elements))
         (depth,) = self.facts.depths
 

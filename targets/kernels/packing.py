@@ -17,6 +17,8 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   in the int16 weights);
 * winograd: int16 `[blocks, 16, C / 2, V, L, 2]` (see `winograd_plan`);
 * weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`);
+* the same in groups along K: `group_start` int32 and `group_scale` float32 `[T, Q / group, V * L]`
+  (the zero point's share and the multiplier of each run of K-groups); `bias` is then float32;
 * float32 products with weights in half precision: their bits, uint16 `[T, Q, V, L]`; in groups:
   int8 `[T, Q, V * L]`, or nibbles `[T, Q, V * L / 2]`, with `scales` float32 and, unless all are 0,
   `zeros` int8, both `[T, Q / group, V * L]`.
@@ -27,6 +29,7 @@ same shape, and eight `scalars` (see `SCALARS`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,7 +116,7 @@ class Facts:
     storage: Storage = "plain"
     """How the weights lie in memory."""
     group: int = 0
-    """K-groups that share a scale, for storage in groups."""
+    """K-groups that share a scale, for weights in groups."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +160,13 @@ def pack_conv(
         )
     geometry = geometry_of(workload, isa)
     runs = (geometry.groups, geometry.n, geometry.k_rows * geometry.k_cols, geometry.run)
-    ohwi = laid_out(weight, lambda w: w.transpose(0, 2, 3, 1).reshape(runs))
+
+    def layout(w: Array) -> Array:
+        return np.asarray(w.transpose(0, 2, 3, 1).reshape(runs))
+
+    ohwi = laid_out(weight, layout)
+    if workload.epilogue.group:
+        return _pack(geometry, workload.epilogue, isa, params, ohwi, _grouped(values, layout))
     if params.algorithm != "winograd":
         packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
         time = _time(packed) * (_SMALL if packed.facts.storage == "int4" else 1.0)
@@ -204,8 +213,19 @@ def pack_matmul(
         raise CodegenError(f"matmul: {given} does not fit {workload}")
     geometry = geometry_of(workload, isa)
     turned = workload.transpose_b
-    rows = laid_out(b, lambda w: (w if turned else w.T)[None, :, None, :])
-    return _pack(geometry, workload.epilogue, isa, params, rows, values)
+
+    def layout(w: Array) -> Array:
+        return np.asarray((w if turned else w.T)[None, :, None, :])
+
+    values = _grouped(values, layout)
+    return _pack(geometry, workload.epilogue, isa, params, laid_out(b, layout), values)
+
+
+def _grouped(values: GemmValues, layout: Callable[[Array], Array]) -> GemmValues:
+    """The values with the multipliers of groups laid out like the weights."""
+    if values.group_multiplier is None:
+        return values
+    return replace(values, group_multiplier=layout(values.group_multiplier))
 
 
 def _pack(
@@ -259,15 +279,28 @@ def _pack(
             if isa.a_dtype == "int8":  # the plain layout's registers, whatever they hold
                 groups = arrays["weight"].reshape(*groups.shape[:2], -1, 4, 4)
             arrays["weight"] = nibbles(groups, dot)
+    group = 0
+    if epilogue.group:
+        if storage != "int4" or values.group_multiplier is None or epilogue.group % isa.k_group:
+            raise CodegenError(f"weights in groups of {epilogue.group} must be 4 bits wide")
+        group = epilogue.group // isa.k_group
+        scales = _tiles(geometry, plan, values.group_multiplier, columns)
+        arrays |= _group_terms(tiles, scales, group, a_zero_point)
     if dot not in ("mixed", "winograd", "tiles") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = _offsets(geometry).astype(np.int32)
-    arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
+    if group:
+        addend = np.zeros(count, np.float32) if values.addend is None else values.addend
+        arrays["bias"] = _per_column(addend, geometry, columns)
+    else:
+        arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
     scalars, saturating = _requantization(epilogue, values, reach, multiplier)
     scalars[0] = a_zero_point
     clip = _clip(values, scalars) if epilogue.row_scale is not None else False
-    if values.addend is not None:
+    if group:
+        saturating = False  # the sums are not bounded here
+    elif values.addend is not None:
         arrays["addend"] = _per_column(values.addend, geometry, columns)
-    if epilogue.out_dtype != "int32":
+    if epilogue.out_dtype != "int32" and not group:
         arrays["multiplier"] = _per_column(multiplier, geometry, columns)
     arrays["scalars"] = scalars
     facts = Facts(
@@ -278,6 +311,7 @@ def _pack(
         residual_zero_point=values.residual_zero_point != 0,
         depths=depths,
         storage=storage,
+        group=group,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
@@ -287,6 +321,24 @@ def operand_shift(stored: str, multiplied: str) -> int:
     if stored == multiplied:
         return 0
     return 128 if multiplied == "uint8" else -128
+
+
+def _group_terms(tiles: Array, scales: Array, group: int, a_zero_point: int) -> dict[str, Array]:
+    """Where the sums of each run of `group` K-groups start, and their multipliers.
+
+    Args:
+        tiles: Weights `[T, V, L, Q, G]`.
+        scales: float32 of the same shape.
+        group: K-groups of a run.
+        a_zero_point: Zero point of the activations.
+    """
+    sums = tiles.reshape(*tiles.shape[:3], -1, group * tiles.shape[4]).sum(-1, dtype=np.int64)
+    starts = (-a_zero_point * sums).astype(np.int32).transpose(0, 3, 1, 2)
+    factors = scales[:, :, :, ::group, 0].transpose(0, 3, 1, 2)
+    return {
+        "group_start": np.ascontiguousarray(starts).reshape(*starts.shape[:2], -1),
+        "group_scale": np.ascontiguousarray(factors).reshape(*factors.shape[:2], -1),
+    }
 
 
 def _clip(values: GemmValues, scalars: Array) -> bool:

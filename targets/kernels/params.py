@@ -69,9 +69,11 @@ def fitted(
     8 % slower).  Without deep sums four pixels share more of the fixed cost of a tile (4 % for 64
     input channels).  Measured on Zen 5.
     """
+    deep, grouped = max(depths) > 1, workload.epilogue.group > 0
     beside = 4 if max(depths) < 4 else 8
-    most = max(1, (isa.vector_registers - beside) // 2 // params.nv)
-    if max(depths) < 2 or params.mt <= most:
+    # Weights in groups need float32 totals beside the accumulators.
+    most = max(1, (isa.vector_registers - beside) // (1 + deep + grouped) // params.nv)
+    if not (deep or grouped) or params.mt <= most:
         return params
     geometry = geometry_of(workload, isa)
     before = tile_plan(geometry, params)

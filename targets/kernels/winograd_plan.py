@@ -82,6 +82,7 @@ def applies(workload: ConvWorkload, isa: Isa) -> bool:
     """Whether the kernel can compute a convolution exactly."""
     return (
         workload.a_dtype != "float32"
+        and not workload.epilogue.group
         and isa.intrinsic("madd_i16", isa.vector_bits) is not None
         and workload.groups == 1
         and (workload.kh, workload.kw) == (3, 3)

@@ -13,6 +13,8 @@ The meaning, with `acc` in int32 and every float32 operation rounded by itself::
                     t = t + f32(residual - residual_zero_point) * residual_multiplier   (if any)
                     out = clamp(rint(t) + zero_point, qmin, qmax)
     float32 out:    out = f32(acc) * multiplier[n]
+    in groups:      t = addend[n] + sum over groups of f32(acc) * multiplier[group, n], in order;
+                    out = t, or as for 8 and 16 bits from there
     with row scales: out = clip(f32(acc) * (row_scale[m] * multiplier[n]) + addend[n] + residual)
     int32 out:      out = acc
     float32 a:      out = clip(sum_k a * b + bias + residual, act_min, act_max), any summation order
@@ -49,6 +51,9 @@ class Epilogue:
     row_scale: Literal["row", "tensor"] | None = None
     """Whether the scale of A is an operand: one number for each row of A, or one in all; the
     output is then float32."""
+    group: int = 0
+    """Weights along K that share a scale: their sums are scaled and added in float32; 0 for one
+    scale per column."""
 
     def __post_init__(self) -> None:
         if self.out_dtype not in _OUT_DTYPES:
@@ -247,7 +252,9 @@ class GemmValues:
     act_max: float | None = None
     """Clip of the output of a float32 kernel, or of one with row scales."""
     addend: npt.NDArray[np.float32] | None = None
-    """[N]: added to the scaled sums of a kernel with row scales."""
+    """[N]: added to the scaled sums of a kernel with row scales, or in groups."""
+    group_multiplier: npt.NDArray[np.float32] | None = None
+    """Of the weights' own shape, equal within a group: float32(scale_a * scale_b / scale_out)."""
 
 
 @dataclass(frozen=True, slots=True)
