@@ -220,6 +220,38 @@ def test_layout_and_alignment_of_inputs_do_not_matter(model):
         model({"x": huge, "t": T5})
 
 
+def test_the_short_way_gives_what_the_long_way_gives(model, monkeypatch):
+    feeds = {"x": samples(BATCH), "t": T5}
+    assert model._exact(feeds) is not None
+    assert model._exact({"t": T5, "x": feeds["x"]}) is not None  # in the compiled order
+    short = model(feeds)
+    again = model(feeds)
+    assert all(short[name] is not again[name] and short[name].flags.writeable for name in short)
+    monkeypatch.setattr(type(model), "_exact", lambda self, inputs: None)
+    long = model(feeds)
+    assert list(short) == list(long)
+    for name, array in long.items():
+        assert short[name].dtype == array.dtype
+        np.testing.assert_array_equal(short[name], array)
+
+
+def test_the_short_way_is_for_what_needs_no_closer_look(model):
+    x = samples(BATCH)
+    for value in (np.nan, np.inf, -np.inf, 3e38):
+        strange = x.copy()
+        strange.flat[3] = value
+        assert model._exact({"x": strange, "t": T5}) is None
+    others = [
+        {"x": x.astype(np.float64), "t": T5},
+        {"x": samples(BATCH + 1), "t": T5},
+        {"x": x[None], "t": T5},
+        {"x": x.tolist(), "t": T5},
+        {"x": x},
+        {"x": x, "t": T5, "z": x},
+    ]
+    assert all(model._exact(other) is None for other in others)
+
+
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
