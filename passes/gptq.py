@@ -42,7 +42,7 @@ from qcompiler.types import Array, PerAxis, QuantParams
 
 SHRINKS = np.linspace(1.0, 0.4, 13)
 """Scales to try, as shares of the one that covers every weight of the channel."""
-FINE_SHRINKS = np.linspace(1.0, 0.4, 49)
+FINE_SHRINKS = np.linspace(1.0, 0.4, 31)
 """The same for products of few columns."""
 DAMPS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Pulls towards the weights given to try, as shares of each operand's variance."""

@@ -122,25 +122,43 @@ def reachable(data: Patches, w: Array, bias: Array) -> tuple[Array, Array]:
     return np.where(hidden, z, plain), ~hidden
 
 
-def round_columns(m: Moments, w: Array, s: Array, limits: tuple[int, int]) -> Array:
+@dataclass(frozen=True)
+class Columns:
+    """The order in which columns are rounded, and how errors spread over those that follow.
+
+    Attributes:
+        order: Columns by falling variance [G, K].
+        u: Upper triangle U with inv(H) = U'U, in that order [G, K, K], float32.
+    """
+
+    order: Array
+    u: Array
+
+    @classmethod
+    def of(cls, m: Moments) -> Columns:
+        """Return the columns of operands with these moments."""
+        order = np.argsort(-np.diagonal(m.h, axis1=1, axis2=2), axis=1, kind="stable")
+        h = np.take_along_axis(np.take_along_axis(m.h, order[:, :, None], 1), order[:, None, :], 2)
+        u = np.swapaxes(np.linalg.cholesky(np.linalg.inv(h)), 1, 2)
+        return cls(order, np.ascontiguousarray(u, np.float32))
+
+
+def round_columns(columns: Columns, w: Array, s: Array, limits: tuple[int, int]) -> Array:
     """Return codes for rows of weights, each with a scale of its own.
 
     Args:
-        m: Moments of the operands.
+        columns: The columns, from the moments of the operands.
         w: Real weights [G, R, K].
         s: Scales [G, R].
         limits: Least and greatest code.
     """
-    order = np.argsort(-np.diagonal(m.h, axis1=1, axis2=2), axis=1, kind="stable")
-    h = np.take_along_axis(np.take_along_axis(m.h, order[:, :, None], 1), order[:, None, :], 2)
-    # The upper Cholesky factor of the inverse: inv(H) = U'U.
-    u = np.swapaxes(np.linalg.cholesky(np.linalg.inv(h)), 1, 2).astype(np.float32)
+    order, u = columns.order, columns.u
     open_w = np.take_along_axis(w, order[:, None, :], 2).astype(np.float32)
     codes = np.empty_like(open_w)
     s = s.astype(np.float32)
-    columns = w.shape[2]
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
+    count = w.shape[2]
+    for start in range(0, count, BLOCK):
+        end = min(start + BLOCK, count)
         errors = np.empty((*w.shape[:2], end - start), np.float32)
         part = open_w[:, :, start:end]
         for i in range(start, end):
@@ -149,7 +167,7 @@ def round_columns(m: Moments, w: Array, s: Array, limits: tuple[int, int]) -> Ar
             codes[:, :, i] = q
             errors[:, :, j] = (part[:, :, j] - q * s) / u[:, None, i, i]
             part[:, :, j:] -= errors[:, :, j, None] * u[:, None, i, i:end]
-        if end < columns:
+        if end < count:
             open_w[:, :, end:] -= errors @ u[:, start:end, end:]
     result = np.empty_like(codes)
     np.put_along_axis(result, np.broadcast_to(order[:, None, :], codes.shape), codes, 2)
@@ -202,12 +220,12 @@ def best_scales(
         least: Least scale of each row [G, R].
         rng: For random changes of codes.
     """
-    thorough = w.shape[2] <= SMALL
+    thorough, columns = w.shape[2] <= SMALL, Columns.of(m)
     best = np.full(s.shape, np.inf)
     codes, scale = np.zeros(w.shape), s.astype(np.float64)
     for shrink in shrinks:
         tried = np.maximum(s * shrink, least).astype(np.float32)
-        q = round_columns(m, w, tried, limits)
+        q = round_columns(columns, w, tried, limits)
         if thorough:
             q = descend(m, q, w, tried, limits)
         error = squared_error(m, q, w, tried)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qcompiler.data import SampleSet, load_samples
+from qcompiler.driver import compile as compile_model
 from qcompiler.driver import quantize_model
 from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
@@ -387,6 +388,25 @@ def test_the_bundled_model_in_four_bits() -> None:
     assert graphs[0] == graphs[1]
     four = [d for d in found.plan.nodes.values() if d.precision is Precision.W4A8]
     assert len(four) >= 6
+
+
+def test_one_seed_gives_the_same_artifact_bytes(tmp_path: Path) -> None:
+    """Plan, parameters and the file, with the methods that draw samples and codes at random."""
+    few = {k: v[:12] for k, v in np.load(MODELS / "calib.npz").items()}
+    text = "equalize,brecq{iterations=6 tiles=48 patches=256},correct_bias{runs=4}"
+    found = []
+    for i in range(2):
+        compiled = compile_model(
+            str(MODELS / "model.onnx"),
+            target="reference",
+            calibration=few,
+            precision="w4a8",
+            methods=text,
+            seed=3,
+        )
+        compiled.save(tmp_path / f"{i}.qcm")
+        found.append((tmp_path / f"{i}.qcm").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_methods_need_integers() -> None:

@@ -22,6 +22,7 @@ from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.held_out import Judge, quantized, shares
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids
 from qcompiler.passes.least_squares import (
+    Columns,
     best_scales,
     damped,
     descend,
@@ -162,7 +163,7 @@ def test_columns_make_up_for_each_other(rng: np.random.Generator) -> None:
     w = rng.standard_normal((1, 12, 24))
     s = np.abs(w).max(2) / 7
     nearest = np.clip(np.rint(w / s[:, :, None]), -8, 7)
-    codes = round_columns(m, w, s, (-8, 7))
+    codes = round_columns(Columns.of(m), w, s, (-8, 7))
     assert codes.min() >= -8
     assert codes.max() <= 7
     assert (codes == np.rint(codes)).all()
@@ -179,7 +180,7 @@ def test_small_products_are_solved_nearly_exactly(rng: np.random.Generator) -> N
     x = (rng.standard_normal((1, 200, 3)) @ rng.standard_normal((3, 3))).astype(np.float32)
     m = damped(moments(x), 1e-6)
     w, s = rng.standard_normal((1, 40, 3)), np.full((1, 40), 0.6)
-    q = descend(m, round_columns(m, w, s, (-2, 1)), w, s, (-2, 1))
+    q = descend(m, round_columns(Columns.of(m), w, s, (-2, 1)), w, s, (-2, 1))
     every = np.array(list(itertools.product(range(-2, 2), repeat=3)), float)
     least = [
         squared_error(m, every[None], np.broadcast_to(w[:, i : i + 1], (1, 64, 3)), s[:, :1]).min()
