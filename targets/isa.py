@@ -68,6 +68,7 @@ class Isa:
     saturating, within 128-bit lanes), "pack_u8" and "pack_i8" (two int16 vectors to 8 bits),
     "sum_u8" (absolute differences of u8 added by eights to int64), "dot_s8s8" (as "dot_u8s8"),
     "matmul_s8s8" (2 x 8 by 8 x 2 products added to 2 x 2 int32), "mul_s8" (s8 x s8 to int16),
+    "mul_s16" (int16 x int16 to int32),
     "pairs_i16" (neighbouring int16 added to int32), "gather_f32" (float32 at int32 indices),
     "table_4" and "table_4_else" (16 indices into 64 bytes; others give 0, or keep a byte)."""
     tiles: TileKind = "none"
@@ -155,6 +156,7 @@ _AVX512VNNI_FEATURES = (
 
 _NEON: dict[IntrinsicKey, str] = {
     ("mul_s8", 128): "llvm.aarch64.neon.smull",
+    ("mul_s16", 128): "llvm.aarch64.neon.smull",
     ("pairs_i16", 128): "llvm.aarch64.neon.saddlp",
     ("round_i32", 128): "llvm.aarch64.neon.fcvtns",
     ("table_4", 128): "llvm.aarch64.neon.tbl4",

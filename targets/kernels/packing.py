@@ -68,6 +68,7 @@ from qcompiler.targets.kernels.winograd_plan import (
     NV,
     applies,
     prefers_winograd,
+    takes_pairs,
     transform_weights,
 )
 from qcompiler.targets.kernels.workload import (
@@ -175,7 +176,7 @@ def pack_conv(
     if isinstance(weight, GroupedWeights) or not applies(workload, isa):
         raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
     natural = replace(params, lanes=isa.lanes(), nv=NV)
-    transformed = transform_weights(weight, isa.lanes())
+    transformed = transform_weights(weight, isa.lanes(), pairs=takes_pairs(isa))
     return _pack(geometry, workload.epilogue, isa, natural, ohwi, values, transformed)
 
 

@@ -11,7 +11,8 @@ With the integer transforms::
 
 every step is a ring operation, so it may wrap modulo 2**32 as long as the result fits: 4 * 255 *
 128 * 9 * C < 2**31 holds for C <= 1827.  A 2x2 patch takes 16 products for each channel pair of
-input and output in place of 36, and `vpmaddwd` does 16 in one instruction.
+input and output in place of 36, and `vpmaddwd` does 16 in one instruction.  `smlal` by element does
+four: as many products in a count of instructions as chains of 8-bit `smlal`, and so the same gain.
 
 A task (some rows of 2x2 patches) copies its input rows, padded with the zero point, into a work
 area, transforms them to V, then for each 16 output channels multiplies into M and transforms back,
@@ -45,11 +46,12 @@ from qcompiler.targets.kernels.tir import (
     reinterpret,
     scratch,
     serial,
+    shuffle,
     splat,
     store,
     when,
 )
-from qcompiler.targets.kernels.winograd_plan import NV, WinogradPlan
+from qcompiler.targets.kernels.winograd_plan import NV, WinogradPlan, takes_pairs
 from qcompiler.targets.kernels.workload import ConvWorkload
 
 __all__ = ["WinogradKernel"]
@@ -99,11 +101,11 @@ class WinogradKernel:
                     self._transform_outputs(m, at, image, first + row, col, block)
 
     def _copy_band(self, image: Expr, first: Expr, rows: Expr) -> Buffer:
-        """The input rows of a task, padded, as u8."""
+        """The input rows of a task, padded, in the signedness that the row multiplies."""
         w, plan = self.workload, self.plan
         pitch = plan.band_width * w.c
-        band = scratch((2 * plan.rows + 2) * pitch, "uint8")
-        fill = bind(cast(load(self.constants["scalars"], 0, 1), "uint8"))
+        band = scratch((2 * plan.rows + 2) * pitch, self.isa.a_dtype)
+        fill = bind(cast(load(self.constants["scalars"], 0, 1), self.isa.a_dtype))
         top, left = w.pads[0], min(w.pads[1], plan.band_width) * w.c
         inside = max(0, min(w.w, plan.band_width - w.pads[1])) * w.c
         with serial(2 * rows + 2) as row:
@@ -152,11 +154,23 @@ class WinogradKernel:
         for i in range(mt):
             for n in range(NV):
                 acc.put(i, n, splat(0, "int32", lanes))
-        weight = self.constants["weight"]
         words = NV * 2 * lanes
         a_index = bind((position * plan.patches + tile * mt) * w.c)
         w_index = bind((block * 16 + position) * (w.c // 2 * words))
-        madd = self.isa.intrinsic("madd_i16", 32 * lanes)
+        if takes_pairs(self.isa):
+            self._by_pairs(acc, v, a_index, w_index)
+        else:
+            self._by_element(acc, v, a_index, w_index)
+        target = bind((position * plan.patches + tile * mt) * plan.columns)
+        for i in range(mt):
+            for n in range(NV):
+                store(m, target + (i * plan.columns + n * lanes), acc.get(i, n))
+
+    def _by_pairs(self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr) -> None:
+        """Products of pairs of channels, each pair in every lane."""
+        w, mt, lanes = self.workload, self.plan.mt, self.plan.lanes
+        weight, words = self.constants["weight"], NV * 2 * lanes
+        madd = str(self.isa.intrinsic("madd_i16", 32 * lanes))
         with serial(w.c // 2) as pair:
             filters = [
                 bind(load(weight, w_index + pair * words + n * 2 * lanes, 2 * lanes))
@@ -166,12 +180,24 @@ class WinogradKernel:
                 both = reinterpret(load(v, a_index + pair * 2 + i * w.c, 2), "int32", 1)
                 values = bind(reinterpret(splat(both, "int32", lanes), "int16", 2 * lanes))
                 for n in range(NV):
-                    product = intrinsic(f"int32x{lanes}", str(madd), values, filters[n])
+                    product = intrinsic(f"int32x{lanes}", madd, values, filters[n])
                     acc.put(i, n, acc.get(i, n) + product)
-        target = bind((position * plan.patches + tile * mt) * plan.columns)
-        for i in range(mt):
-            for n in range(NV):
-                store(m, target + (i * plan.columns + n * lanes), acc.get(i, n))
+
+    def _by_element(self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr) -> None:
+        """Products of one channel at a time, which is one element of a register of eight."""
+        w, mt, lanes = self.workload, self.plan.mt, self.plan.lanes
+        weight, words = self.constants["weight"], NV * lanes
+        mul = str(self.isa.intrinsic("mul_s16", 32 * lanes))
+        with serial(w.c // 8) as block:
+            values = [bind(load(v, a_index + block * 8 + i * w.c, 8)) for i in range(mt)]
+            for k in range(8):
+                at = w_index + (block * 8 + k) * words
+                filters = [bind(load(weight, at + n * lanes, lanes)) for n in range(NV)]
+                for i in range(mt):
+                    element = bind(shuffle([values[i]], [k] * lanes))
+                    for n in range(NV):
+                        product = intrinsic(f"int32x{lanes}", mul, filters[n], element)
+                        acc.put(i, n, acc.get(i, n) + product)
 
     def _transform_outputs(
         self, m: Buffer, patch: Expr, image: Expr, row: Expr, col: Expr, block: Expr

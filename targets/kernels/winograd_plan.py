@@ -18,6 +18,7 @@ __all__ = [
     "WinogradPlan",
     "applies",
     "prefers_winograd",
+    "takes_pairs",
     "transform_weights",
     "winograd_plan",
 ]
@@ -78,12 +79,17 @@ class WinogradPlan:
         return 2 * self.patch_cols + 2
 
 
+def takes_pairs(isa: Isa) -> bool:
+    """Whether one instruction adds the products of pairs of channels."""
+    return isa.intrinsic("madd_i16", isa.vector_bits) is not None
+
+
 def applies(workload: ConvWorkload, isa: Isa) -> bool:
     """Whether the kernel can compute a convolution exactly."""
     return (
         workload.a_dtype != "float32"
         and not workload.epilogue.group
-        and isa.intrinsic("madd_i16", isa.vector_bits) is not None
+        and (takes_pairs(isa) or isa.dot == "smlal")
         and workload.groups == 1
         and (workload.kh, workload.kw) == (3, 3)
         and workload.strides == (1, 1)
@@ -111,11 +117,19 @@ def winograd_plan(workload: ConvWorkload, isa: Isa) -> WinogradPlan:
     return WinogradPlan(isa.lanes(), mt, rows, patch_rows, patch_cols, -(-blocks // part), part)
 
 
-def transform_weights(weight: npt.NDArray[np.int8], lanes: int) -> npt.NDArray[Any]:
-    """2G g (2G)t of OIHW weights, int16 [blocks, 16, C / 2, NV, lanes, 2] (channel pairs last)."""
+def transform_weights(
+    weight: npt.NDArray[np.int8], lanes: int, *, pairs: bool = True
+) -> npt.NDArray[Any]:
+    """2G g (2G)t of OIHW weights, int16 [blocks, 16, C / 2, NV, lanes, 2] (channel pairs last).
+
+    Without `pairs` [blocks, 16, C, NV, lanes].
+    """
     co, c = weight.shape[:2]
     wide = weight.astype(np.int32)
     u = np.einsum("ai,ocij,bj->oabc", _G2, wide, _G2, optimize=True).astype(np.int16)
+    if not pairs:
+        single = u.reshape(co // (NV * lanes), NV, lanes, 16, c)
+        return np.ascontiguousarray(single.transpose(0, 3, 4, 1, 2))
     split = u.reshape(co // (NV * lanes), NV, lanes, 16, c // 2, 2)
     return np.ascontiguousarray(split.transpose(0, 3, 4, 1, 2, 5))
 

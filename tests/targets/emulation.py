@@ -236,6 +236,8 @@ def _site() -> Path:
             "download",
             "--quiet",
             "--no-deps",
+            "--retries=1",
+            "--timeout=20",
             "--dest",
             folder,
         ]

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,15 @@ def convolution(shape: dict[str, Any], a_dtype: str = "int8", out: str = "int8")
     return ConvWorkload(n=1, epilogue=Epilogue(out), a_dtype=a_dtype, **shape)
 
 
-def compiled(workload: ConvWorkload, isa: Isa, largest: int = 127) -> tuple[Any, Any]:
+def compiled(
+    workload: ConvWorkload, isa: Isa, largest: int = 127, algorithm: Any = "direct"
+) -> tuple[Any, Any]:
     """A built convolution and its packed constants."""
     rng = np.random.default_rng(0)
     weight = rng.integers(-largest, largest + 1, workload.weight_shape).astype(np.int8)
     if workload.a_dtype == "float32":
         weight = rng.standard_normal(workload.weight_shape).astype(np.float32)
-    params = default_params(workload, isa)
+    params = replace(default_params(workload, isa), algorithm=algorithm)
     packed = pack_conv(workload, isa, params, weight, GemmValues(multiplier=1e-3))
     function = build_conv(workload, isa, params, packed, "kernel")
     return tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(isa)), packed
@@ -124,6 +127,19 @@ def test_integer_hot_loops(isa: Isa, shape: str) -> None:
         assert not [line for line in body if line.startswith(("mul\t", "mla\t"))]
     assert not re.search(BEYOND[isa.name], text)
     assert not re.search(NEVER, text)
+
+
+def test_winograd_wins_where_smlal_multiplies() -> None:
+    workload = convolution({**CONV["3x3"], "c": 64})
+    for isa in ROWS:
+        module, packed = compiled(workload, isa, algorithm="auto")
+        assert (packed.facts.dot == "winograd") == (isa.dot == "smlal")
+        if isa.dot != "smlal":
+            continue
+        (body,) = innermost_loops(assembly(module), "smlal")[:1]
+        products = [line for line in body if re.match(r"smlal\s+v\d+\.4s.*\.h\[\d\]$", line)]
+        assert len(products) >= 0.8 * len(body)
+        assert not spills(body)
 
 
 def test_sdot_takes_activations_by_element() -> None:
