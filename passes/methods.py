@@ -65,4 +65,5 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
         if not isinstance(plan, PrecisionPlan):
             plan = PrecisionPlan.load(os.fspath(plan))
         wanted = [d.precision for d in plan.nodes.values()]
-    return DEFAULT_NARROW if any(p.is_integer and p.weight_bits <= 4 for p in wanted) else ""
+    # Weights in groups: the methods that round have no scale per group, and leave them alone.
+    return DEFAULT_NARROW if Precision.W4A8 in wanted else ""

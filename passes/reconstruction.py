@@ -33,7 +33,7 @@ from qcompiler.passes.trails import MEMORY, Trail, most_live
 from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.printer import digest
-from qcompiler.types import Array, DType, PerAxis, PerTensor, QuantParams
+from qcompiler.types import Array, DType, PerAxis, PerTensor, Precision, QuantParams
 
 
 @dataclass
@@ -88,6 +88,8 @@ class Reconstruction:
         """
         plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
         names = weighted_products(graph, plan)
+        # Weights with a scale per group keep the codes that are nearest.
+        names = [n for n in names if plan.precision(n) is not Precision.W4A8_GROUP]
         narrow = {n for n in names if plan.precision(n).weight_bits < 8}
         wanted = narrow or set(names)
         found = tuple(u for u in units(graph) if u.node in wanted)

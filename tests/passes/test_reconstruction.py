@@ -366,6 +366,15 @@ def test_only_narrow_products_change(net: Graph, samples: dict[str, Array]) -> N
     assert [u.node for u in walk.units] == [units(net)[1].node]
 
 
+def test_weights_in_groups_are_left_alone(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    grouped = {u.node: "w4a8-group" for u in units(net)[2:]}
+    ctx.put(uniform(net, "w4a8").overridden(net, grouped))
+    walk = Reconstruction.start(net, ctx, 4)
+    assert walk is not None
+    assert [u.node for u in walk.units] == [u.node for u in units(net)[:2]]
+
+
 def test_options() -> None:
     with pytest.raises(UsageError, match="runs and patches must be at least 1"):
         Gptq(runs=0)
