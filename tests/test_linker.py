@@ -60,8 +60,12 @@ def test_no_compiler_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("CC", "mycc")
     with pytest.raises(UnsupportedByTargetError, match=r"this machine: looked for mycc, cc.*cross"):
         find_linker()
-    with pytest.raises(UnsupportedByTargetError, match=r"for riscv64-x: looked for riscv64-linux"):
+    with pytest.raises(
+        UnsupportedByTargetError, match=r"for riscv64-x: looked for riscv64-linux"
+    ) as caught:
         find_linker("riscv64-x")
+    assert caught.value.hint is not None
+    assert "Debian: gcc-riscv64-linux-gnu" in caught.value.hint
 
 
 def test_choice_of_the_linker(monkeypatch):

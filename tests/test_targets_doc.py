@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from qcompiler.cpu import missing_features
-from qcompiler.errors import UnknownTargetError
+import qcompiler
+from qcompiler.cpu import host_cpu, missing_features
+from qcompiler.errors import QCompilerError, UnknownTargetError, UnsupportedByTargetError
+from qcompiler.linker import find_linker
 from qcompiler.registry import get_target
 from qcompiler.targets.arm import make
 from qcompiler.targets.isa import ISA_TABLE, isa_named
@@ -59,6 +62,38 @@ def test_the_target_of_the_page_compiles_and_is_exact(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.split() == ["equal", "40", "True"], done.stderr
+
+
+def _cannot_build() -> str:
+    if host_cpu().architecture == "aarch64":
+        return "this machine runs it"
+    try:
+        find_linker("aarch64-unknown-linux-gnu")
+    except QCompilerError as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.skipif(bool(_cannot_build()), reason=_cannot_build() or "builds")
+def test_a_model_for_another_machine_is_scored_and_not_timed() -> None:
+    samples = dict(np.load(DIGITS / "eval.npz"))
+    model = qcompiler.compile(
+        DIGITS / "model.onnx",
+        target="arm-dotprod:neoverse-n1",
+        calibration=DIGITS / "calib.npz",
+        evaluate=qcompiler.Evaluation({k: v[:50] for k, v in samples.items()}, metric="top1"),
+    )
+    assert model.target.architecture == "aarch64"
+    assert model.target.mcpu == "neoverse-n1"
+    assert model.report is not None
+    assert model.report["latency_ms"]["compiled"] is None
+    assert model.report["metric"]["compiled"] > 0.9
+    assert any(
+        "(aarch64), this machine is" in note and "accuracy is the interpreter's" in note
+        for note in model.report["notes"]
+    )
+    with pytest.raises(UnsupportedByTargetError, match=r"compiled for arm-dotprod \(aarch64\)"):
+        model(model.random_inputs())
 
 
 def test_the_table_has_every_row() -> None:

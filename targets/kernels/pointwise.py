@@ -573,11 +573,12 @@ def _look_up_in_registers(
     form: str, isa: Isa, x: Buffer, pieces: Buffer, y: Buffer, size: int
 ) -> None:
     lanes = isa.vector_bits // 8
-    look_up = {
+    forms: dict[str, Callable[[Buffer, list[Expr]], list[Expr]]] = {
         "permute": permute_look_up,
         "shuffle": _shuffle_look_up,
         "registers": partial(_table_look_up, isa),
-    }[form]
+    }
+    look_up = forms[form]
     threads = worth_threads(size * {"permute": 0.15, "shuffle": 0.8, "registers": 0.5}[form])
     # Several vectors in one iteration share what the registers do not hold of the table.
     vectors = 2 if form == "shuffle" else 4
