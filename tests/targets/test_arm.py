@@ -337,6 +337,23 @@ def test_a_model_equals_the_interpreter(isa: Isa, precision: str) -> None:
             np.testing.assert_array_equal(found, want)
 
 
+@emulated
+@pytest.mark.parametrize("precision", ["fp32", "w4", "w8a8-dynamic"])
+@each_row
+def test_precisions_that_need_no_calibration(isa: Isa, precision: str) -> None:
+    folder = MODELS / "digits_cnn"
+    evaluation = np.load(folder / "eval.npz")
+    result = quantize_model(folder / "model.onnx", precision=precision)
+    built = build_graph(result.graph, get_target(isa.name))
+    assert built.library is not None
+    (name,) = (v.name for v in built.graph.inputs)
+    x = evaluation[name][:1]
+    with emulation.executor(isa.name, built.library, built.parameters) as execute:
+        (found,) = execute.run([x])
+    (want,) = interpret(built.graph, {name: x}).values()
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+
+
 MODULES = sorted(
     path.name
     for path in HERE.glob("test_kernels_*.py")
