@@ -450,6 +450,19 @@ def _layer_norm(e: Emitter, node: Node) -> None:
 # ----------------------------------------------------------------------------------- movement
 
 
+@_writer("mask_tail")
+def _mask_tail(e: Emitter, node: Node) -> None:
+    x, tail = node.input(0), node.input(1)
+    zero = e.const(_like(tail, 0.0), f"{node.name}/zero", tail.dtype)
+    used = e.step("Equal", [e.ref(tail), zero], node.name)
+    behind = x.type.rank - 1 - int(node.attr("axis"))
+    if behind:
+        axes = e.ints(range(1, behind + 1), f"{node.name}/axes")
+        used = e.step("Unsqueeze", [used, axes], node.name)
+    nothing = e.const(_like(x, 0.0), f"{node.name}/nothing", x.dtype)
+    e.put("Where", [used, e.ref(x), nothing], _outs(e, node), node.name)
+
+
 @_writer("split")
 def _split(e: Emitter, node: Node) -> None:
     sizes = e.ints(node.attr("sizes"), f"{node.name}/sizes")

@@ -117,6 +117,8 @@ CASES = [
     Case("tile", [X], {"repeats": (1, 2, 1, 3)}),
     Case("gather", [X, np.asarray([[0, 2], [-1, 1]])], {"axis": 1}),
     Case("depth_to_space", [uniform(1, 8, 2, 3)], {"blocksize": 2, "mode": "CRD"}),
+    *(Case("mask_tail", [X, np.where(np.arange(X.shape[axis]) < 3, 0, -1e30).astype(np.float32)],
+           {"axis": axis}, id=str(axis)) for axis in (1, 3)),
     Case("space_to_depth", [uniform(1, 2, 4, 6)], {"blocksize": 2}),
     *(Case("resize", [X], {**RESIZE, "mode": m, "coordinate_mode": c}, id=f"{m}-{c}")
       for m in ("nearest", "linear", "cubic") for c in ("half_pixel", "align_corners")),
