@@ -49,7 +49,7 @@ _JOINT_SAMPLES = 128
 """Calibration samples on which joint models are compared with float."""
 _HELD = frozenset({"fp16", "w8", "w4"})
 """Precisions that only hold weights in fewer bits."""
-_OFF = 1.25
+OFF = 1.25
 """Ratio of a whole run to the sum of its kernels beyond which latencies are measured again."""
 _BUSY = 1.5
 """Ratio between a measured and a predicted latency that the user is told about."""
@@ -214,7 +214,7 @@ def trusted_table(
     if not runs_here(trials[precisions[0].value].compiled):
         return table
     seconds = race(trials, rounds=3)
-    off = [p for p, s in seconds.items() if not 1 / _OFF <= table.expected(p) / s <= _OFF]
+    off = [p for p, s in seconds.items() if not 1 / OFF <= table.expected(p) / s <= OFF]
     if off:
         table = workshop.latency_table(precisions, file, fresh=True, deadline=late)
     else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.assign import Limits, front, solve, totals
 from qcompiler.assignment_log import assignment_log
-from qcompiler.auto import Choice, fixed_by, only_records
+from qcompiler.auto import OFF, Choice, fixed_by, only_records, trusted_table
 from qcompiler.cache import Cache, cache_folder
 from qcompiler.cpu import host_cpu
 from qcompiler.data import Budget, SampleSource
@@ -140,7 +140,7 @@ def faster_in_float(
     both = [precision, Precision.FP32]
     if Precision.W8A8 not in both:
         both.insert(1, Precision.W8A8)  # what the kernels between products compute in
-    table = workshop.latency_table(both, file)
+    table = trusted_table(workshop, both, file)
     network = network_of(prepared.graph, table, both)
     network = network.with_fixed(fixed_by(network, prepared, overrides))
     allowed = {precision.value, FLOAT}
@@ -171,6 +171,9 @@ def faster_in_float(
     seconds = race(trials)
     for name, trial in trials.items():
         trial.note(seconds=seconds[name])
+    for name in (precision.value, FLOAT):
+        if not 1 / OFF <= table.expected(name) / seconds[name] <= OFF:
+            return None  # a busy machine: nothing is decided on such figures
     asked = seconds[precision.value]
     others = {n: s for n, s in seconds.items() if n != precision.value}
     winner = "mixed" if others["mixed"] <= others[FLOAT] * (1 + _EVEN) else FLOAT

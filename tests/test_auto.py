@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
-from qcompiler import auto
+from qcompiler import auto, fallback
 from qcompiler.auto import choose, default_budget
 from qcompiler.cache import Cache, cache_folder, key_of
 from qcompiler.data import Budget, Evaluation
@@ -346,7 +346,7 @@ def test_a_model_without_products_stays_float(tmp_path: Path) -> None:
 
 def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
-    monkeypatch.setattr(auto, "_OFF", 1e9)  # a busy machine is no reason to measure again here
+    monkeypatch.setattr(auto, "OFF", 1e9)  # a busy machine is no reason to measure again here
 
     def stop(stage: str, done: int, total: int) -> None:
         if stage == "analyze" and done == 5:
@@ -432,7 +432,10 @@ def loser() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("precision", ["auto", "w8a8"])
-def test_what_loses_in_integers_stays_float(precision: str) -> None:
+def test_what_loses_in_integers_stays_float(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fallback, "OFF", 1e9)  # decide on a busy machine, too
     x = np.random.default_rng(1).standard_normal((16, 8, 48, 48)).astype(np.float32)
     model = qcompiler.compile(loser(), target=TARGET, calibration={"x": x}, precision=precision)
     log = log_of(model)
