@@ -161,7 +161,7 @@ def tile_of(p: Product, arch: Arch) -> Tile:
     size = 2 if p.a_dtype is DType.FLOAT16 else 1
     out_bytes = p.epilogue.out.numpy.itemsize
     return choose(arch, p.rows, p.columns, p.depth * size, p.batch,
-                  packed4=_is_packed4(p), out_bytes=out_bytes)  # fmt: skip
+                  packed4=_is_packed4(p), out_bytes=out_bytes, sums=_has_sums(p))  # fmt: skip
 
 
 def tiles_of(p: Product, arch: Arch) -> tuple[Tile, ...]:
@@ -169,7 +169,7 @@ def tiles_of(p: Product, arch: Arch) -> tuple[Tile, ...]:
     size = 2 if p.a_dtype is DType.FLOAT16 else 1
     first = tile_of(p, arch)
     every = candidates(arch, p.depth * size, packed4=_is_packed4(p),
-                       out_bytes=p.epilogue.out.numpy.itemsize)  # fmt: skip
+                       out_bytes=p.epilogue.out.numpy.itemsize, sums=_has_sums(p))  # fmt: skip
     return (first, *(t for t in every if t != first))
 
 
@@ -187,6 +187,12 @@ def workload_text(p: Product) -> str:
         "a_zero": p.a_zero != 0, "b_zero": bool(p.b_zero.any()),
     }  # fmt: skip
     return "product " + " ".join(f"{name}={value}" for name, value in facts.items())
+
+
+def _has_sums(p: Product) -> bool:
+    """Whether zero points of B, or of a run-time B's partner, need sums at run time."""
+    integers = p.a_dtype is not DType.FLOAT16
+    return integers and bool(p.b_zero.any() or (p.weights is None and p.a_zero != 0))
 
 
 def _is_packed4(p: Product) -> bool:
@@ -280,8 +286,10 @@ def product_launch(p: Product, arch: Arch, tile: Tile | None = None) -> Launch:
         f"const float* multiplier, const int* b_zero, const void* pad, {types['OUT']}* out"
     )
     body = f"  qc_product<{NAME}_p>(a, b, residual, bias, multiplier, b_zero, pad, out);"
-    # Turing has two buffers only, and reads the next step through registers.
-    at_once = 2 if arch.async_copies and tile.wm * tile.wn <= 2048 else 1
+    # Two blocks on a multiprocessor hide each other's waits, where registers do for both; Turing
+    # has two buffers only, and reads the next step through registers.
+    room = tile.wm * tile.wn <= 2048 and tile.bk < 128 and not _has_sums(p)
+    at_once = 2 if arch.async_copies and room else 1
     text += "\n" + entry(parameters, tile.threads, body, at_once)
     blocks = -(-p.rows // tile.bm) * -(-p.columns // tile.bn)
     arguments: tuple[Argument, ...] = (

@@ -55,7 +55,9 @@ _RATES = {shape[:4]: shape[4] for shape in _SHAPES}
 _STEP_OVERHEAD = 600.0  # cycles-like units of a block's start and end, against bm * bn * steps
 
 
-def candidates(arch: Arch, k_bytes: int, *, packed4: bool, out_bytes: int) -> tuple[Tile, ...]:
+def candidates(
+    arch: Arch, k_bytes: int, *, packed4: bool, out_bytes: int, sums: bool = False
+) -> tuple[Tile, ...]:
     """Return every tile that fits, the order says nothing.
 
     Args:
@@ -63,10 +65,13 @@ def candidates(arch: Arch, k_bytes: int, *, packed4: bool, out_bytes: int) -> tu
         k_bytes: Bytes along K.
         packed4: Whether B holds 4-bit weights.
         out_bytes: Size of a result element.
+        sums: Whether sums of rows and columns take registers beside the accumulators.
     """
     found = []
     depths = (32,) if k_bytes <= 32 else (64,) if k_bytes <= 64 else (64, 128)
     for bm, bn, wm, wn, _ in _SHAPES:
+        if sums and wm * wn > 2048:
+            continue  # the registers of a thread would not hold them
         for bk in depths:
             for stages in (4, 3, 2) if arch.async_copies else (2,):
                 tile = Tile(bm, bn, bk, wm, wn, stages)
@@ -79,7 +84,15 @@ def candidates(arch: Arch, k_bytes: int, *, packed4: bool, out_bytes: int) -> tu
 
 
 def choose(
-    arch: Arch, rows: int, columns: int, k_bytes: int, batch: int, *, packed4: bool, out_bytes: int
+    arch: Arch,
+    rows: int,
+    columns: int,
+    k_bytes: int,
+    batch: int,
+    *,
+    packed4: bool,
+    out_bytes: int,
+    sums: bool = False,
 ) -> Tile:
     """Return the tile with the least estimated time.
 
@@ -87,7 +100,7 @@ def choose(
     rate of its shape. Among equal ones more buffers win, then shorter steps.
     """
     best: tuple[float, Tile] | None = None
-    for tile in candidates(arch, k_bytes, packed4=packed4, out_bytes=out_bytes):
+    for tile in candidates(arch, k_bytes, packed4=packed4, out_bytes=out_bytes, sums=sums):
         blocks = -(-rows // tile.bm) * -(-columns // tile.bn) * batch
         waves = math.ceil(blocks / arch.multiprocessors)
         steps = -(-k_bytes // tile.bk)
