@@ -12,7 +12,7 @@ Hot loop, one chunk of K of a 2 x 2 block: 4 `tileloadd`, 4 `tdpbusd`: 65536 pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -36,6 +36,7 @@ from qcompiler.targets.kernels.tir import (
     own_function,
     parallel,
     prefetch,
+    reinterpret,
     scratch,
     serial,
     splat,
@@ -102,6 +103,8 @@ class TilesKernel:
     constants: dict[str, Buffer]
     writer: EpilogueWriter
     name: str
+    first_tile: Expr = 0
+    """Column tile that the weights begin with."""
 
     def emit(self) -> None:
         """The loop over tasks."""
@@ -131,8 +134,25 @@ class TilesKernel:
                 own = scratch(area, "uint8")
                 self._copy(image, first, rows, own, 0)
                 where = _Task(own, 0, out, pixels)
-            self._blocks(where, begin, end)
+            if self.facts.storage == "int4":
+                self._unpacked(begin, end)._blocks(where, begin, end)
+            else:
+                self._blocks(where, begin, end)
             _tile_op("tilerelease")
+
+    def _unpacked(self, begin: Expr, end: Expr) -> TilesKernel:
+        """The kernel that reads a task's weights of 4 bits from a work area, as bytes."""
+        lines = self.plan.chunks * self.params.nv * 16 * self.plan.chunk // 64
+        packed = self.constants["weight"]
+        area = scratch(self.vectors.plan.col_block * lines * 64, "int8")
+        with own_function(f"{self.name}_unpack"), serial((end - begin) * lines) as line:
+            pairs = bind(load(packed, (begin * lines + line) * 32, 32))
+            for half, nibble in enumerate(
+                (pairs & splat(15, "uint8", 32), pairs >> splat(4, "uint8", 32))
+            ):
+                value = reinterpret(nibble - splat(8, "uint8", 32), "int8", 32)
+                store(area, line * 64 + half * 32, value)
+        return replace(self, constants={**self.constants, "weight": area}, first_tile=begin)
 
     def _loop(self, extent: int, macs: int) -> Any:
         threads = extent > 1 and worth_threads(macs / _MACS_PER_CYCLE)
@@ -219,7 +239,12 @@ class TilesKernel:
         blocks of the tile before, they arrive while others are multiplied.
         """
         plan, params = self.plan, self.params
-        if params.order != "n" or plan.chunks * params.nv * 16 * plan.chunk < _NEAR_BYTES:
+        unpacked = self.facts.storage != "plain"
+        if (
+            unpacked
+            or params.order != "n"
+            or plan.chunks * params.nv * 16 * plan.chunk < _NEAR_BYTES
+        ):
             return 0
         pixels = (plan.rows - 1) * plan.pitch + self.geometry.ow
         blocks = -(-pixels // (TILE_ROWS * params.mt))
@@ -239,7 +264,7 @@ class TilesKernel:
             for m in range(len(firsts)):
                 _tile_op("tileloadd64", _register(registers.acc(m, v)), row, _stride(0))
         size = 16 * chunk
-        weight = bind(tile * (plan.chunks * nv * size))
+        weight = bind((tile - self.first_tile) * (plan.chunks * nv * size))
         starts = [bind(task.origin + first * plan.pixel) for first in firsts]
         offsets = self.constants.get("offsets")
         size_all = plan.chunks * nv * size

@@ -37,6 +37,7 @@ __all__ = [
     "TilesPlan",
     "applies",
     "candidates",
+    "tile_nibbles",
     "tile_registers",
     "tiles_constants",
     "tiles_plan",
@@ -102,6 +103,8 @@ def applies(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> bool:
     if isa.tiles == "none" or workload.a_dtype == "float32" or workload.epilogue.group:
         return False
     if isinstance(workload, MatmulWorkload) and not workload.b_constant:
+        return False
+    if workload.epilogue.group:  # sums of groups along K are scaled apart
         return False
     geometry = geometry_of(workload, isa)
     return geometry.groups == 1 and geometry.oh * geometry.ow >= TILE_ROWS
@@ -335,6 +338,12 @@ def tiles_constants(
     if plan.pitch != geometry.ow:
         found["places"] = plan.places(geometry.ow)
     return found
+
+
+def tile_nibbles(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """Weights of 4 bits plus 8, two to a byte: the two halves of every 64 bytes, `[..., 32]`."""
+    halves = (weight.reshape(len(weight), -1, 2, 32) + 8).astype(np.uint8)
+    return np.ascontiguousarray(halves[:, :, 0] | halves[:, :, 1] << 4)
 
 
 def pack_tiles(

@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.amx_plan import tiles_constants
+from qcompiler.targets.kernels.amx_plan import tile_nibbles, tiles_constants
 from qcompiler.targets.kernels.depth import (
     EXACT,
     TileOrder,
@@ -271,6 +271,9 @@ def _pack(
     elif params.algorithm == "tiles":
         dot = "tiles"
         arrays |= tiles_constants(geometry, params, weight.reshape(count, -1), columns)
+        if fits_int4(weight):
+            storage = "int4"
+            arrays["weight"] = tile_nibbles(arrays["weight"])
     else:
         tiles = _tiles(geometry, plan, weight, columns)
         dot, depths = _pack_weights(geometry, isa, tiles, largest, arrays)

@@ -92,6 +92,7 @@ def workloads(draw: st.DrawFn) -> ConvWorkload:
     sizes=st.tuples(st.integers(1, 23), st.integers(1, 4)),
     order=st.sampled_from(["n", "m"]),
     largest=st.booleans(),
+    narrow=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=25)
@@ -101,6 +102,7 @@ def test_convolutions_are_exact(
     sizes: tuple[int, int],
     order: Any,
     largest: bool,
+    narrow: bool,
     seed: int,
 ) -> None:
     assume(applies(workload, AMX))
@@ -110,6 +112,8 @@ def test_convolutions_are_exact(
     weight = rng.integers(-128, 128, workload.weight_shape).astype(np.int8)
     if largest:
         x[...], weight[...] = high, rng.choice(np.int8([-128, 127]))
+    if narrow:  # stored two to a byte
+        weight = weight >> 4
     zero_point = int(rng.integers(low, high + 1))
     bias = rng.integers(-(10**5), 10**5, workload.co).astype(np.int32)
     sums = reference.conv_sums(workload, x, weight, zero_point) + bias
