@@ -263,7 +263,19 @@ def _optional() -> list[Finding]:
             findings.append(Finding(command, "missing", f"not found; {what}"))
         else:
             findings.append(Finding(command, "ok", f"{path}: {_first_line([path, '--version'])}"))
+    findings.append(_gpu())
     return findings
+
+
+def _gpu() -> Finding:
+    from qcompiler import cuda_driver
+
+    try:
+        found = cuda_driver.driver()
+    except QCompilerError as error:
+        return Finding("GPU", "missing", f"{error.message}; models for it can be compiled")
+    capability = f"compute capability {found.capability / 10:.1f}"
+    return Finding("GPU", "ok", f"{found.name}, {capability}")
 
 
 def _first_line(command: list[str]) -> str:

@@ -341,3 +341,21 @@ def test_a_chain_needs_few_buffers() -> None:
     launches, views = launches_of(graph)
     assert Plan(graph, views, launches).size <= 4 * 16384
     assert Plan(graph, views, launches, reuse=False).size > 40 * 16000
+
+
+@needs_emulator
+def test_the_doctor_and_the_list_of_targets_see_the_gpu(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from qcompiler.cli import main
+
+    with emulator.driver_environment(capability="86"):
+        main(["doctor", "--json"])
+        findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+        main(["targets", "--json"])
+        rows = {r["name"]: r for r in json.loads(capsys.readouterr().out)["targets"]}
+    assert findings["GPU"]["state"] == "ok"
+    assert findings["GPU"]["detail"] == "emulated GPU, compute capability 8.6"
+    assert rows["cuda-sm86"]["runs_here"] is True
+    assert rows["cuda-sm90"]["runs_here"] is False
+    assert "has 8.6" in rows["cuda-sm90"]["obstacle"]
