@@ -379,7 +379,9 @@ def run_module(rows: str, module: str, *arguments: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_every_kernel_under_emulation(module: str) -> None:
     # One test of the matrix products guards memory pages of this process.
-    rows = ",".join(isa.name for isa in ROWS)
+    # Winograd is for the row that multiplies by smlal.
+    named = [isa.name for isa in ROWS if isa.dot == "smlal" or "winograd" not in module]
+    rows = ",".join(named)
     run_module(rows, module, "-k", "not test_no_access_leaves_the_operands")
 
 
