@@ -104,8 +104,6 @@ def applies(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> bool:
         return False
     if isinstance(workload, MatmulWorkload) and not workload.b_constant:
         return False
-    if workload.epilogue.group:  # sums of groups along K are scaled apart
-        return False
     geometry = geometry_of(workload, isa)
     return geometry.groups == 1 and geometry.oh * geometry.ow >= TILE_ROWS
 
