@@ -97,7 +97,23 @@ def _held_as_halves(graph: Graph, products: set[Node]) -> set[Value]:
     for group in nx.connected_components(ties):
         if group <= candidates:
             held |= group
-    return held
+    return _near_products(graph, products, held)
+
+
+def _near_products(graph: Graph, products: set[Node], held: set[Value]) -> set[Value]:
+    """Return the values that lead to or from a product of halves through others of them."""
+    near = nx.Graph()
+    near.add_nodes_from(held)
+    for node in graph.nodes:
+        touched = [v for v in (*node.operands, *node.outputs) if v in held]
+        if node in products:
+            nx.add_star(near, [node, *touched])
+        else:
+            nx.add_path(near, touched)
+    found: set[Value] = set()
+    for node in products:
+        found |= {v for v in nx.node_connected_component(near, node) if v in held}
+    return found
 
 
 def _read_as_half(graph: Graph, node: Node, i: int) -> None:

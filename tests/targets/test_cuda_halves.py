@@ -71,3 +71,20 @@ def test_a_graph_without_halves_is_returned_itself() -> None:
     x = graph.add_input("x", TensorType((4, 8), F32))
     graph.set_outputs([("y", product(graph, x, 8, "float", half=False))])
     assert with_halves(graph) is graph
+
+
+def test_values_that_no_half_product_touches_stay_float() -> None:
+    """Scores of attention: both operands at run time, and no weights in half precision."""
+    graph = Graph("net", Stage.INTEGER)
+    x = graph.add_input("x", TensorType((4, 8), F32))
+    a = graph.add("relu", [x], name="a").output
+    b = graph.add("tanh", [a], name="b").output
+    turned = graph.add("transpose", [b], {"perm": (1, 0)}, name="turned").output
+    scores = graph.add("matmul", [b, turned], name="scores").output
+    c = graph.add("gelu", [scores], name="c").output
+    d = graph.add("relu", [c], name="d").output
+    graph.set_outputs([("y", graph.add("neg", [d], name="y").output)])
+    assert set(dtypes(with_halves(graph)).values()) == {"float32"}
+    half = product(graph, x, 8, "half")
+    graph.set_outputs([*graph.outputs, ("z", half)])
+    assert dtypes(with_halves(graph))["c"] == "float32"
