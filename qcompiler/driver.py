@@ -122,8 +122,9 @@ def compile(
         calibration: Representative samples (see `qcompiler.data.load_samples`); needed for integer
             precisions unless the model is already quantized.
         precision: "w8a8", "w4a8" (first and last products keep 8 bits); without calibration "fp32",
-            "fp16", "w8", "w4", "w8a8-dynamic" (docs/precisions.md); a PrecisionPlan, or the path of a saved plan; "auto" searches the fastest plan
-            that keeps the budget, by latency measured on the target (`qcompiler.auto`).
+            "fp16", "w8", "w4", "w8a8-dynamic" (docs/precisions.md); a PrecisionPlan, or the path of
+            a saved plan; "auto" searches the fastest plan that keeps the budget, by latency
+            measured on the target (`qcompiler.auto`).
         evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
             is better); measures what compilation costs.
         budget: Limits that the result must keep.
@@ -159,6 +160,7 @@ def compile(
     report_progress = progress or no_progress
     backend = get_target(target)
     ranges = ranges_of(model, input_shapes)
+    chosen = methods is not None
     if methods is None:
         methods = "" if ranges is not None else default_methods(precision)
     decided = decided_by(backend.spec, methods, input_shapes, freeze, seed)
@@ -206,6 +208,7 @@ def compile(
         input_shapes=input_shapes,
         freeze=freeze,
         methods=methods,
+        methods_chosen=chosen,
         overrides=overrides,
         seed=seed,
         progress=report_progress,
@@ -296,6 +299,7 @@ def quantize_model(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Array | float | bool] | None = None,
     methods: str | Sequence[Pass] = (),
+    methods_chosen: bool = True,
     overrides: Mapping[str, str | Precision] | None = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
@@ -306,7 +310,8 @@ def quantize_model(
     """Run every pass up to Graph[INTEGER], or up to Graph[QDQ] for export.
 
     Args and errors: as `compile`; `spec` limits the precisions, `stage` says where to stop, samples
-    of `evaluate` are only checked: what does not fit is said before the long part.
+    of `evaluate` are only checked: what does not fit is said before the long part. Methods that
+    nobody chose are left out where the model is quantized already.
     """
     from qcompiler.onnx_import import load_onnx, model_digest
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
@@ -328,6 +333,8 @@ def quantize_model(
     progress("import", 1, 1)
     ctx = PassContext(seed=seed, progress=progress)
     imported_qdq = graph.stage is Stage.QDQ
+    if imported_qdq and not methods_chosen:
+        wanted = ()
     _check_methods(wanted, imported_qdq)
     graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
     if imported_qdq:
@@ -344,8 +351,10 @@ def quantize_model(
                          hint="leave them out, or ask for an integer precision")  # fmt: skip
     if stage is not Stage.INTEGER and plan.has_narrow:
         named = sorted({d.precision.value for d in plan.nodes.values()} & _NOT_EXPORTED)
-        raise UsageError(f"a QDQ model cannot say what precision {', '.join(named)} computes",
-                         hint="compile it instead, or export at fp32 or a wNaM precision")  # fmt: skip
+        raise UsageError(
+            f"a QDQ model cannot say what precision {', '.join(named)} computes",
+            hint="compile it instead, or export at fp32 or a wNaM precision",
+        )
     sources["graph"] = digest(graph)
     ctx.put(plan)
     count = 0

@@ -195,7 +195,7 @@ class _Importer:
 
     def run(
         self,
-        shapes: dict[str, Sequence[int]],
+        shapes: Mapping[str, Sequence[int]],
         freeze: dict[str, object],
         sample_shapes: dict[str, Shape],
     ) -> Graph:

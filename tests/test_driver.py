@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 import qcompiler
+from qcompiler import driver
 from qcompiler.errors import (
     DataError,
     InfeasibleBudgetError,
@@ -20,6 +21,8 @@ from qcompiler.errors import (
     UnsupportedByTargetError,
     UsageError,
 )
+from qcompiler.onnx_export import to_onnx
+from qcompiler.ops import Stage
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn"
 MODEL = DIGITS / "model.onnx"
@@ -257,3 +260,14 @@ def test_evaluation_samples_are_checked_before_the_long_part(calibration: dict[s
             progress=lambda stage, done, total: stages.append(stage),
         )
     assert set(stages) == {"import"}
+
+
+@pytest.mark.e2e
+def test_methods_that_nobody_chose_leave_quantized_models_alone() -> None:
+    found = driver.quantize_model(MODEL, calibration=MODEL.parent / "calib.npz", stage=Stage.QDQ)
+    quantized = to_onnx(found.graph)
+    made = qcompiler.compile(quantized, precision="w4a8", calibration=MODEL.parent / "calib.npz")
+    plain = qcompiler.compile(quantized)
+    assert made.artifact.params.data == plain.artifact.params.data
+    with pytest.raises(UsageError, match="the model is quantized already"):
+        qcompiler.compile(quantized, precision="w4a8", methods="gptq")
