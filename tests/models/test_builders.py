@@ -13,8 +13,8 @@ import onnxruntime as ort
 import pytest
 
 SMALL = [
-    ("resnet50", {"size": 64}),
-    ("resnet18", {"size": 64}),
+    pytest.param("resnet50", {"size": 64}, marks=pytest.mark.slow),
+    pytest.param("resnet18", {"size": 64}, marks=pytest.mark.slow),
     ("mobilenet_v2", {"size": 64, "width": 0.5}),
     ("mobilenet_v3_small", {"size": 64}),
     ("vgg_small", {"width": 16}),
