@@ -20,8 +20,9 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own sc
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.amx_plan import TILE_ROWS, TilesPlan, tile_registers
+from qcompiler.targets.kernels.bands import copy_elements, copy_padded_row, fill_elements
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
-from qcompiler.targets.kernels.macro import MacroKernel, copy_elements, fill_elements
+from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry
 from qcompiler.targets.kernels.simd import worth_threads
@@ -400,20 +401,9 @@ class TilesKernel:
         pitch = g.band_width * g.c
         band = scratch(band_rows * pitch + 64, "uint8")
         fill = self._fill()
-        left = min(g.pl, g.band_width) * g.c
-        inside = max(0, min(g.w, g.band_width - g.pl)) * g.c
         with serial(band_rows) as row:
             top = bind(first * g.sh + row - g.pt)
-            to = bind(row * pitch)
-            with when(top < 0):
-                fill_elements(band, to, fill, pitch)
-            with when(top >= g.h):
-                fill_elements(band, to, fill, pitch)
-            with when(maximum(0, top) == minimum(top, g.h - 1)):
-                fill_elements(band, to, fill, left)
-                start = bind((image * g.h + top) * (g.w * g.c))
-                copy_elements(band, to + left, self.a, start, inside)
-                fill_elements(band, to + (left + inside), fill, pitch - left - inside)
+            copy_padded_row(g, image, top, fill, self.a, band, bind(row * pitch))
         wide = g.dw == 1 or g.kw == 1
         run = g.c * (g.kw if wide else 1)
         with serial(rows) as row, own_function(f"{self.name}_gather"), serial(g.ow) as column:

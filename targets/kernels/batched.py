@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.bands import copy_elements
 from qcompiler.targets.kernels.macro import (
     Accumulators,
     MacroKernel,
     Source,
     Step,
-    copy_elements,
 )
 from qcompiler.targets.kernels.tir import (
     Buffer,

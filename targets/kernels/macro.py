@@ -32,6 +32,7 @@ from typing import Any
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.bands import CHUNK, copy_padded_row
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.grouped import grouped_loops
@@ -63,7 +64,6 @@ from qcompiler.targets.kernels.tir import (
     serial,
     splat,
     store,
-    when,
 )
 from qcompiler.targets.kernels.unpack import (
     elements_per_lane,
@@ -76,7 +76,7 @@ from qcompiler.targets.kernels.workload import GemmParams
 _FAR_BYTES = 512 * 1024
 """Weights of a kernel from which they are fetched ahead."""
 
-__all__ = ["MacroKernel", "Source", "Step", "copy_elements", "fill_elements"]
+__all__ = ["MacroKernel", "Source", "Step"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,7 @@ class MacroKernel:
 
     def _work_area(self, bands: int) -> Buffer:
         dtype = "float32" if self.geometry.a_dtype == "float32" else self.geometry.dot_dtype
-        return scratch(bands * self._band_size + _CHUNK, dtype)
+        return scratch(bands * self._band_size + CHUNK, dtype)
 
     def _copy_bands(self) -> Buffer:
         """Copy the bands of all tasks, one after the other."""
@@ -277,20 +277,9 @@ class MacroKernel:
     ) -> None:
         """Copy one input row that a task reads into a padded work area."""
         g = self.geometry
-        pitch = g.band_width * g.c
         fill = bind(cast(load(self.constants["scalars"], 0, 1), str(band.dtype)))
-        left = min(g.pl, g.band_width) * g.c
-        inside = max(0, min(g.w, g.band_width - g.pl)) * g.c
         top = bind(first_row * g.sh + row - g.pt)
-        with when(top < 0):
-            fill_elements(band, target, fill, pitch)
-        with when(top >= g.h):
-            fill_elements(band, target, fill, pitch)
-        with when(maximum(0, top) == minimum(top, g.h - 1)):
-            fill_elements(band, target, fill, left)
-            start = bind((image * g.h + top) * (g.w * g.c))
-            copy_elements(band, target + left, self.a, start, inside)
-            fill_elements(band, target + (left + inside), fill, pitch - left - inside)
+        copy_padded_row(g, image, top, fill, self.a, band, target)
 
     def _tile(
         self, source: Source, at: tuple[Expr, Expr], extent: tuple[int, int], tile: Expr
@@ -627,49 +616,3 @@ class Step:
         if name is None:
             raise CodegenError(f"instruction set {self.isa.name} has no {operation} on {bits} bits")
         return intrinsic(f"{dtype}x{lanes}", name, *operands)
-
-
-_CHUNK = 64
-
-
-def _chunks(count: int) -> tuple[int, list[tuple[int, int]]]:
-    """Whole chunks of `_CHUNK` elements, and (offset, length) of the pieces that remain."""
-    whole = count // _CHUNK
-    rest = []
-    at, size = whole * _CHUNK, _CHUNK
-    while at < count:
-        while size > count - at:
-            size //= 2
-        rest.append((at, size))
-        at += size
-    return whole, rest
-
-
-def fill_elements(buffer: Buffer, start: Expr, value: Expr, count: int) -> None:
-    """Set `count` elements to a scalar."""
-    dtype = str(buffer.dtype)
-    whole, rest = _chunks(count)
-    if whole:
-        with serial(whole) as chunk:
-            store(buffer, start + chunk * _CHUNK, splat(value, dtype, _CHUNK))
-    for at, size in rest:
-        store(buffer, start + at, splat(value, dtype, size))
-
-
-def copy_elements(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int) -> None:
-    """Copy `count` elements; s8 becomes u8 by adding 128, and u8 becomes s8."""
-    flip = source.dtype != target.dtype
-
-    def piece(at: Expr, size: int) -> None:
-        value = load(source, start + at, size)
-        if flip:
-            value = reinterpret(value, "uint8", size) ^ splat(128, "uint8", size)
-            value = reinterpret(value, str(target.dtype), size)
-        store(target, to + at, value)
-
-    whole, rest = _chunks(count)
-    if whole:
-        with serial(whole) as chunk:
-            piece(chunk * _CHUNK, _CHUNK)
-    for at, size in rest:
-        piece(at, size)

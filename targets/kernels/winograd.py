@@ -30,8 +30,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qcompiler.targets.isa import Isa
+from qcompiler.targets.kernels.bands import copy_elements, fill_elements
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
-from qcompiler.targets.kernels.macro import Accumulators, copy_elements, fill_elements
+from qcompiler.targets.kernels.macro import Accumulators
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
