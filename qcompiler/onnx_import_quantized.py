@@ -344,7 +344,10 @@ def _conv_integer(ctx: OpContext) -> Results:
         return [y]
     # Padding counts nothing: what the zero point adds is its product with a convolution of ones.
     ones = ctx.constant(np.ones((1, *x.shape[1:]), np.float32))
-    shift = ctx.emit("cast", conv(ctx, ones, _on_grid(ctx, w, zw), None), to="int32")
+    wide = _on_grid(ctx, w, zw)
+    if w.data is not None:  # plain numbers: what follows from constants is computed here
+        wide = ctx.constant((w.data.astype(np.int64) - zw).astype(np.float32))
+    shift = ctx.emit("cast", conv(ctx, ones, wide, None), to="int32")
     z = reshape(ctx, _int32(ctx, zx), ())
     return [ctx.emit("sub", y, ctx.emit("mul", z, shift))]
 
