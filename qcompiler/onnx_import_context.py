@@ -183,9 +183,12 @@ class OpContext:
         """
         v = self.input(i)
         if v.data is None:
-            raise UnsupportedOpError(
-                f"its {what} is computed at run time; compiling needs it as a constant"
-            )
+            stored = _stored(v)
+            if stored is None:
+                raise UnsupportedOpError(
+                    f"its {what} is computed at run time; compiling needs it as a constant"
+                )
+            return stored
         return v.data
 
     def ints(self, i: int, name: str) -> tuple[int, ...] | None:
@@ -218,6 +221,15 @@ class OpContext:
             ShapeError: The tensor has no such axis.
         """
         return normal_axis(int(self.attr(name, default)), rank)
+
+
+def _stored(v: Value) -> Array | None:
+    """Return the elements of a dequantized constant, which quantizers make of scalars too."""
+    node = v.producer
+    if node is None or node.op.name != "dequantize" or not node.input(0).is_constant:
+        return None
+    context = EvalContext((node.input(0).type,), (v.type,))
+    return node.op.evaluate([node.input(0).array()], node.attrs, context)[0]
 
 
 def normal_axis(axis: int, rank: int) -> int:
