@@ -6,14 +6,23 @@ Nothing here takes part in a compilation. Every function runs in a worker proces
 runtime it needs; one that is missing is a `QCompilerError`, which the comparison reports.
 
 Each peer gets its best ordinary settings: all graph optimizations, the same number of threads, and
-for int8 static quantization per output channel in the faster of ONNX Runtime's two formats.
+for int8 static quantization per output channel in the faster of ONNX Runtime's two formats. Weights
+are quantized to 7 bits (`reduce_range`): with 8, ONNX Runtime's and OpenVINO's kernels for CPUs
+without VNNI saturate and their results are wrong; the time does not depend on it.
+
+What prepares a peer (quantizing, compiling) runs in a process of its own again, so that the memory
+of the one that is measured is that of inference.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +51,8 @@ _FACTORIES = {
     "openvino-int8": "openvino_int8",
     "tvm": "tvm_float",
 }
+_LOAD_THE_MODEL = ("onnxruntime", "openvino")
+"""Runners that need nothing prepared."""
 _CALIBRATION_SAMPLES = 64
 
 
@@ -73,7 +84,15 @@ def compiled_runner(artifact: Path, inputs: Path, threads: int) -> Runner:
 
 
 def peer_runner(
-    name: str, model: Path, inputs: Path, threads: int, folder: Path, calibration: Path | None
+    name: str,
+    model: Path,
+    inputs: Path,
+    threads: int,
+    folder: Path,
+    calibration: Path | None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    processor: str | None = None,
 ) -> Runner:
     """Return the runner of a peer.
 
@@ -82,14 +101,19 @@ def peer_runner(
         model: The ONNX model.
         inputs: `.npz` with one batch per input.
         threads: Threads per call.
-        folder: For quantized models, which the int8 runners share.
+        folder: For what is prepared; the int8 runners share quantized models.
         calibration: Samples to quantize with; None: the one batch of inputs.
+        environment: Variables of its process.
+        processor: LLVM's name of the processor that plain TVM compiles for; None: this one.
     """
     options: dict[str, Any] = {"model": str(model), "inputs": str(inputs), "threads": threads}
-    if name.endswith("-int8"):
+    if name not in _LOAD_THE_MODEL:
         options["folder"] = str(folder)
+    if name.endswith("-int8"):
         options["calibration"] = str(calibration) if calibration else None
-    return Runner(name, f"{__name__}:{_FACTORIES[name]}", options)
+    if name == "tvm":
+        options["processor"] = processor
+    return Runner(name, f"{__name__}:{_FACTORIES[name]}", options, environment or {})
 
 
 def compiled(artifact: str, inputs: str, threads: int) -> Made:
@@ -110,13 +134,24 @@ def onnxruntime_int8(
     model: str, inputs: str, threads: int, folder: str, calibration: str | None
 ) -> Made:
     """Run ONNX Runtime's static int8 in the faster of its two formats, found by a short trial."""
+    chosen = apart(f"{__name__}:_faster_format", model, inputs, threads, folder, calibration)
+    run = _session(chosen["path"], _arrays(inputs), threads)
+    source = "" if calibration else ", calibrated on one random batch"
+    how = f"static {chosen['form']}, per channel, 7-bit weights{source}"
+    return run, f"ONNX Runtime {_version('onnxruntime')}, {how}"
+
+
+def _faster_format(
+    model: str, inputs: str, threads: int, folder: str, calibration: str | None
+) -> dict[str, str]:
+    """Quantize into both formats; return the faster one's "form" and "path"."""
     feeds = _arrays(inputs)
     problems: list[str] = []
 
-    def attempt(form: str) -> tuple[float, str, Callable[[], object]] | None:
+    def attempt(form: str) -> tuple[float, str, str] | None:
         try:
-            run = _session(_quantized(model, feeds, folder, calibration, form), feeds, threads)
-            return _quick(run), form, run
+            path = _quantized(model, feeds, folder, calibration, form)
+            return _quick(_session(path, feeds, threads)), form, path
         except Exception as error:  # a format that this model cannot have; the other one may do
             problems.append(f"{form}: {str(error).strip().splitlines()[0]}")
             return None
@@ -124,9 +159,8 @@ def onnxruntime_int8(
     trials = [trial for form in ("QDQ", "QOperator") if (trial := attempt(form)) is not None]
     if not trials:
         raise QCompilerError(f"ONNX Runtime cannot quantize the model: {'; '.join(problems)}")
-    _, form, run = min(trials, key=lambda trial: trial[0])
-    source = "" if calibration else ", calibrated on one random batch"
-    return run, f"ONNX Runtime {_version('onnxruntime')}, static {form}, per channel{source}"
+    _, form, path = min(trials)
+    return {"form": form, "path": path}
 
 
 def openvino_float(model: str, inputs: str, threads: int) -> Made:
@@ -139,31 +173,88 @@ def openvino_int8(
 ) -> Made:
     """Run in OpenVINO the QDQ model that ONNX Runtime's quantizer makes."""
     _need("openvino")
-    feeds = _arrays(inputs)
-    quantized = _quantized(model, feeds, folder, calibration, "QDQ")
-    return _openvino(quantized, feeds, threads), f"OpenVINO {_version('openvino')}, static QDQ"
+    path = apart(f"{__name__}:_qdq_model", model, inputs, folder, calibration)["path"]
+    how = "static QDQ, 7-bit weights"
+    return _openvino(path, _arrays(inputs), threads), f"OpenVINO {_version('openvino')}, {how}"
 
 
-def tvm_float(model: str, inputs: str, threads: int) -> Made:
-    """Run the float model through TVM's own importer and default pipeline, untuned."""
+def _qdq_model(model: str, inputs: str, folder: str, calibration: str | None) -> dict[str, str]:
+    """Quantize into the QDQ format; return its "path"."""
+    return {"path": _quantized(model, _arrays(inputs), folder, calibration, "QDQ")}
+
+
+def tvm_float(
+    model: str, inputs: str, threads: int, folder: str, processor: str | None = None
+) -> Made:
+    """Run the float model through TVM's own importer and default pipeline, untuned.
+
+    TVM has no integer path for it: its importer turns quantized operators into float arithmetic.
+    """
     _need("tvm")
-    import onnx
+    built = apart(f"{__name__}:_tvm_library", model, inputs, folder, processor)
     import tvm
     from tvm import relax
-    from tvm.relax.frontend.onnx import from_onnx
 
     feeds = _arrays(inputs)
-    shapes = {name: list(array.shape) for name, array in feeds.items()}
-    module = from_onnx(onnx.load(model), shape_dict=shapes, keep_params_in_input=False)
-    target = tvm.target.Target({"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()})
-    machine = relax.VirtualMachine(tvm.compile(module, target=target), tvm.cpu())
-    order = [p.name for p in module["main"].params]
-    unknown = [name for name in order if name not in feeds]
-    if unknown:
-        raise QCompilerError(f"no values for inputs {', '.join(unknown)}")
-    values = [tvm.runtime.tensor(feeds[name]) for name in order]
+    machine = relax.VirtualMachine(tvm.runtime.load_module(built["path"]), tvm.cpu())
+    values = [tvm.runtime.tensor(feeds[name]) for name in built["order"]]
     main = machine["main"]
-    return lambda: main(*values), f"TVM {tvm.__version__}, untuned"
+    return lambda: main(*values), f"TVM {tvm.__version__}, float32, default pipeline, untuned"
+
+
+def _tvm_library(model: str, inputs: str, folder: str, processor: str | None) -> dict[str, Any]:
+    """Compile with TVM alone; return the library's "path" and the inputs in their "order"."""
+    import onnx
+    import tvm
+    from tvm.relax.frontend.onnx import from_onnx
+
+    from qcompiler.linker import export_library
+
+    mcpu = processor or str(tvm.target.codegen.llvm_get_system_cpu())
+    path, notes = (Path(folder) / f"tvm_{mcpu}{suffix}" for suffix in (".so", ".json"))
+    if not notes.exists():
+        feeds = _arrays(inputs)
+        shapes = {name: list(array.shape) for name, array in feeds.items()}
+        module = from_onnx(onnx.load(model), shape_dict=shapes, keep_params_in_input=False)
+        order = [p.name for p in module["main"].params]
+        _check_names(order, feeds)
+        target = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
+        path.write_bytes(export_library(tvm.compile(module, target=target)))
+        notes.write_text(json.dumps({"path": str(path), "order": order}))
+    found: dict[str, Any] = json.loads(notes.read_text())
+    return found
+
+
+def apart(function: str, *arguments: object) -> dict[str, Any]:
+    """Call "module:function" in another process; return what it returns, made of JSON.
+
+    Raises:
+        QCompilerError: The function raised one, or its process failed.
+    """
+    code = (
+        "import json, sys; sys.path[:], name, arguments = json.loads(sys.argv[1]); "
+        "from qcompiler import peers; peers.answer(name, arguments)"
+    )
+    request = json.dumps([sys.path, function, arguments])
+    done = subprocess.run([sys.executable, "-c", code, request], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode != 0 or not lines:
+        last = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
+        raise QCompilerError(f"preparing the peer failed, status {done.returncode}: {last[:300]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    if "problem" in found:
+        raise QCompilerError(found["problem"])
+    return found
+
+
+def answer(function: str, arguments: list[Any]) -> None:
+    """Print, as JSON on a line, what "module:function" returns, or its problem."""
+    module, _, name = function.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)(*arguments)
+    except QCompilerError as error:
+        found = {"problem": str(error)}
+    print("\n" + json.dumps(found))
 
 
 def _arrays(path: str) -> dict[str, Array]:

@@ -34,6 +34,13 @@ SLICE_SECONDS = 0.05
 """How long one runner runs in one round, where one run is shorter."""
 PREPARE_SECONDS = 900.0
 """How long a runner may take to load, compile or quantize its model."""
+SLOW_SECONDS = 0.5
+"""From this time of one run on, a runner is measured less often: figures so far apart from the
+others' need no more, and nobody should wait for them."""
+SLOW_TOTAL_SECONDS = 10.0
+"""How long all measured runs of such a runner take together, 3 runs at least."""
+
+_PR_SET_PDEATHSIG = 1
 
 _BOOT = (
     "import json, sys; first = json.loads(sys.stdin.readline()); sys.path[:] = first['path']; "
@@ -52,20 +59,31 @@ class Runner:
             without arguments that runs the model once, a note about how it does so). It raises
             `QCompilerError` where that is not possible here.
         options: Keyword arguments of the factory, as JSON.
+        environment: Variables of its process, beside those that this process has.
     """
 
     name: str
     factory: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a runner: either a timing or the reason why there is none."""
+    """What came of a runner: either a timing or the reason why there is none.
+
+    Attributes:
+        timing: The times.
+        note: How the runner does it.
+        problem: Why there is no timing.
+        peak_memory_mb: The most memory that its process had resident, Python and its libraries
+            included, in MB; None where the system does not tell.
+    """
 
     timing: Timing | None
     note: str = ""
     problem: str = ""
+    peak_memory_mb: float | None = None
 
 
 def pick_cpus(threads: int) -> tuple[int, ...]:
@@ -100,7 +118,8 @@ def measure(
     Args:
         runners: What to time.
         threads: Threads of every runner, and CPUs that all of them are pinned to.
-        runs: Least number of measured runs of each.
+        runs: Least number of measured runs of each, but of those that take longer than
+            `SLOW_SECONDS`.
         progress: Called with (what is going on, done, total).
 
     Raises:
@@ -123,17 +142,16 @@ def measure(
                 workers[runner.name] = worker
                 worker.stop()
                 worker.note = reply["note"]
-                worker.slice = max(1, min(50, round(SLICE_SECONDS / max(reply["seconds"], 1e-6))))
-        rounds = max(
-            (-(-runs // worker.slice) for worker in workers.values()),
-            default=0,
-        )
+                worker.plan(reply["seconds"], runs)
+        rounds = max((worker.rounds for worker in workers.values()), default=0)
         rounds = max(rounds, min(10, runs))
         for index in range(rounds):
             say("measure", index, rounds)
             for name, worker in list(workers.items()):
+                if worker.is_slow and not worker.has_turn(index, rounds):
+                    continue
                 worker.resume()
-                worker.send({"runs": worker.slice})
+                worker.send({"runs": worker.slice, "warm": not worker.is_slow})
                 reply = worker.receive(PREPARE_SECONDS)
                 worker.stop()
                 if "problem" in reply:
@@ -141,9 +159,14 @@ def measure(
                     del workers[name]
                 else:
                     worker.seconds += reply["seconds"]
+                    worker.peak_memory_mb = reply["peak_memory_mb"]
         say("measure", rounds, rounds)
     for name, worker in workers.items():
-        outcomes[name] = Outcome(_timing(worker.seconds, threads), worker.note)
+        outcomes[name] = Outcome(
+            _timing(worker.seconds, threads),
+            worker.note,
+            peak_memory_mb=worker.peak_memory_mb,
+        )
     return {runner.name: outcomes[runner.name] for runner in runners}
 
 
@@ -173,10 +196,25 @@ class _Worker:
         self.questions = process.stdin
         self.answers = process.stdout
         self.slice = 1
+        self.rounds = 1
+        self.is_slow = False
         self.seconds: list[float] = []
+        self.peak_memory_mb: float | None = None
         self.note = ""
         self._log = log
         self._buffer = b""
+
+    def plan(self, seconds: float, runs: int) -> None:
+        """Choose how many runs a turn has, and how many turns there are, by the time of one run."""
+        self.is_slow = seconds > SLOW_SECONDS
+        self.slice = max(1, min(50, round(SLICE_SECONDS / max(seconds, 1e-6))))
+        self.rounds = -(-runs // self.slice)
+        if self.is_slow:
+            self.rounds = min(self.rounds, max(3, int(SLOW_TOTAL_SECONDS / seconds)))
+
+    def has_turn(self, index: int, rounds: int) -> bool:
+        """Say whether a slow runner runs in this round: its turns are spread evenly."""
+        return (index + 1) * self.rounds // rounds > index * self.rounds // rounds
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a message; a worker that has died is noticed when its answer is read."""
@@ -227,7 +265,7 @@ class _Worker:
 def _worker(runner: Runner, cpus: tuple[int, ...]) -> Iterator[_Worker]:
     threads = str(len(cpus))
     names = ("TVM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = {**os.environ, **dict.fromkeys(names, threads)}
+    environment = {**os.environ, **dict.fromkeys(names, threads), **runner.environment}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, "-c", _BOOT],
@@ -242,6 +280,7 @@ def _worker(runner: Runner, cpus: tuple[int, ...]) -> Iterator[_Worker]:
             worker.send(
                 {
                     "path": [p or os.getcwd() for p in sys.path],
+                    "parent": os.getpid(),
                     "cpus": cpus,
                     "factory": runner.factory,
                     "options": dict(runner.options),
@@ -268,28 +307,61 @@ def work(first: Mapping[str, Any]) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
+    _end_with(first["parent"])
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, first["cpus"])
     try:
         run, note = _make(first["factory"], first["options"])
-        for _ in range(3):
+        for _ in range(4):
+            start = time.perf_counter()
             run()
-        start = time.perf_counter()
-        run()
-        answer({"note": note, "seconds": time.perf_counter() - start})
+            seconds = time.perf_counter() - start
+            if seconds > 4 * SLOW_SECONDS:
+                break
+        answer({"note": note, "seconds": seconds})
         for line in sys.stdin:
-            run()  # the caches are cold: another process has just run here
-            seconds = []
-            for _ in range(json.loads(line)["runs"]):
+            turn = json.loads(line)
+            if turn["warm"]:
+                run()  # the caches are cold: another process has just run here
+            times = []
+            for _ in range(turn["runs"]):
                 start = time.perf_counter()
                 run()
-                seconds.append(time.perf_counter() - start)
-            answer({"seconds": seconds})
+                times.append(time.perf_counter() - start)
+            answer({"seconds": times, "peak_memory_mb": peak_memory_mb()})
     except QCompilerError as error:
         answer({"problem": str(error)})
     except Exception as error:  # of another runtime, which must not end the comparison
         text = str(error).strip().splitlines()
         answer({"problem": f"{type(error).__name__}: {text[0][:300] if text else ''}"})
+
+
+def peak_memory_mb() -> float | None:
+    """Return the most memory that this process has had resident, in MB; None if unknown.
+
+    Linux's `VmHWM` is of this program alone; `ru_maxrss` starts, in a child, from what its parent
+    had.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _end_with(parent: int) -> None:
+    """Let Linux end this process when its parent ends, however that happens.
+
+    The parent stops its workers by a signal; stopped, they would not see that nobody asks any more.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def _make(factory: str, options: Mapping[str, Any]) -> tuple[Callable[[], object], str]:

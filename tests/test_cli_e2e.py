@@ -499,7 +499,30 @@ def test_bench_gives_the_documented_figures(
         assert figures["min_ms"] <= figures["median_ms"]
         assert figures["runs"] >= 20
         assert figures["threads"] == 1
+        assert figures["peak_memory_mb"] > 20
     assert found["runners"]["qcompiler"]["ratio"] == 1
+    assert found["breakdown"] is None
+
+
+def test_bench_shows_layers_and_draws_them(
+    capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    chart = tmp_path / "chart.svg"
+    base = ("bench", artifact, "--runs", "5", "--layers", "3")
+    status, out, err = run(capsys, *base, "--chart", chart)
+    assert status == 0
+    assert "the 3 slowest of" in out
+    assert "measured with" in out
+    assert f"wrote {chart}" in err
+    assert "of the time" in chart.read_text()
+    status, out, _ = run(capsys, *base, "--json")
+    parts = json.loads(out)["breakdown"]
+    assert {"name", "kernel", "ms", "gmacs", "share_of_peak"} <= set(parts["layers"][0])
+    assert any(layer["macs"] for layer in parts["layers"])  # from the report beside the artifact
+    status, _, err = run(capsys, "bench", artifact, "--chart", tmp_path / "chart.gif")
+    assert status == 2
+    assert "must end in .png" in err
 
 
 def test_bench_alone_and_its_mistakes(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from qcompiler import peers
@@ -47,7 +48,7 @@ def test_onnxruntime_float_and_int8_run_the_bundled_model(tmp_path: Path, inputs
     for name in names:
         assert found[name].problem == ""
         assert found[name].timing is not None
-    assert "per channel" in found["onnxruntime-int8"].note
+    assert "per channel, 7-bit weights" in found["onnxruntime-int8"].note
     assert "random" not in found["onnxruntime-int8"].note
     assert (tmp_path / "QDQ.onnx").exists()
     assert (tmp_path / "QOperator.onnx").exists()
@@ -65,11 +66,35 @@ def test_openvino_float_and_int8_run_the_bundled_model(tmp_path: Path, inputs: P
     assert [found[name].problem for name in names] == ["", ""]
 
 
+def test_peers_multiply_by_weights_of_7_bits(tmp_path: Path, inputs: Path) -> None:
+    """With 8 bits the peers' kernels saturate where there is no VNNI: other work, and wrong."""
+    found = peers._qdq_model(str(MODELS / "model.onnx"), str(inputs), str(tmp_path), None)
+    graph = onnx.load(found["path"]).graph
+    codes = [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+    ]
+    assert len(codes) >= 4
+    assert all(np.abs(w.astype(int)).max() <= 64 for w in codes)
+    assert any(np.abs(w.astype(int)).max() >= 63 for w in codes)
+
+
+def test_what_is_apart_reports_its_problem(tmp_path: Path) -> None:
+    path = tmp_path / "inputs.npz"
+    np.savez(path, other=np.zeros((1, 1, 8, 8), np.float32))
+    arguments = (str(MODELS / "model.onnx"), str(path), str(tmp_path), None)
+    with pytest.raises(QCompilerError, match="the artifact has no input input"):
+        peers.apart("qcompiler.peers:_tvm_library", *arguments)
+    with pytest.raises(QCompilerError, match="preparing the peer failed, status 1: AttributeErr"):
+        peers.apart("qcompiler.peers:there_is_no_such")
+
+
 def test_plain_tvm_runs_the_bundled_model(tmp_path: Path, inputs: Path) -> None:
     runner = peers.peer_runner("tvm", MODELS / "model.onnx", inputs, 1, tmp_path, None)
     found = measure([runner], runs=2)["tvm"]
     assert found.problem == ""
-    assert "untuned" in found.note
+    assert "float32, default pipeline, untuned" in found.note
 
 
 def test_a_missing_peer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

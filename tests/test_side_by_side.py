@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +86,19 @@ FACTORIES = """
 
     def hanging():
         time.sleep(60)
+
+
+    def gets(name, path):
+        with open(path, "w") as file:
+            file.write(os.environ.get(name, ""))
+        return (lambda: None), ""
+
+
+    def holds(megabytes):
+        block = bytearray(megabytes * 1_000_000)
+        for at in range(0, len(block), 4096):
+            block[at] = 1
+        return (lambda: None), ""
 
 
     def logger(path):
@@ -212,3 +228,82 @@ def test_threads_out_of_range(threads: int) -> None:
 def test_runs_out_of_range() -> None:
     with pytest.raises(UsageError, match="runs must be at least 1, got 0"):
         measure([], runs=0)
+
+
+def test_a_runner_has_its_own_environment(factories: str, tmp_path: Path) -> None:
+    options = {"name": "OF_ONE_RUNNER", "path": str(tmp_path / "with")}
+    runners = [
+        Runner("with", f"{factories}:gets", options, {"OF_ONE_RUNNER": "yes"}),
+        Runner("without", f"{factories}:gets", {**options, "path": str(tmp_path / "without")}),
+    ]
+    measure(runners, runs=1)
+    assert (tmp_path / "with").read_text() == "yes"
+    assert (tmp_path / "without").read_text() == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells the peak memory")
+def test_peak_memory_is_that_of_the_runner_alone(factories: str) -> None:
+    mine = bytearray(300_000_000)  # of the parent: no part of what its children have
+    mine[::4096] = b"x" * len(mine[::4096])
+    found = measure(
+        [
+            Runner("small", f"{factories}:holds", {"megabytes": 1}),
+            Runner("large", f"{factories}:holds", {"megabytes": 101}),
+        ],
+        runs=1,
+    )
+    small, large = (found[name].peak_memory_mb for name in ("small", "large"))
+    assert small is not None
+    assert large is not None
+    assert large - small == pytest.approx(100, abs=10)
+    assert small < 200
+
+
+def test_a_slow_runner_runs_less_often(factories: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "SLOW_SECONDS", 0.05)
+    monkeypatch.setattr(side_by_side, "SLOW_TOTAL_SECONDS", 0.5)
+    found = measure(
+        [
+            Runner("slow", f"{factories}:sleeper", {"seconds": 0.1}),
+            Runner("fast", f"{factories}:sleeper", {"seconds": 0.02}),
+        ],
+        runs=40,
+    )
+    slow, fast = found["slow"].timing, found["fast"].timing
+    assert slow is not None
+    assert fast is not None
+    assert 3 <= slow.runs <= 5
+    assert fast.runs >= 40
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux ends them")
+def test_workers_end_when_the_parent_is_killed(factories: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:2]\n"
+        "from qcompiler.side_by_side import Runner, measure\n"
+        f"runners = [Runner(n, '{factories}:logger', {{'path': {str(log)!r}}}) for n in 'ab']\n"
+        "measure(runners, runs=10_000)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = log.read_text().splitlines() if log.exists() else []
+        workers = {int(line.split()[0]) for line in lines if " " in line}
+        if len(workers) == 2:
+            break
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    assert len(workers) == 2
+    while any(map(_runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(_runs, workers))
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
