@@ -11,6 +11,7 @@ from qcompiler.errors import UsageError
 from qcompiler.passes.adaround import AdaRound
 from qcompiler.passes.brecq import Brecq
 from qcompiler.passes.correct_bias import CorrectBias
+from qcompiler.passes.distill import Distill
 from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.smooth import Smooth
@@ -19,7 +20,7 @@ from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Precision
 
 METHODS: dict[str, type[Pass]] = {
-    p.name: p for p in (Equalize, Smooth, AdaRound, Gptq, Brecq, CorrectBias)
+    p.name: p for p in (Equalize, Smooth, AdaRound, Gptq, Brecq, Distill, CorrectBias)
 }
 
 

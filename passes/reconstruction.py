@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from qcompiler.data import Batch
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph, Node
 from qcompiler.numerics import least_weight_scale, quantize, quantize_bias
@@ -64,6 +65,7 @@ class Reconstruction:
         work: Trails (exact, quantized) on the runs to learn from.
         test: Trails on the runs held out.
         before: Error held out of the graph given.
+        runs: The runs to learn from.
     """
 
     graph: Graph
@@ -78,6 +80,7 @@ class Reconstruction:
     grids: dict[str, QuantParams] = field(default_factory=dict)
     done: dict[str, Rounded] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    runs: list[Batch] = field(default_factory=list)
 
     @classmethod
     def start(cls, graph: Graph, ctx: PassContext, runs: int) -> Reconstruction | None:
@@ -119,6 +122,7 @@ class Reconstruction:
             judge,
             judge.error(quantized(graph, plan, table, given)),
             dict(given.nodes),
+            runs=learn,
         )
 
     def expired(self, seconds: float | None) -> bool:
@@ -162,7 +166,7 @@ class Reconstruction:
         seconds: float | None,
         detail: str = "",
     ) -> bool:
-        """Take the new weights over where they are better held out, and say so in the log.
+        """Take the new weights over as `take_over` does, and say how many products gained.
 
         Args:
             name: Name of the method.
@@ -175,16 +179,27 @@ class Reconstruction:
         Returns:
             Whether the graph given was modified.
         """
+        text = f"{better} of {len(self.units)} products are rounded better than to nearest{detail}"
+        if reached < len(self.units):
+            within = "" if seconds is None else f" in {seconds:g} s"
+            text += f", {len(self.units) - reached} were not reached{within}"
+        return self.take_over(name, ctx, text)
+
+    def take_over(self, name: str, ctx: PassContext, text: str) -> bool:
+        """Take the new weights over where they are better held out, and say so in the log.
+
+        Args:
+            name: Name of the method.
+            ctx: Takes the line of the log, the grids and the table.
+            text: What the method did, for the log.
+
+        Returns:
+            Whether the graph given was modified.
+        """
         plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
         after = self.judge.error(quantized(self.changed, plan, table, WeightGrids(self.grids)))
         kept, line = verdict(name, self.before, after)
-        line += (
-            f"; {better} of {len(self.units)} products are rounded better than to nearest{detail}"
-        )
-        if reached < len(self.units):
-            within = "" if seconds is None else f" in {seconds:g} s"
-            line += f", {len(self.units) - reached} were not reached{within}"
-        ctx.log.append(line)
+        ctx.log.append(f"{line}; {text}")
         if not kept or not self.done:
             return False
         for product in self.done:

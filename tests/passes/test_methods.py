@@ -334,7 +334,7 @@ def test_methods_by_text() -> None:
         parse_methods("magic")
     with pytest.raises(UsageError, match="named once"):
         parse_methods("smooth,smooth")
-    known = ["adaround", "brecq", "correct_bias", "equalize", "gptq", "smooth"]
+    known = ["adaround", "brecq", "correct_bias", "distill", "equalize", "gptq", "smooth"]
     assert sorted(METHODS) == known
 
 
