@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -212,7 +212,7 @@ def _make() -> Rig:
         raise MissingError(f"no {_COMPILER} with its libraries: install g++-aarch64-linux-gnu")
     site = _site()
     sources = (ROOT / "examples/cpp/qcm_run.cpp", Path(__file__).with_name("kernel_server.cpp"))
-    programs = [_compiled(source, site) for source in sources]
+    programs = [compiled_program(source, site) for source in sources]
     return Rig(emulator, site, *programs)
 
 
@@ -223,8 +223,22 @@ def _site() -> Path:
         if not Path(given, "tvm/lib/libtvm_runtime.so").exists():
             raise MissingError(f"QCOMPILER_ARM_SITE ({given}) holds no package tvm")
         return Path(given)
-    pins = [f"{name}=={metadata.version(name)}" for name in _PACKAGES]
-    site = cache_folder() / "site" / "-".join(pin.split("==")[1] for pin in pins)
+    return unpacked(_PACKAGES, "site", _is_wanted)
+
+
+def unpacked(packages: Sequence[str], kind: str, is_wanted: Callable[[str], bool]) -> Path:
+    """Return a folder with files of wheels for aarch64, of the versions that are installed here.
+
+    Args:
+        packages: Their distributions.
+        kind: Folder of the cache.
+        is_wanted: Which members of the wheels.
+
+    Raises:
+        MissingError: They cannot be downloaded.
+    """
+    pins = [f"{name}=={metadata.version(name)}" for name in packages]
+    site = cache_folder() / kind / "-".join(pin.split("==")[1] for pin in pins)
     if site.exists():
         return site
     site.parent.mkdir(parents=True, exist_ok=True)
@@ -247,11 +261,11 @@ def _site() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            raise MissingError(f"no TVM wheels for aarch64: pip said {said}")
+            raise MissingError(f"no wheels of {', '.join(pins)} for aarch64: pip said {said}")
         partial = Path(folder) / "site"
         for wheel in Path(folder).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
-                wanted = [n for n in archive.namelist() if _is_wanted(n)]
+                wanted = [n for n in archive.namelist() if is_wanted(n)]
                 archive.extractall(partial, wanted)
         with contextlib.suppress(OSError):  # another process was faster
             partial.rename(site)
@@ -263,8 +277,12 @@ def _is_wanted(name: str) -> bool:
     return name in libraries or name.startswith("tvm_ffi/include/")
 
 
-def _compiled(source: Path, site: Path) -> Path:
-    """Return a program compiled for aarch64; compiled again only when its source changed."""
+def compiled_program(source: Path, site: Path) -> Path:
+    """Return a program compiled for aarch64; compiled again only when its source changed.
+
+    Raises:
+        MissingError: It cannot be compiled.
+    """
     header = ROOT / "examples/cpp/qcm.h"
     key = hashlib.sha256(source.read_bytes() + header.read_bytes() + str(site).encode())
     program = cache_folder() / "bin" / f"{source.stem}-{key.hexdigest()[:16]}"

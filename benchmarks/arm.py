@@ -1,0 +1,339 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Executed instructions per inference on an emulated ARM processor, against ONNX Runtime.
+
+Without a board nothing can be timed; what can be counted, exactly and repeatably, is instructions.
+Each model is quantized by ONNX Runtime's own quantizer (static, per output channel, activations in
+int8 and in uint8), and the same QDQ file goes to our compiler and to ONNX Runtime's library for
+aarch64. One C++ program runs either of them, in one thread, under qemu's user mode; a plugin of
+qemu counts. An inference is the difference of 11 runs and 1 run, over 10.
+
+Usage: ``python benchmarks/arm.py [--target arm-dotprod:neoverse-n1] [--models resnet20,encoder]
+[--json FILE]``. Needs Debian's packages qemu-user (its static sibling loads no plugins), gcc and
+g++-aarch64-linux-gnu, and downloads the aarch64 wheels of TVM and ONNX Runtime once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import qcompiler
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = Path(__file__).with_name("emulated")
+MODELS = ("resnet20", "mobilenetv2", "encoder")
+FORMS = ("int8", "uint8")
+FEW, MANY = 1, 11
+CALIBRATION = 32
+_N1 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc asimddp"
+_CPUINFO = (
+    f"processor\t: 0\nFeatures\t: {_N1}\nCPU implementer\t: 0x41\nCPU architecture: 8\n"
+    "CPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n"
+)
+"""A Neoverse N1, for ONNX Runtime, which reads it; Linux shows the host's."""
+
+
+def imported(name: str, path: Path) -> ModuleType:
+    """Import a module by its path."""
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+emulation = imported("emulation", ROOT / "tests/targets/emulation.py")
+
+
+@dataclass(frozen=True)
+class Count:
+    """One inference.
+
+    Attributes:
+        instructions: Executed ones.
+        dots: Those among them that multiply 8-bit integers and add to 32 bits.
+        outputs: What the last run returned.
+    """
+
+    instructions: int
+    dots: int
+    outputs: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Programs that run a model under emulation and count."""
+
+    emulator: str
+    plugin: Path
+    program: Path
+    onnxruntime: Path
+    sysroot: Path
+
+    def count(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Any],
+        cpu: str = "neoverse-n1",
+    ) -> Count:
+        """Count one inference.
+
+        Args:
+            model: What the program takes: a `.qcm`, or a library and an ONNX model.
+            inputs: One batch.
+            outputs: Dtype of each output.
+            cpu: Emulated processor.
+        """
+        with tempfile.TemporaryDirectory(prefix="qcompiler-count-") as text:
+            folder = Path(text)
+            arguments = []
+            for i, (name, array) in enumerate(inputs.items()):
+                (folder / f"in{i}").write_bytes(np.ascontiguousarray(array).tobytes())
+                shape = "x".join(map(str, array.shape))
+                arguments.append(f"{name}:{array.dtype.name}:{shape}:{folder / f'in{i}'}")
+            for i, name in enumerate(outputs):
+                arguments.append(f"{name}:{folder / f'out{i}'}")
+            few = self._run(model, FEW, arguments, folder / "counts", cpu)
+            many = self._run(model, MANY, arguments, folder / "counts", cpu)
+            instructions, dots = ((b - a) / (MANY - FEW) for a, b in zip(few, many, strict=True))
+            found = {
+                name: np.frombuffer((folder / f"out{i}").read_bytes(), dtype)
+                for i, (name, dtype) in enumerate(outputs.items())
+            }
+        return Count(round(instructions), round(dots), found)
+
+    def _run(
+        self, model: str, runs: int, arguments: list[str], counts: Path, cpu: str
+    ) -> tuple[int, int]:
+        command = [self.emulator, "-cpu", cpu, "-L", str(self.sysroot)]
+        command += ["-plugin", f"{self.plugin},out={counts}"]
+        done = subprocess.run(
+            [*command, str(self.program), model, str(runs), *arguments],
+            env={**os.environ, "TVM_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{model}: status {done.returncode}: {done.stdout}{done.stderr}")
+        blocks = [line.split() for line in counts.read_text().splitlines()]
+        return (
+            sum(int(size) * int(times) for _, size, _, times in blocks),
+            sum(int(dots) * int(times) for _, _, dots, times in blocks),
+        )
+
+
+@functools.cache
+def counter() -> Counter:
+    """Return the programs, made once.
+
+    Raises:
+        emulation.MissingError: Something that they take is not here; the message says what.
+    """
+    emulator = shutil.which("qemu-aarch64")
+    if emulator is None:
+        raise emulation.MissingError("no qemu-aarch64 that loads plugins: install qemu-user")
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        raise emulation.MissingError("no gcc to compile the counting plugin")
+    site = emulation.rig().site
+    source = SOURCES / "count.c"
+    key = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    plugin: Path = emulation.cache_folder() / "bin" / f"count-{key}.so"
+    if not plugin.exists():
+        partial = plugin.with_suffix(f".{os.getpid()}")
+        command = [compiler, "-O2", "-fPIC", "-shared", str(source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise emulation.MissingError(f"gcc cannot compile {source.name}: {done.stderr[-500:]}")
+        partial.rename(plugin)
+    version = metadata.version("onnxruntime")
+    library = f"onnxruntime/capi/libonnxruntime.so.{version}"
+    wheel = emulation.unpacked(("onnxruntime",), "onnxruntime", lambda name: name == library)
+    program = emulation.compiled_program(SOURCES / "infer.cpp", site)
+    return Counter(emulator, plugin, program, wheel / library, _sysroot())
+
+
+def _sysroot() -> Path:
+    """Return a folder that qemu takes files from before the host's: a machine with one ARM core.
+
+    ONNX Runtime reads the topology of the machine as it is loaded, and dies where that is an x86's.
+    """
+    root: Path = emulation.cache_folder() / "sysroot"
+    files = {"proc/cpuinfo": _CPUINFO}
+    files |= {f"sys/devices/system/cpu/{name}": "0\n" for name in ("possible", "present", "online")}
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    libraries = root / "lib"
+    with contextlib.suppress(FileExistsError):
+        libraries.symlink_to("/usr/aarch64-linux-gnu/lib")
+    return root
+
+
+@dataclass(frozen=True)
+class Case:
+    """A float model and samples of its inputs."""
+
+    name: str
+    model: Path
+    samples: Mapping[str, Array]
+
+
+def case(name: str, folder: Path) -> Case:
+    """Return a model: "encoder" and others of models/builders.py, else one of the catalogue.
+
+    Raises:
+        emulation.MissingError: The model is not here.
+    """
+    builders = imported("builders", ROOT / "models/builders.py").BUILDERS
+    if name in builders:
+        path = folder / f"{name}.onnx"
+        path.write_bytes(builders[name]().SerializeToString())
+        shapes = {i: s.shape for i, s in qcompiler.compile(path, precision="fp32").inputs.items()}
+        rng = np.random.default_rng(0)
+        samples = {
+            i: rng.standard_normal((CALIBRATION, *shape[1:])).astype(np.float32)
+            for i, shape in shapes.items()
+        }
+        return Case(name, path, samples)
+    catalogue = imported("catalogue", ROOT / "models/catalogue.py")
+    reason = catalogue.skip_reason(name)
+    if reason:
+        raise emulation.MissingError(reason)
+    found = catalogue.external(name, CALIBRATION, 1)
+    return Case(name, found.path, found.calibration)
+
+
+def quantized(given: Case, form: str, folder: Path) -> Path:
+    """Return the QDQ model that ONNX Runtime's quantizer makes, activations in `form`."""
+    import onnx
+    from onnx import version_converter
+    from onnxruntime import quantization as q
+
+    proto = onnx.load(given.model)
+    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    if opset < 13:  # the first opset whose QuantizeLinear has an axis
+        proto = version_converter.convert_version(proto, 13)
+    source, prepared = folder / "source.onnx", folder / "prepared.onnx"
+    path = folder / f"{given.name}_{form}.onnx"
+    onnx.save(proto, source)
+    q.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+
+    def batches() -> Iterator[dict[str, Array]]:
+        for i in range(CALIBRATION):
+            yield {name: array[i : i + 1] for name, array in given.samples.items()}
+
+    class Reader(q.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.left = batches()
+
+        def get_next(self) -> dict[str, Array] | None:
+            return next(self.left, None)
+
+    q.quantize_static(
+        str(prepared),
+        str(path),
+        Reader(),
+        quant_format=q.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=q.QuantType.QInt8 if form == "int8" else q.QuantType.QUInt8,
+        weight_type=q.QuantType.QInt8,
+    )
+    return path
+
+
+def bench(name: str, target: str) -> dict[str, Any]:
+    """Count one model in both forms; returns the figures."""
+    found: dict[str, Any] = {"model": name, "target": target}
+    with tempfile.TemporaryDirectory(prefix="qcompiler-arm-") as text:
+        folder = Path(text)
+        given = case(name, folder)
+        inputs = {i: array[:1] for i, array in given.samples.items()}
+        for form in FORMS:
+            model = quantized(given, form, folder)
+            compiled = qcompiler.compile(model, target=target, calibration=dict(given.samples))
+            artifact = folder / f"{name}_{form}.qcm"
+            compiled.save(artifact)
+            outputs = {o: s.dtype.numpy for o, s in compiled.outputs.items()}
+            ours = counter().count(str(artifact), inputs, outputs)
+            theirs = counter().count(f"{counter().onnxruntime}:{model}", inputs, outputs)
+            found[form] = {
+                "ours": ours.instructions,
+                "ours_dots": ours.dots,
+                "onnxruntime": theirs.instructions,
+                "onnxruntime_dots": theirs.dots,
+                "correlation": min(
+                    float(np.corrcoef(ours.outputs[o], theirs.outputs[o])[0, 1]) for o in outputs
+                ),
+            }
+    best = min(found[form]["onnxruntime"] for form in FORMS)
+    found["ratio"] = max(found[form]["ours"] for form in FORMS) / best
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table, in millions of instructions."""
+    lines = [
+        "| model | activations | qcompiler | of which dot products | ONNX Runtime | "
+        "of which dot products | ours / theirs | correlation of the outputs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for form in FORMS:
+            f = row[form]
+            lines.append(
+                f"| {row['model']} | {form} | {f['ours'] / 1e6:.2f} | {f['ours_dots'] / 1e6:.2f} | "
+                f"{f['onnxruntime'] / 1e6:.2f} | {f['onnxruntime_dots'] / 1e6:.2f} | "
+                f"{f['ours'] / f['onnxruntime']:.2f} | {f['correlation']:.4f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the benchmark and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--target", default="arm-dotprod:neoverse-n1")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    try:
+        rows = [bench(name, options.target) for name in options.models.split(",")]
+    except emulation.MissingError as error:
+        raise SystemExit(str(error)) from None
+    print(f"millions of instructions per inference, {options.target} on neoverse-n1\n")
+    print(table(rows))
+    for row in rows:
+        print(f"{row['model']}: our most over their least: {row['ratio']:.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""How many instructions an inference takes on an emulated Neoverse N1, against ONNX Runtime."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import qcompiler
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "models" / "digits_cnn"
+TARGET = "arm-dotprod:neoverse-n1"
+
+
+def _benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("arm_benchmark", ROOT / "benchmarks/arm.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["arm_benchmark"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = _benchmark()
+
+
+def _counter() -> object:
+    try:
+        return benchmark.counter()
+    except benchmark.emulation.MissingError as error:
+        pytest.skip(str(error))
+
+
+def test_counts_repeat_and_know_dot_products(tmp_path: Path) -> None:
+    """The same run takes the same instructions, and few rows have 8-bit dot products."""
+    counter = _counter()
+    calibration = dict(np.load(DIGITS / "calib.npz"))
+    found = {}
+    for target in (TARGET, "arm-neon"):
+        model = qcompiler.compile(
+            DIGITS / "model.onnx", target=target, precision="w8a8", calibration=calibration
+        )
+        path = tmp_path / "model.qcm"
+        model.save(path)
+        (name,) = model.inputs
+        feeds = {name: calibration[name][: model.inputs[name].shape[0]]}
+        outputs = {o: s.dtype.numpy for o, s in model.outputs.items()}
+        counts = [counter.count(str(path), feeds, outputs) for _ in range(2)]  # type: ignore[attr-defined]
+        # The program's own strings and hash tables move with the environment: a few instructions.
+        assert counts[0].instructions == pytest.approx(counts[1].instructions, rel=0.01)
+        assert counts[0].dots == counts[1].dots
+        found[target] = counts[0]
+    assert found["arm-neon"].dots == 0
+    assert 0 < found[TARGET].dots < found[TARGET].instructions < found["arm-neon"].instructions
+    for left, right in zip(
+        found[TARGET].outputs.values(), found["arm-neon"].outputs.values(), strict=True
+    ):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20", "mobilenetv2", "encoder"])
+def test_at_most_four_fifths_of_the_instructions_of_onnx_runtime(name: str) -> None:
+    """On the same QDQ model, against whichever form of it ONNX Runtime runs in fewer."""
+    _counter()
+    try:
+        figures = benchmark.bench(name, TARGET)
+    except benchmark.emulation.MissingError as error:
+        pytest.skip(str(error))
+    assert figures["ratio"] <= 0.8, benchmark.table([figures])
+    # It is the same network, and ONNX Runtime multiplies by dot products too.
+    for form in benchmark.FORMS:
+        assert figures[form]["correlation"] > 0.98
+        assert figures[form]["onnxruntime_dots"] > 0
