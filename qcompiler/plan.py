@@ -324,16 +324,16 @@ GROUP = 64
 def integer_group(node: Node) -> int | None:
     """Return the group size of a product's weights in `w4a8-group`; None: one scale per column.
 
-    Groups hold whole dot instructions (multiples of 4), and enough of them to pay for the float
-    addition at their end.
+    Groups hold whole dot instructions of every target (multiples of 8), and enough of them to pay
+    for the float addition at their end.
     """
     w = node.input(1)
     if node.op.name not in ("conv", "matmul") or not w.is_constant or w.type.rank not in (2, 4):
         return None
     if node.op.name == "conv" and node.attr("group") != 1:
         return None
-    size = group_size(w.shape[summed_axis(node)], GROUP)
-    return size if size >= 16 and size % 4 == 0 else None
+    extent = w.shape[summed_axis(node)]
+    return max((size for size in range(16, GROUP + 1, 8) if extent % size == 0), default=None)
 
 
 def summed_axis(node: Node) -> int:

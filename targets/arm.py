@@ -13,7 +13,9 @@ _DESCRIPTIONS = {
     "arm-dotprod": "ARM with SDOT (cortex-a76, neoverse-n1 and later): s8 x s8 into int32",
     "arm-i8mm": "ARM with I8MM (neoverse-v1 and -n2, cortex-a710): 2x8 by 8x2 matrix products",
 }
-_PRECISIONS = (Precision.W8A8, Precision.W4A8, Precision.FP32, *UNCALIBRATED)
+_PRECISIONS = (
+    Precision.W8A8, Precision.W4A8, Precision.W4A8_GROUP, Precision.FP32, *UNCALIBRATED
+)  # fmt: skip
 
 
 def make(name: str) -> Backend:

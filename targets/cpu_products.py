@@ -146,7 +146,7 @@ def _grouped(self: CpuLowering, node: Node) -> tuple[Array, Any, Any] | None:
     w, bias = node.input(1), node.optional(2)
     if w.qparams is None or not isinstance(w.qparams.granularity, PerGroup) or not w.is_constant:
         return None
-    if self.isa.a_dtype != "uint8" or (bias is not None and not bias.is_constant):
+    if bias is not None and not bias.is_constant:
         return None
     x, out, size = node.input(0), node.output, w.qparams.granularity.group_size
     channels = w.shape[0 if node.op.name == "qconv" else 1]

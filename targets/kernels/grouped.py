@@ -4,12 +4,14 @@
 
 The sums of a group are int32, exact, and start from the zero point's share; at the group's end they
 are scaled and added to float32 totals, product and sum rounded by themselves, in the order of K.
+A group lies within one run of channels, so its activations follow each other in memory.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qcompiler.targets.kernels.neon import run_of_elements
 from qcompiler.targets.kernels.tir import Expr, bind, cast, fence, load, serial
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def grouped_loops(
     count, size = g.k_groups // facts.group, facts.group
     (most,) = facts.depths
     depth = min(most, size)
+    by_element = kernel.isa.a_dtype == "int8"
 
     def block(start: Expr, groups: int) -> None:
         at = [start + k for k in range(groups)]
@@ -58,10 +61,15 @@ def grouped_loops(
             for m in range(len(a_steps)):
                 acc.put(m, v, start)
         begin = bind(group * size)
-        with serial(size // depth) as k:
-            block(begin + k * depth, depth)
-        if size % depth:
-            block(begin + size // depth * depth, size % depth)
+        if by_element:
+            at = begin * g.k_group if offsets is None else load(offsets, begin, 1)
+            weights = bind(first + begin * step.weight_elements)
+            run_of_elements(step, source.buffer, bind(a_index + at), a_steps, weights, facts)
+        else:
+            with serial(size // depth) as k:
+                block(begin + k * depth, depth)
+            if size % depth:
+                block(begin + size // depth * depth, size % depth)
         for v in range(plan.nv):
             scale = bind(load(kernel.constants["group_scale"], terms + v * plan.lanes, plan.lanes))
             for m in range(len(a_steps)):

@@ -45,8 +45,9 @@ from qcompiler.targets.kernels.unpack import weight_vectors
 
 if TYPE_CHECKING:
     from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source, Step
+    from qcompiler.targets.kernels.packing import Facts
 
-__all__ = ["by_element_loops", "chain", "paired_weights", "rows_of_tile"]
+__all__ = ["by_element_loops", "chain", "paired_weights", "rows_of_tile", "run_of_elements"]
 
 _BYTES = 16
 """Activations of a pixel that are loaded together."""
@@ -92,6 +93,33 @@ def by_element_loops(
     else:
         blocks.run(a_index, first, g.run_groups)
     if kernel.facts.dot == "smmla":
+        blocks.unpair()
+
+
+def run_of_elements(
+    step: Step,
+    source: Buffer,
+    a_index: Expr,
+    a_steps: Sequence[int],
+    w_index: Expr,
+    facts: Facts,
+) -> None:
+    """Accumulate the K-groups of one group of weights (`Facts.group`), from one element on.
+
+    Args:
+        step: Of the kernel, with its accumulators.
+        source: The activations.
+        a_index: Element of the first pixel's activations; those of the group follow.
+        a_steps: Offset of each pixel from the first.
+        w_index: Element of the group's weights.
+        facts: Of the packed weights.
+    """
+    (depth,) = facts.depths
+    blocks = _Blocks(step, source, a_steps, step.isa.k_group, depth)
+    if step.kind == "smmla":
+        blocks.pair()
+    blocks.run(a_index, w_index, facts.group)
+    if step.kind == "smmla":
         blocks.unpair()
 
 

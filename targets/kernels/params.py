@@ -73,6 +73,8 @@ def fitted(
     beside = 4 if max(depths) < 4 else 8
     # Weights in groups need float32 totals beside the accumulators.
     most = max(1, (isa.vector_registers - beside) // (1 + deep + grouped) // params.nv)
+    if grouped and isa.dot == "smmla" and most > 1:
+        most -= most % 2  # whole pairs of pixels
     if not (deep or grouped) or params.mt <= most:
         return params
     geometry = geometry_of(workload, isa)

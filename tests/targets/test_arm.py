@@ -8,6 +8,7 @@ a test is skipped. The slow tests run the other modules of this folder on the AR
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import emulation
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 import tvm
 
+from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.errors import UnknownTargetError
 from qcompiler.interpreter import run as interpret
@@ -41,6 +44,7 @@ from qcompiler.targets.kernels.gemm import (
     pack_conv,
     pack_matmul,
 )
+from qcompiler.vm import VmExecutor
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parents[1] / "models"
@@ -319,7 +323,7 @@ def test_products_of_two_activations(isa: Isa, transpose_b: bool) -> None:
 
 
 @emulated
-@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w4a8-group"])
 @each_row
 def test_a_model_equals_the_interpreter(isa: Isa, precision: str) -> None:
     folder = MODELS / "digits_cnn"
@@ -352,6 +356,42 @@ def test_precisions_that_need_no_calibration(isa: Isa, precision: str) -> None:
         (found,) = execute.run([x])
     (want,) = interpret(built.graph, {name: x}).values()
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+
+
+def catalogue() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("catalogue", MODELS / "catalogue.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["catalogue"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@emulated
+@pytest.mark.parametrize("name", ["resnet20", "kws_dscnn", "mobilenetv2"])
+@each_row
+def test_a_model_equals_the_artifact_of_x86(isa: Isa, name: str) -> None:
+    """The same numbers on both architectures, and both are the interpreter's, bit for bit."""
+    models = catalogue()
+    reason = models.skip_reason(name)
+    if reason:
+        pytest.skip(reason)
+    model = models.external(name, 32, 3)
+    result = quantize_model(model.path, calibration=model.calibration, precision="w8a8")
+    built, native = (build_graph(result.graph, get_target(t)) for t in (isa.name, "x86-64"))
+    assert built.library is not None
+    assert native.library is not None
+    block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(native.parameters)})
+    here = VmExecutor(native.library, block.arrays)
+    (value,) = built.graph.inputs
+    with emulation.executor(isa.name, built.library, built.parameters) as execute:
+        for i in range(3):
+            x = model.evaluation[value.name][i : i + 1]
+            (want,) = interpret(built.graph, {value.name: x}).values()
+            np.testing.assert_array_equal(execute.run([x])[0], want)
+            np.testing.assert_array_equal(here.run([x])[0], want)
 
 
 MODULES = sorted(
