@@ -174,7 +174,7 @@ def measure(
     times = evaluator(*tensors).results
     tiling = f"{params.mt}x{params.nv}x{params.lanes} {packed.facts.dot}"
     if packed.facts.dot == "winograd":
-        tiling = "winograd"
+        tiling = "winograd {}x{}".format(*packed.facts.patch)
     elif packed.facts.dot in ("maddubs", "mixed"):
         tiling += " " + ",".join(map(str, packed.facts.depths))
     return statistics.median(times), min(times), tiling, compiled

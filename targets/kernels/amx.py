@@ -20,7 +20,12 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own sc
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.amx_plan import TILE_ROWS, TilesPlan, tile_registers
-from qcompiler.targets.kernels.bands import copy_elements, copy_padded_row, fill_elements
+from qcompiler.targets.kernels.bands import (
+    PaddedRow,
+    copy_elements,
+    copy_padded_row,
+    fill_elements,
+)
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Facts
@@ -398,12 +403,13 @@ class TilesKernel:
         """Im2col from a padded band; pieces overlap the next, which then overwrites them."""
         g, plan = self.geometry, self.plan
         band_rows = g.band_rows(plan.rows)
-        pitch = g.band_width * g.c
+        sizes = PaddedRow(g.h, g.w, g.c, g.pl, g.band_width)
+        pitch = sizes.pitch
         band = scratch(band_rows * pitch + 64, "uint8")
         fill = self._fill()
         with serial(band_rows) as row:
             top = bind(first * g.sh + row - g.pt)
-            copy_padded_row(g, image, top, fill, self.a, band, bind(row * pitch))
+            copy_padded_row(sizes, image, top, fill, self.a, band, bind(row * pitch))
         wide = g.dw == 1 or g.kw == 1
         run = g.c * (g.kw if wide else 1)
         with serial(rows) as row, own_function(f"{self.name}_gather"), serial(g.ow) as column:

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from qcompiler.targets.kernels.plan import Geometry
+from dataclasses import dataclass
+
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
@@ -19,9 +20,29 @@ from qcompiler.targets.kernels.tir import (
     when,
 )
 
-__all__ = ["CHUNK", "copy_elements", "copy_padded_row", "fill_elements"]
+__all__ = ["CHUNK", "PaddedRow", "copy_elements", "copy_padded_row", "fill_elements"]
 
 CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedRow:
+    """Sizes of a row of NHWC images, and of its padded copy."""
+
+    h: int
+    """Rows of an image."""
+    w: int
+    """Pixels of a row."""
+    c: int
+    left: int
+    """Pixels of padding on the left."""
+    width: int
+    """Pixels of the padded row."""
+
+    @property
+    def pitch(self) -> int:
+        """Elements of the padded row."""
+        return self.width * self.c
 
 
 def _chunks(count: int) -> tuple[int, list[tuple[int, int]]]:
@@ -68,12 +89,12 @@ def copy_elements(target: Buffer, to: Expr, source: Buffer, start: Expr, count: 
 
 
 def copy_padded_row(
-    g: Geometry, image: Expr, row: Expr, fill: Expr, source: Buffer, target: Buffer, to: Expr
+    sizes: PaddedRow, image: Expr, row: Expr, fill: Expr, source: Buffer, target: Buffer, to: Expr
 ) -> None:
     """Copy a row of an image with its padding on both sides.
 
     Args:
-        g: Geometry of the convolution.
+        sizes: Of the images and of the padded row.
         image: Which image of the batch.
         row: Which row of it; outside of the image, all is padding.
         fill: Element of the padding.
@@ -81,15 +102,15 @@ def copy_padded_row(
         target: The work area.
         to: Where the padded row starts in it.
     """
-    pitch = g.band_width * g.c
-    left = min(g.pl, g.band_width) * g.c
-    inside = max(0, min(g.w, g.band_width - g.pl)) * g.c
+    pitch = sizes.pitch
+    left = min(sizes.left, sizes.width) * sizes.c
+    inside = max(0, min(sizes.w, sizes.width - sizes.left)) * sizes.c
     with when(row < 0):
         fill_elements(target, to, fill, pitch)
-    with when(row >= g.h):
+    with when(row >= sizes.h):
         fill_elements(target, to, fill, pitch)
-    with when(maximum(0, row) == minimum(row, g.h - 1)):
+    with when(maximum(0, row) == minimum(row, sizes.h - 1)):
         fill_elements(target, to, fill, left)
-        start = bind((image * g.h + row) * (g.w * g.c))
+        start = bind((image * sizes.h + row) * (sizes.w * sizes.c))
         copy_elements(target, to + left, source, start, inside)
         fill_elements(target, to + (left + inside), fill, pitch - left - inside)

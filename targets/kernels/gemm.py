@@ -37,6 +37,7 @@ from qcompiler.targets.kernels.tir import PrimFuncBuilder, flat
 from qcompiler.targets.kernels.winograd import WinogradKernel
 from qcompiler.targets.kernels.winograd_plan import winograd_plan
 from qcompiler.targets.kernels.workload import (
+    PATCHES,
     ConvWorkload,
     Epilogue,
     GemmParams,
@@ -137,7 +138,8 @@ def _build(
             tasks=images * plan.row_blocks * plan.col_blocks,
         )
         if packed.facts.dot == "winograd" and isinstance(workload, ConvWorkload):
-            sizes = winograd_plan(workload, isa)
+            rows = params.m_block if params.algorithm in PATCHES else 0
+            sizes = winograd_plan(workload, isa, packed.facts.patch, rows)
             WinogradKernel(isa, workload, sizes, flat(a), flats, writer, name).emit()
         elif packed.facts.dot == "tiles":
             tiles = tiles_plan(geometry, params)

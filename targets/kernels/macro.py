@@ -32,7 +32,7 @@ from typing import Any
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.bands import CHUNK, copy_padded_row
+from qcompiler.targets.kernels.bands import CHUNK, PaddedRow, copy_padded_row
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.grouped import grouped_loops
@@ -279,7 +279,8 @@ class MacroKernel:
         g = self.geometry
         fill = bind(cast(load(self.constants["scalars"], 0, 1), str(band.dtype)))
         top = bind(first_row * g.sh + row - g.pt)
-        copy_padded_row(g, image, top, fill, self.a, band, target)
+        sizes = PaddedRow(g.h, g.w, g.c, g.pl, g.band_width)
+        copy_padded_row(sizes, image, top, fill, self.a, band, target)
 
     def _tile(
         self, source: Source, at: tuple[Expr, Expr], extent: tuple[int, int], tile: Expr

@@ -15,7 +15,8 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   `[groups, 2, V, L, 2]`; `offsets` int32 `[T, Q]` of the activations in that order; `spans` int32
   `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
   in the int16 weights);
-* winograd: int16 `[blocks, 16, C / 2, V, L, 2]` (see `winograd_plan`);
+* winograd: int16 `[blocks, positions, C / 2, V, L, 2]` (see `winograd_plan`), and the bias times
+  the power of two by which the kernel shifts the sums right;
 * weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`);
 * the same in groups along K: `group_start` int32 and `group_scale` float32 `[T, Q / group, V * L]`
   (the zero point's share and the multiplier of each run of K-groups); `bias` is then float32;
@@ -29,7 +30,7 @@ same shape, and eight `scalars` (see `SCALARS`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,17 +67,20 @@ from qcompiler.targets.kernels.weight_forms import (
 )
 from qcompiler.targets.kernels.winograd_plan import (
     NV,
+    Transformed,
     applies,
-    prefers_winograd,
-    takes_pairs,
+    patches_by_time,
+    proved,
     transform_weights,
 )
 from qcompiler.targets.kernels.workload import (
+    PATCHES,
     ConvWorkload,
     Epilogue,
     GemmParams,
     GemmValues,
     MatmulWorkload,
+    Patch,
 )
 
 __all__ = ["SCALARS", "Facts", "Packed", "operand_shift", "pack_conv", "pack_matmul"]
@@ -118,6 +122,8 @@ class Facts:
     """How the weights lie in memory."""
     group: int = 0
     """K-groups that share a scale, for weights in groups."""
+    patch: Patch = (1, 1)
+    """Dot "winograd": the outputs that are computed together."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,16 +174,40 @@ def pack_conv(
     ohwi = laid_out(weight, layout)
     if workload.epilogue.group:
         return _pack(geometry, workload.epilogue, isa, params, ohwi, _grouped(values, layout))
-    if params.algorithm != "winograd":
+    asked = PATCHES.get(params.algorithm)
+    if asked is not None:
+        if isinstance(weight, GroupedWeights) or not applies(workload, isa):
+            raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
+        transformed = _transformed(workload, isa, weight, values, (asked, (2, 2)))
+        if transformed is None:  # sums of any size: the direct kernel has no bound
+            return _pack(geometry, workload.epilogue, isa, params, ohwi, values)
+    else:
         packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
-        time = _time(packed) * (_SMALL if packed.facts.storage == "int4" else 1.0)
-        if params.algorithm == "direct" or not prefers_winograd(workload, isa, time):
+        if params.algorithm != "auto" or isinstance(weight, GroupedWeights):
             return packed
-    if isinstance(weight, GroupedWeights) or not applies(workload, isa):
-        raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
+        time = _time(packed) * (_SMALL if packed.facts.storage == "int4" else 1.0)
+        faster = patches_by_time(workload, isa, time)
+        transformed = _transformed(workload, isa, weight, values, faster)
+        if transformed is None:
+            return packed
     natural = replace(params, lanes=isa.lanes(), nv=NV)
-    transformed = transform_weights(weight, isa.lanes(), pairs=takes_pairs(isa))
     return _pack(geometry, workload.epilogue, isa, natural, ohwi, values, transformed)
+
+
+def _transformed(
+    workload: ConvWorkload, isa: Isa, weight: Array, values: GemmValues, patches: Sequence[Patch]
+) -> Transformed | None:
+    """The weights for the first of some Winograd patches with which a layer's sums are exact."""
+    if not patches or weight.dtype.name != "int8":
+        return None
+    qmin, qmax = LIMITS[workload.a_dtype]
+    low = (qmin if values.a_qmin is None else values.a_qmin) - values.a_zero_point
+    high = (qmax if values.a_qmax is None else values.a_qmax) - values.a_zero_point
+    bias = _bias(values, workload.co)
+    a_range = min(low, 0), max(high, 0)
+    exact = (patch for patch in patches if proved(weight, bias, a_range, patch))
+    patch = next(exact, None)
+    return None if patch is None else transform_weights(weight, isa, patch)
 
 
 def _time(packed: Packed) -> float:
@@ -236,7 +266,7 @@ def _pack(
     params: GemmParams,
     weight: Weights,
     values: GemmValues,
-    transformed: Array | None = None,
+    transformed: Transformed | None = None,
 ) -> Packed:
     """Pack weights `[groups, n, runs, run]` and the values; `transformed` weights for Winograd."""
     plan = tile_plan(geometry, params)
@@ -267,7 +297,8 @@ def _pack(
     depths: tuple[int, ...] = (1,)
     storage: Storage = "plain"
     if transformed is not None:
-        arrays["weight"] = transformed
+        arrays["weight"] = transformed.weight
+        corrected = corrected << np.uint32(transformed.shift)
     elif params.algorithm == "tiles":
         dot = "tiles"
         arrays |= tiles_constants(geometry, params, weight.reshape(count, -1), columns)
@@ -316,6 +347,7 @@ def _pack(
         depths=depths,
         storage=storage,
         group=group,
+        patch=(1, 1) if transformed is None else transformed.patch,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 

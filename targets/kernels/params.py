@@ -17,7 +17,12 @@ from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import amx_plan
 from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
 from qcompiler.targets.kernels.winograd_plan import applies
-from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
+from qcompiler.targets.kernels.workload import (
+    PATCHES,
+    ConvWorkload,
+    GemmParams,
+    MatmulWorkload,
+)
 
 __all__ = ["default_params", "fitted", "space"]
 
@@ -51,11 +56,11 @@ def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams
         for m_block in (base.m_block // 2, base.m_block * 2, rows):
             for order in orders:
                 found[replace(base, m_block=max(1, min(m_block, rows)), order=order)] = None
-    if isinstance(workload, ConvWorkload) and isa.dot != "vpdpbusd" and applies(workload, isa):
+    if isinstance(workload, ConvWorkload) and applies(workload, isa):
         base, *others = found
-        algorithms = [replace(base, algorithm="winograd"), replace(base, algorithm="direct")]
-        others = [replace(params, algorithm="direct") for params in others]
-        return (base, *algorithms, *others)
+        patches = [replace(base, algorithm=name, m_block=0) for name in PATCHES]
+        others = [replace(params, algorithm="direct") for params in (base, *others)]
+        return (base, *patches, *others)
     return tuple(found)
 
 

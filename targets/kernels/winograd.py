@@ -1,36 +1,43 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Exact integer Winograd F(2x2, 3x3) for 3x3 convolutions of stride 1.
+"""Exact integer Winograd F(m x n, 3x3), m and n 2 or 4, for 3x3 convolutions of stride 1.
 
-With the integer transforms::
+With the integer transforms (B, G and A of each dimension, see `winograd_plan.FILTERS` for G)::
 
-    V = Bt d B          of each 4x4 patch d of stored u8:      |V| <= 4 * 255 = 1020
-    U = 2G g (2G)t      of each 3x3 filter g, at compile time: |U| <= 9 * 128 = 1152
-    M = sum over channels of U * V, for each of the 16 positions
-    4 * conv = At M A   for each 2x2 patch of outputs
+    V = Bt d B          of each patch d of stored 8-bit inputs
+    U = G g Gt          of each 3x3 filter g, at compile time
+    M = sum over channels of U * V, for each of the (m + 2) (n + 2) positions
+    At M A = scale * sum, scale = 4 (2x2), 48 = 3 * 16 (2x4, 4x2) or 576 = 9 * 64 (4x4)
 
-every step is a ring operation, so it may wrap modulo 2**32 as long as the result fits: 4 * 255 *
-128 * 9 * C < 2**31 holds for C <= 1827.  A 2x2 patch takes 16 products for each channel pair of
-input and output in place of 36, and `vpmaddwd` does 16 in one instruction.  `smlal` by element does
-four: as many products in a count of instructions as chains of 8-bit `smlal`, and so the same gain.
+V and U fit int16: a transform of F(4, 3) takes d by factors of at most 10 in all, so |V| is at
+most 68 * 255 = 17340 (their signs cancel the rest), and |U| at most 12 * 12 * 128 = 18432.  All
+that follows is a ring operation, so it may wrap modulo 2**32.  The odd factor of the scale has an
+inverse in that ring; by its power of two the result is shifted right, which is exact where the sum,
+with the bias, is within +-2**29, 2**27 or 2**25: `winograd_plan.proved` proves it for a layer.
 
-A task (some rows of 2x2 patches) copies its input rows, padded with the zero point, into a work
-area, transforms them to V, then for each 16 output channels multiplies into M and transforms back,
+A patch of 4x4 takes 36 products for each pair of channels in place of 144, one of 2x2 16 in place
+of 36, and `vpmaddwd` does 16 in one instruction (`vpdpwssd` adds them too).  `smlal` by element
+does four: as many products in a count of instructions as chains of 8-bit `smlal`, and so the same
+gain.
+
+A task (some rows of patches) copies its input rows, padded with the zero point, into a work area,
+transforms them to V, then for each 16 output channels multiplies into M and transforms back,
 straight into the epilogue.  V of a task stays within level 2, M of 16 channels within level 1.
 
 Hot loop as LLVM 22 emits it (AVX2, 6 patches x 2 vectors, one channel pair): 12 `vpmaddwd`,
 12 `vpaddd`, 6 broadcasts, 2 loads, no vector on the stack.
 
-Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), section 4.1,
-with G doubled to stay in integers.
+Source: A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks" (2016), sections 4.1
+and 4.2, with G scaled to integers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.bands import copy_elements, fill_elements
+from qcompiler.targets.kernels.bands import PaddedRow, copy_padded_row
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import Accumulators
 from qcompiler.targets.kernels.tir import (
@@ -38,12 +45,15 @@ from qcompiler.targets.kernels.tir import (
     Expr,
     bind,
     cast,
+    dtype_of,
     intrinsic,
+    lanes_of,
     load,
     maximum,
     minimum,
     own_function,
     parallel,
+    prefetch,
     reinterpret,
     scratch,
     serial,
@@ -52,13 +62,16 @@ from qcompiler.targets.kernels.tir import (
     store,
     when,
 )
-from qcompiler.targets.kernels.winograd_plan import NV, WinogradPlan, takes_pairs
+from qcompiler.targets.kernels.winograd_plan import (
+    LINE,
+    NV,
+    WinogradPlan,
+    scale_of,
+    takes_pairs,
+)
 from qcompiler.targets.kernels.workload import ConvWorkload
 
 __all__ = ["WinogradKernel"]
-
-_CHANNELS = 16
-"""Channels that the input transform takes at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +95,18 @@ class WinogradKernel:
             image = bind(outer // plan.tasks)
             first = bind(outer % plan.tasks * plan.rows)
             rows = bind(minimum(plan.rows, plan.patch_rows - first))
-            tiles = bind((rows * plan.patch_cols + (plan.mt - 1)) // plan.mt)
-            v = scratch(16 * plan.patches * w.c, "int16")
+            v = scratch(plan.positions * plan.v_step, "int16")
             self._transform_inputs(self._copy_band(image, first, rows), v, rows)
-            m = scratch(16 * plan.patches * plan.columns, "int32")
+            m = scratch(plan.positions * plan.m_step, "int32")
             with serial(part, minimum(part + plan.blocks, w.co // plan.columns)) as block:
-                with (
-                    serial(16) as position,
-                    serial(tiles) as tile,
-                    own_function(f"{self.name}_tile"),
-                ):
-                    self._multiply(v, m, block, position, tile)
+                with serial(plan.positions) as position:
+                    for start, count, size in plan.tiles.kinds:
+                        # The last task may have fewer patches, and so fewer tiles.
+                        left = rows * plan.patch_cols - start * plan.tiles.size
+                        tiles = bind(minimum(count, (maximum(left, 0) + (size - 1)) // size))
+                        with serial(tiles) as tile, own_function(f"{self.name}_tile{size}"):
+                            patch = bind(start * plan.tiles.size + tile * size)
+                            self._multiply(v, m, block, position, start + tile, patch, size)
                 with (
                     serial(rows) as row,
                     serial(plan.patch_cols) as col,
@@ -104,75 +118,72 @@ class WinogradKernel:
     def _copy_band(self, image: Expr, first: Expr, rows: Expr) -> Buffer:
         """The input rows of a task, padded, in the signedness that the row multiplies."""
         w, plan = self.workload, self.plan
-        pitch = plan.band_width * w.c
-        band = scratch((2 * plan.rows + 2) * pitch, self.isa.a_dtype)
+        sizes = PaddedRow(w.h, w.w, w.c, w.pads[1], plan.band_width)
+        band = scratch(plan.band_rows * sizes.pitch, self.isa.a_dtype)
         fill = bind(cast(load(self.constants["scalars"], 0, 1), self.isa.a_dtype))
-        top, left = w.pads[0], min(w.pads[1], plan.band_width) * w.c
-        inside = max(0, min(w.w, plan.band_width - w.pads[1])) * w.c
-        with serial(2 * rows + 2) as row:
-            at = bind(2 * first + row - top)
-            target = bind(row * pitch)
-            with when(at < 0):
-                fill_elements(band, target, fill, pitch)
-            with when(at >= w.h):
-                fill_elements(band, target, fill, pitch)
-            with when(maximum(0, at) == minimum(at, w.h - 1)):
-                fill_elements(band, target, fill, left)
-                start = bind((image * w.h + at) * (w.w * w.c))
-                copy_elements(band, target + left, self.a, start, inside)
-                fill_elements(band, target + (left + inside), fill, pitch - left - inside)
+        with serial(plan.patch[0] * rows + 2) as row:
+            at = bind(plan.patch[0] * first + row - w.pads[0])
+            copy_padded_row(sizes, image, at, fill, self.a, band, bind(row * sizes.pitch))
         return band
 
     def _transform_inputs(self, band: Buffer, v: Buffer, rows: Expr) -> None:
         """V = Bt d B, laid out [position, patch, channel]."""
         w, plan = self.workload, self.plan
         pitch = plan.band_width * w.c
+        height, width = plan.patch
+        channels = 32 if self.isa.vector_bits == 512 and w.c % 32 == 0 else 16
         with (
             serial(rows) as row,
             serial(plan.patch_cols) as col,
-            serial(w.c // _CHANNELS) as chunk,
             own_function(f"{self.name}_in"),
+            serial(w.c // channels) as chunk,
         ):
-            start = bind(2 * row * pitch + 2 * col * w.c + chunk * _CHANNELS)
-            target = bind((row * plan.patch_cols + col) * w.c + chunk * _CHANNELS)
-            d = [
-                [
-                    bind(cast(load(band, start + (i * pitch + j * w.c), _CHANNELS), "int16"))
-                    for j in range(4)
-                ]
-                for i in range(4)
-            ]
-            columns = [_input_transform([d[i][j] for i in range(4)]) for j in range(4)]
-            for i in range(4):
-                for j, value in enumerate(_input_transform([columns[k][i] for k in range(4)])):
-                    store(v, target + (4 * i + j) * (plan.patches * w.c), value)
+            start = bind(height * row * pitch + width * col * w.c + chunk * channels)
+            target = bind((row * plan.patch_cols + col) * w.c + chunk * channels)
 
-    def _multiply(self, v: Buffer, m: Buffer, block: Expr, position: Expr, tile: Expr) -> None:
-        """M of `mt` patches and the columns of a block, at one position."""
+            def element(i: int, j: int) -> Expr:
+                return bind(cast(load(band, start + (i * pitch + j * w.c), channels), "int16"))
+
+            columns = [
+                _input_transform([element(i, j) for i in range(height + 2)])
+                for j in range(width + 2)
+            ]
+            for i in range(height + 2):
+                for j, value in enumerate(_input_transform([column[i] for column in columns])):
+                    store(v, target + (i * (width + 2) + j) * plan.v_step, value)
+
+    def _multiply(
+        self, v: Buffer, m: Buffer, block: Expr, position: Expr, tile: Expr, patch: Expr, mt: int
+    ) -> None:
+        """M of a tile: of `mt` patches from `patch`, the columns of a block, at one position."""
         w, plan = self.workload, self.plan
-        lanes, mt = plan.lanes, plan.mt
+        lanes = plan.lanes
         acc = Accumulators(mt, NV, lanes, "int32")
         for i in range(mt):
             for n in range(NV):
                 acc.put(i, n, splat(0, "int32", lanes))
-        words = NV * 2 * lanes
-        a_index = bind((position * plan.patches + tile * mt) * w.c)
-        w_index = bind((block * 16 + position) * (w.c // 2 * words))
+        words = NV * lanes
+        a_index = bind(position * plan.v_step + patch * w.c)
+        w_index = bind((block * plan.positions + position) * (w.c * words))
         if takes_pairs(self.isa):
-            self._by_pairs(acc, v, a_index, w_index)
+            self._by_pairs(acc, v, a_index, w_index, tile, mt)
         else:
-            self._by_element(acc, v, a_index, w_index)
-        target = bind((position * plan.patches + tile * mt) * plan.columns)
+            self._by_element(acc, v, a_index, w_index, mt)
+        target = bind(position * plan.m_step + patch * plan.columns)
         for i in range(mt):
             for n in range(NV):
                 store(m, target + (i * plan.columns + n * lanes), acc.get(i, n))
 
-    def _by_pairs(self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr) -> None:
+    def _by_pairs(
+        self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr, tile: Expr, mt: int
+    ) -> None:
         """Products of pairs of channels, each pair in every lane."""
-        w, mt, lanes = self.workload, self.plan.mt, self.plan.lanes
+        w, lanes = self.workload, self.plan.lanes
         weight, words = self.constants["weight"], NV * 2 * lanes
         madd = str(self.isa.intrinsic("madd_i16", 32 * lanes))
         with serial(w.c // 2) as pair:
+            if self.plan.far:
+                self._fetch_ahead(w_index, pair, tile)
             filters = [
                 bind(load(weight, w_index + pair * words + n * 2 * lanes, 2 * lanes))
                 for n in range(NV)
@@ -184,9 +195,24 @@ class WinogradKernel:
                     product = intrinsic(f"int32x{lanes}", madd, values, filters[n])
                     acc.put(i, n, acc.get(i, n) + product)
 
-    def _by_element(self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr) -> None:
+    def _fetch_ahead(self, w_index: Expr, pair: Expr, tile: Expr) -> None:
+        """Ask for the next position's weights, each tile for its share, evenly over its loop.
+
+        Weights that come from beyond level 2 then arrive while those of a position are multiplied:
+        on 7x7x512 (Golden Cove, one core) 2x4 patches gain a factor of 2.5, on 14x14x256 4x4 12 %.
+        """
+        panel = self.workload.c * self.plan.columns
+        share = panel // self.plan.tiles.tiles
+        step = max(1, 2 * share // self.workload.c)
+        at = w_index + panel + tile * share + pair * step
+        for line in range(0, step, LINE // 2):
+            prefetch(self.constants["weight"], at + line)
+
+    def _by_element(
+        self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr, mt: int
+    ) -> None:
         """Products of one channel at a time, which is one element of a register of eight."""
-        w, mt, lanes = self.workload, self.plan.mt, self.plan.lanes
+        w, lanes = self.workload, self.plan.lanes
         weight, words = self.constants["weight"], NV * lanes
         mul = str(self.isa.intrinsic("mul_s16", 32 * lanes))
         with serial(w.c // 8) as block:
@@ -203,49 +229,90 @@ class WinogradKernel:
     def _transform_outputs(
         self, m: Buffer, patch: Expr, image: Expr, row: Expr, col: Expr, block: Expr
     ) -> None:
-        """The 2x2 outputs of one patch, through the epilogue."""
+        """The outputs of one patch, through the epilogue, row by row."""
         w, plan = self.workload, self.plan
+        height, width = plan.patch
         lanes = plan.lanes
         lane = bind(block * plan.columns)
-        outputs: list[list[Expr]] = [[] for _ in range(4)]
+        start = bind(patch * plan.columns)
+        halves: list[list[list[Expr]]] = []
         for n in range(NV):
-            bias = bind(load(self.constants["bias"], lane + n * lanes, lanes))
 
-            def product(position: int, n: int = n) -> Expr:
-                step = position * (plan.patches * plan.columns) + n * lanes
-                return bind(load(m, patch * plan.columns + step, lanes))
+            def product(i: int, j: int, n: int = n) -> Expr:
+                position = i * (width + 2) + j
+                return bind(load(m, start + (position * plan.m_step + n * lanes), lanes))
 
-            halves = [_output_transform([product(4 * i + j) for i in range(4)]) for j in range(4)]
-            for i in range(2):
-                for j, value in enumerate(_output_transform([halves[k][i] for k in range(4)])):
-                    sums = value >> splat(2, "int32", lanes)
-                    outputs[2 * i + j].append(bind(sums + bias))
-        base = bind(((image * w.oh + 2 * row) * w.ow + 2 * col) * w.co + lane)
+            columns = ([product(i, j) for i in range(height + 2)] for j in range(width + 2))
+            halves.append([_output_transform(column) for column in columns])
+        biases = [bind(load(self.constants["bias"], lane + n * lanes, lanes)) for n in range(NV)]
+        base = bind(((image * w.oh + height * row) * w.ow + width * col) * w.co + lane)
 
-        def write(i: int, j: int) -> None:
-            start = base + (i * w.ow + j) * w.co
-            self.writer.store_row(outputs[2 * i + j], lane, [start], lanes)
-
-        right = bind(2 * col + 1 < w.ow) if w.ow % 2 else None
-        lower = bind(2 * row + 1 < w.oh) if w.oh % 2 else None
-        for i in range(2):
-            for j in range(2):
-                conditions = [c for c, odd in ((lower, i), (right, j)) if odd and c is not None]
-                if not conditions:
-                    write(i, j)
-                elif len(conditions) == 1:
-                    with when(conditions[0]):
-                        write(i, j)
+        def write_row(i: int) -> None:
+            outputs = [_output_transform([column[i] for column in halves[n]]) for n in range(NV)]
+            for j in range(width):
+                values = [self._sum(outputs[n][j], biases[n]) for n in range(NV)]
+                if right is not None and j >= w.ow % width:
+                    with when(right):
+                        self._write(values, lane, base + (i * w.ow + j) * w.co)
                 else:
-                    with when(conditions[0]), when(conditions[1]):
-                        write(i, j)
+                    self._write(values, lane, base + (i * w.ow + j) * w.co)
+
+        # Of the last patches, some rows and columns may lie beyond the outputs.
+        right = bind(width * (col + 1) <= w.ow) if w.ow % width else None
+        lower = bind(height * (row + 1) <= w.oh) if w.oh % height else None
+        for i in range(height):
+            if lower is not None and i >= w.oh % height:
+                with when(lower):
+                    write_row(i)
+            else:
+                write_row(i)
+
+    def _sum(self, scaled: Expr, bias: Expr) -> Expr:
+        """The sum that a result of the output transform is a multiple of, plus the bias."""
+        lanes = self.plan.lanes
+        scale = scale_of(self.plan.patch[0]) * scale_of(self.plan.patch[1])
+        power = scale & -scale
+        if scale > power:
+            inverse = pow(scale // power, -1, 1 << 32)
+            scaled = scaled * splat(inverse - (inverse >> 31 << 32), "int32", lanes)
+        return bind((scaled + bias) >> splat(power.bit_length() - 1, "int32", lanes))
+
+    def _write(self, values: list[Expr], lane: Expr, start: Expr) -> None:
+        self.writer.store_row(values, lane, [bind(start)], self.plan.lanes)
 
 
-def _input_transform(d: list[Expr]) -> list[Expr]:
-    """Bt of four vectors."""
-    return [bind(d[0] - d[2]), bind(d[1] + d[2]), bind(d[2] - d[1]), bind(d[1] - d[3])]
+def _times(value: Expr, power: int) -> Expr:
+    """An integer vector times 2**power."""
+    return bind(value << splat(power, dtype_of(value), lanes_of(value)))
 
 
-def _output_transform(m: list[Expr]) -> list[Expr]:
-    """At of four vectors."""
-    return [bind(m[0] + m[1] + m[2]), bind(m[1] - m[2] - m[3])]
+def _input_transform(d: Sequence[Expr]) -> list[Expr]:
+    """Bt of the inputs of a patch along one dimension."""
+    if len(d) == 4:
+        return [bind(d[0] - d[2]), bind(d[1] + d[2]), bind(d[2] - d[1]), bind(d[1] - d[3])]
+    far = bind(d[4] - d[2])
+    even = bind(d[4] - _times(d[2], 2))
+    odd = bind(d[3] - _times(d[1], 2))
+    twice = _times(bind(d[3] - d[1]), 1)
+    return [
+        bind(_times(bind(d[0] - d[2]), 2) + far),
+        bind(even + odd),
+        bind(even - odd),
+        bind(far + twice),
+        bind(far - twice),
+        bind(bind(d[5] - d[3]) - _times(twice, 1)),
+    ]
+
+
+def _output_transform(m: Sequence[Expr]) -> list[Expr]:
+    """At of the products of a patch along one dimension, times `scale_of` by the filters."""
+    if len(m) == 4:
+        return [bind(m[0] + m[1] + m[2]), bind(m[1] - m[2] - m[3])]
+    near, near_odd = bind(m[1] + m[2]), bind(m[1] - m[2])
+    far, far_odd = bind(m[3] + m[4]), bind(m[3] - m[4])
+    return [
+        bind(m[0] + near + far),
+        bind(near_odd + _times(far_odd, 1)),
+        bind(near + _times(far, 2)),
+        bind(near_odd + _times(bind(_times(far_odd, 2) + m[5]), 1)),
+    ]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""When and how a convolution is computed by Winograd F(2x2, 3x3): sizes and weights, no TVM."""
+"""When and how a convolution is computed by integer Winograd: sizes, proofs, weights; no TVM."""
 
 from __future__ import annotations
 
@@ -11,44 +11,73 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.workload import ConvWorkload
+from qcompiler.targets.kernels.plan import Axis, split
+from qcompiler.targets.kernels.workload import PATCHES, ConvWorkload, Patch
 
 __all__ = [
+    "FILTERS",
+    "LINE",
     "NV",
+    "Transformed",
     "WinogradPlan",
     "applies",
-    "prefers_winograd",
+    "patches_by_time",
+    "proved",
+    "scale_of",
+    "shift_of",
     "takes_pairs",
     "transform_weights",
     "winograd_plan",
 ]
 
+Array = npt.NDArray[Any]
+
 NV = 2
 """Vectors of output channels that are multiplied together."""
 _CHANNELS = 16
-_MOST_CHANNELS = (2**31 - 1) // (4 * 255 * 128 * 9)
-"""Input channels up to which 4 * conv fits int32, whatever the values."""
-_PATCHES = 32
-"""2x2 patches of outputs that one task wants."""
+"""Input channels are taken in multiples of this."""
+_M_BYTES = 36 * 1024
+"""Bytes of products of one task that stay in level 1 between multiplication and transform."""
 _TASKS = 8
 """Tasks that a kernel wants before output channels are shared out too."""
 _LEAST_COLUMNS = 128
 """Fewest output channels of a part.  Transforming the inputs again for each part costs one core
-2 % for 256 channels in two parts and 9 % for 512 in four (Zen 5)."""
-_V_BYTES = 256 * 1024
-"""Most bytes of transformed inputs of one task: half of a level-2 cache of 512 KiB."""
+2 % for 256 channels in two parts and 9 % for 512 in four (F(2x2), Zen 5)."""
+_V_BYTES = 512 * 1024
+"""Most bytes of transformed inputs of one task: level 2 has them beside some weights."""
+_NEAR_BYTES = 512 * 1024
+"""Weights that level 2 keeps from one inference to the next."""
+_FAR_RATE = 6.0
+"""Bytes of far weights that arrive in a cycle (7.3 measured from a large level 3)."""
+LINE = 64
+"""Bytes of a cache line."""
 
-_G2 = np.asarray([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.int32)
-"""Twice the filter transform G."""
+FILTERS: dict[int, Array] = {
+    2: np.asarray([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.int32),
+    4: np.asarray(
+        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 12]], np.int32
+    ),
+}
+"""The filter transform G of F(m, 3) in integers: G times `scale_of(m)`, except that the last row
+of F(4, 3) has half of that.  So all products of two rows with int8 weights fit int16 (12 * 12 *
+128 = 18432), and the output transform scales nothing but the last value, by 2."""
+
+
+def scale_of(outputs: int) -> int:
+    """What the integer transforms of F(outputs, 3) multiply a one-dimensional result by."""
+    return {2: 2, 4: 24}[outputs]
 
 
 @dataclass(frozen=True, slots=True)
 class WinogradPlan:
     """The sizes of one kernel."""
 
+    patch: Patch
+    """Output rows and columns of a patch."""
+    channels: int
     lanes: int
-    mt: int
-    """Patches in a register tile."""
+    tiles: Axis
+    """Register tiles of the patches of one task."""
     rows: int
     """Rows of patches of one task."""
     patch_rows: int
@@ -57,6 +86,13 @@ class WinogradPlan:
     """Parts of the output channels, each a task of its own that transforms its inputs again."""
     blocks: int
     """Blocks of output channels of one part."""
+    far: bool
+    """Whether the weights come from beyond level 2."""
+
+    @property
+    def positions(self) -> int:
+        """Products that a patch takes for each pair of channels."""
+        return (self.patch[0] + 2) * (self.patch[1] + 2)
 
     @property
     def tasks(self) -> int:
@@ -65,8 +101,8 @@ class WinogradPlan:
 
     @property
     def patches(self) -> int:
-        """Patches of one task, rounded up to whole register tiles."""
-        return -(-self.rows * self.patch_cols // self.mt) * self.mt
+        """Patches of one task; the last task may have fewer."""
+        return self.rows * self.patch_cols
 
     @property
     def columns(self) -> int:
@@ -74,9 +110,28 @@ class WinogradPlan:
         return NV * self.lanes
 
     @property
+    def band_rows(self) -> int:
+        """Rows of the padded input that a task reads."""
+        return self.patch[0] * self.rows + 2
+
+    @property
     def band_width(self) -> int:
         """Pixels in one row of the padded input."""
-        return 2 * self.patch_cols + 2
+        return self.patch[1] * self.patch_cols + 2
+
+    @property
+    def v_step(self) -> int:
+        """int16 elements of the transformed inputs from one position to the next.
+
+        A cache line more than they take, or the stores of a patch's positions would fall into few
+        sets of the cache; and so for the products.
+        """
+        return self.patches * self.channels + LINE // 2
+
+    @property
+    def m_step(self) -> int:
+        """int32 elements of the products from one position to the next."""
+        return self.patches * self.columns + LINE // 4
 
 
 def takes_pairs(isa: Isa) -> bool:
@@ -85,7 +140,7 @@ def takes_pairs(isa: Isa) -> bool:
 
 
 def applies(workload: ConvWorkload, isa: Isa) -> bool:
-    """Whether the kernel can compute a convolution exactly."""
+    """Whether there is a Winograd kernel for a convolution; `proved` says for which weights."""
     return (
         workload.a_dtype != "float32"
         and not workload.epilogue.group
@@ -96,68 +151,150 @@ def applies(workload: ConvWorkload, isa: Isa) -> bool:
         and workload.dilations == (1, 1)
         and workload.c % _CHANNELS == 0
         and workload.co % (NV * isa.lanes()) == 0
-        and workload.c <= _MOST_CHANNELS
     )
 
 
-def winograd_plan(workload: ConvWorkload, isa: Isa) -> WinogradPlan:
-    """Choose the rows of a task and the register tile: little waste, work areas in level 2."""
-    patch_rows, patch_cols = -(-workload.oh // 2), -(-workload.ow // 2)
-    fits = _V_BYTES // (16 * 2 * workload.c * patch_cols)
-    rows = max(1, min(patch_rows, fits, -(-_PATCHES // patch_cols)))
+def proved(
+    weight: npt.NDArray[np.int8], bias: Array, a_range: tuple[int, int], patch: Patch
+) -> bool:
+    """Whether the sums of a layer stay exact in patches of a size.
+
+    The kernel has the sum times 4, 16 or 64 in int32, modulo 2**32, and shifts it right: that is
+    exact where no sum can leave int32 by that factor.
+
+    Args:
+        weight: `[CO, C, 3, 3]`.
+        bias: `[CO]`, int64.
+        a_range: Least and largest activation minus the zero point; 0 (the padding) lies between.
+        patch: Output rows and columns of a patch.
+    """
+    wide = weight.reshape(len(weight), -1).astype(np.int64)
+    ups, downs = np.maximum(wide, 0).sum(1), np.minimum(wide, 0).sum(1)
+    low, high = a_range
+    most = (ups * high + downs * low + bias).max()
+    least = (ups * low + downs * high + bias).min()
+    limit = 1 << (31 - shift_of(patch))
+    return bool(-limit <= least and most < limit)
+
+
+def shift_of(patch: Patch) -> int:
+    """The power of two in what the kernel multiplies a sum by."""
+    scale = scale_of(patch[0]) * scale_of(patch[1])
+    return (scale & -scale).bit_length() - 1
+
+
+def winograd_plan(workload: ConvWorkload, isa: Isa, patch: Patch, rows: int = 0) -> WinogradPlan:
+    """Choose the rows of a task and the register tile: little waste, work areas in the caches.
+
+    Args:
+        workload: The convolution.
+        isa: The instruction set's row.
+        patch: Output rows and columns of a patch.
+        rows: Most rows of patches of a task; 0 for as many as the caches should get.
+    """
+    patch_rows, patch_cols = -(-workload.oh // patch[0]), -(-workload.ow // patch[1])
+    lanes = isa.lanes()
+    positions = (patch[0] + 2) * (patch[1] + 2)
+    if rows == 0:
+        near = _M_BYTES // (positions * NV * 4 * min(lanes, 8))
+        fits = _V_BYTES // (positions * 2 * workload.c)
+        rows = min(-(-near // patch_cols), fits // patch_cols)
+    rows = max(1, min(patch_rows, rows))
     tasks = -(-patch_rows // rows)
     rows = -(-patch_rows // tasks)
-    most = min((isa.vector_registers - 4) // NV, 6) if isa.fma else 4
-    count = rows * patch_cols
-    sizes = range(min(most, count), max(0, min(most, count) - 3), -1)
-    mt = min(sizes, key=lambda size: -(-count // size) * (size + 0.5))
-    blocks = workload.co // (NV * isa.lanes())
+    most = 6 if isa.fma else 4  # two-operand instructions need copies
+    if takes_pairs(isa) and isa.vector_registers > 16:
+        most = 12
+    blocks = workload.co // (NV * lanes)
     splits = min(max(1, workload.co // _LEAST_COLUMNS), -(-_TASKS // (workload.n * tasks)))
     part = -(-blocks // splits)
-    return WinogradPlan(isa.lanes(), mt, rows, patch_rows, patch_cols, -(-blocks // part), part)
+    return WinogradPlan(
+        patch=patch,
+        channels=workload.c,
+        lanes=lanes,
+        tiles=split(rows * patch_cols, most),
+        rows=rows,
+        patch_rows=patch_rows,
+        patch_cols=patch_cols,
+        splits=-(-blocks // part),
+        blocks=part,
+        far=_weight_bytes(workload, patch) > _NEAR_BYTES,
+    )
 
 
-def transform_weights(
-    weight: npt.NDArray[np.int8], lanes: int, *, pairs: bool = True
-) -> npt.NDArray[Any]:
-    """2G g (2G)t of OIHW weights, int16 [blocks, 16, C / 2, NV, lanes, 2] (channel pairs last).
+@dataclass(frozen=True, slots=True, eq=False)
+class Transformed:
+    """The weights of a Winograd kernel."""
 
-    Without `pairs` [blocks, 16, C, NV, lanes].
-    """
+    weight: Array
+    """int16 `[blocks, positions, C / 2, NV, lanes, 2]` (channel pairs last), or without pairs
+    `[blocks, positions, C, NV, lanes]`."""
+    patch: Patch
+
+    @property
+    def shift(self) -> int:
+        """The power of two in what the kernel multiplies a sum, and so the bias, by."""
+        return shift_of(self.patch)
+
+
+def transform_weights(weight: npt.NDArray[np.int8], isa: Isa, patch: Patch) -> Transformed:
+    """Transform OIHW weights."""
     co, c = weight.shape[:2]
+    lanes = isa.lanes()
+    rows, cols = FILTERS[patch[0]], FILTERS[patch[1]]
     wide = weight.astype(np.int32)
-    u = np.einsum("ai,ocij,bj->oabc", _G2, wide, _G2, optimize=True).astype(np.int16)
-    if not pairs:
-        single = u.reshape(co // (NV * lanes), NV, lanes, 16, c)
-        return np.ascontiguousarray(single.transpose(0, 3, 4, 1, 2))
-    split = u.reshape(co // (NV * lanes), NV, lanes, 16, c // 2, 2)
-    return np.ascontiguousarray(split.transpose(0, 3, 4, 1, 2, 5))
+    u = np.einsum("ai,ocij,bj->oabc", rows, wide, cols, optimize=True).astype(np.int16)
+    u = u.reshape(co // (NV * lanes), NV, lanes, len(rows) * len(cols), c)
+    if not takes_pairs(isa):
+        return Transformed(np.ascontiguousarray(u.transpose(0, 3, 4, 1, 2)), patch)
+    pairs = u.reshape(*u.shape[:4], c // 2, 2)
+    return Transformed(np.ascontiguousarray(pairs.transpose(0, 3, 4, 1, 2, 5)), patch)
 
 
-def prefers_winograd(workload: ConvWorkload, isa: Isa, direct: float) -> bool:
-    """Whether Winograd is estimated faster than the direct kernel; never with VNNI.
+def _product(isa: Isa) -> float:
+    """Cycles of 16 products and their addition: two ports of three take both, or one at once."""
+    return 0.5 if isa.dot == "vpdpbusd" else 0.6
 
-    The estimates count cycles of the multiplication ports for one patch: products, transforms, the
-    weights where they come from beyond level 2, and the direct kernel's cost of a pixel.  Measured
-    on one Zen 5 core, GMAC/s as if direct, Winograd against direct at depth 1 (at most 144): 253
-    to 124 for 56x56x64, 262 to 126 for 28x28x128, 246 to 130 for 14x14x256, 187 to 134 for
-    7x7x512, 189 to 110 for 32x32x16, 254 to 117 for 8x8x64, 42 to 103 for 1x1x64.
+
+_INPUT = {2: 4, 4: 17}
+_OUTPUT = {2: 4, 4: 14}
+"""Additions and shifts of the one-dimensional transforms."""
+
+
+def _weight_bytes(workload: ConvWorkload, patch: Patch) -> int:
+    return (patch[0] + 2) * (patch[1] + 2) * workload.c * workload.co * 2
+
+
+def _time(workload: ConvWorkload, isa: Isa, patch: Patch) -> float:
+    """Estimated cycles of a kernel on one core; weights arrive while others are multiplied."""
+    plan = winograd_plan(workload, isa, patch)
+    c, co = workload.c, workload.co
+    (m, n), positions = patch, plan.positions
+    vectors = isa.vector_bits / 256
+    tiles = sum(count * size for _, count, size in plan.tiles.kinds) * plan.tasks
+    products = tiles * positions * c * co / 16 * _product(isa) / vectors
+    streamed = _weight_bytes(workload, patch) / _FAR_RATE if plan.far else 0.0
+    inputs = (n + 2) * _INPUT[m] + (m + 2) * _INPUT[n] + 2 * positions
+    outputs = (n + 2) * _OUTPUT[m] + m * _OUTPUT[n] + positions + 12 * m * n
+    patches = plan.patch_rows * plan.patch_cols
+    transforms = patches * (inputs * c / 16 * plan.splits + outputs * co / 8) / 3 / vectors
+    return workload.n * (max(products, streamed) + transforms)
+
+
+def patches_by_time(workload: ConvWorkload, isa: Isa, direct: float) -> tuple[Patch, ...]:
+    """The patches estimated faster than the direct kernel, the fastest first.
 
     Args:
         workload: The convolution.
         isa: The instruction set's row.
         direct: Time of the direct kernel's K-groups, relative to one `vpmaddubsw` and `vpmaddwd`
-            for every 32 products.
+            for every 32 products (or one `vpdpbusd`).
     """
-    if isa.dot == "vpdpbusd" or not applies(workload, isa):
-        return False
-    plan = winograd_plan(workload, isa)
+    if not applies(workload, isa):
+        return ()
     c, co = workload.c, workload.co
-    task = plan.rows * plan.patch_cols
-    pixels = workload.oh * workload.ow / (plan.patch_rows * plan.patch_cols)
-    products = c * co / 2 * plan.patches / task
-    # 3.6 times the direct kernel's weights: beyond level 2 they must be worth their memory too.
-    # ResNet-50's two layers of 512 channels at 7x7 gain 1 % of the model for 11 MB: not taken.
-    streamed = 0.0 if 32 * c * co <= 2 * _V_BYTES else 5.0 * c * co / task
-    winograd = products + streamed + 2 * c * plan.splits + 4 * co
-    return 1.05 * winograd < pixels * (c * co * 9 / 32 * direct + co)
+    step = 0.5 if isa.dot == "vpdpbusd" else 1.0
+    pixels = workload.n * workload.oh * workload.ow
+    limit = pixels * co * (c * 9 / 32 * step * direct + 1 / 3) / (isa.vector_bits / 256)
+    times = sorted((1.05 * _time(workload, isa, patch), patch) for patch in PATCHES.values())
+    return tuple(patch for time, patch in times if time < limit)

@@ -23,6 +23,7 @@ The meaning, with `acc` in int32 and every float32 operation rounded by itself::
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,9 +32,29 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 
-__all__ = ["ConvWorkload", "Epilogue", "GemmParams", "GemmValues", "MatmulWorkload"]
+__all__ = [
+    "PATCHES",
+    "Algorithm",
+    "ConvWorkload",
+    "Epilogue",
+    "GemmParams",
+    "GemmValues",
+    "MatmulWorkload",
+    "Patch",
+]
 
 Pads = tuple[int, int, int, int]
+Patch = tuple[int, int]
+"""Output rows and columns that a Winograd kernel computes together."""
+Algorithm = Literal[
+    "auto", "direct", "winograd-2x2", "winograd-2x4", "winograd-4x2", "winograd-4x4", "tiles"
+]
+PATCHES: Mapping[Algorithm, Patch] = {
+    "winograd-2x2": (2, 2),
+    "winograd-2x4": (2, 4),
+    "winograd-4x2": (4, 2),
+    "winograd-4x4": (4, 4),
+}
 _A_DTYPES = ("uint8", "int8", "float32")
 _OUT_DTYPES = ("uint8", "int8", "int16", "int32", "float32")
 _FLOAT = (None, "float32")
@@ -273,7 +294,9 @@ class GemmParams:
     """Register-tile columns that one task computes."""
     order: Literal["n", "m"] = "n"
     """The outer loop inside a task: over columns (weights stay near) or rows (activations do)."""
-    algorithm: Literal["auto", "direct", "winograd", "tiles"] = "auto"
+    algorithm: Algorithm = "auto"
     """How a convolution is computed; "auto" leaves it to packing, which knows the weights.
-    "winograd" tiles by itself and ignores the other fields.  "tiles" (AMX, matrix products too)
-    counts `mt` in tiles of 16 pixels and `m_block` in output rows."""
+    "winograd-4x4" computes patches of 4 x 4 outputs where the weights are proved exact for that
+    (else 2 x 2), `m_block` rows of patches in a task, or as many as fit the caches if that is 0;
+    it ignores the other fields.  "tiles" (AMX, matrix products too) counts `mt` in tiles of 16
+    pixels and `m_block` in output rows."""
