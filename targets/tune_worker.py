@@ -41,7 +41,7 @@ def send(stream: IO[bytes], message: object) -> None:
 def build(
     kernel: str,
     workload: Any,
-    isa: str,
+    isa: tuple[str, str],
     params: Any,
     facts: Any,
     shapes: Sequence[tuple[str, tuple[int, ...], str]],
@@ -52,7 +52,7 @@ def build(
     Args:
         kernel: Generator, as in `Tunable.kernel`.
         workload: Its workload.
-        isa: Name of the row.
+        isa: Name of the row, and of the processor that code is scheduled for.
         params: The candidate.
         facts: What packing proved.
         shapes: Name, shape and dtype of each packed constant.
@@ -62,10 +62,11 @@ def build(
 
     from qcompiler.linker import link_library
     from qcompiler.targets.choice import build_kernel
-    from qcompiler.targets.isa import isa_named, tvm_target
+    from qcompiler.targets.isa import isa_named, tvm_target, with_processor
     from qcompiler.targets.kernels.packing import Packed
 
-    row = isa_named(isa)
+    name, mcpu = isa
+    row = with_processor(isa_named(name), mcpu)
     arrays = tuple(np.broadcast_to(np.zeros((), dtype), shape) for _, shape, dtype in shapes)
     packed = Packed(arrays, tuple(name for name, _, _ in shapes), facts)
     function = build_kernel(kernel, workload, row, params, packed, SYMBOL)

@@ -284,9 +284,8 @@ class _Session:
             self.built += 1
             path = str(self.folder / f"k{self.built}.so")
             t = task.tunable
-            jobs.append(
-                (t.kernel, t.workload, t.isa.name, params, packed.facts, packed.shapes, path)
-            )
+            row = (t.isa.name, t.isa.mcpu)
+            jobs.append((t.kernel, t.workload, row, params, packed.facts, packed.shapes, path))
             packs.append(packed.arrays)
             paths.append(path)
         errors = self.pool.map("build", jobs, _BUILD_SECONDS)
