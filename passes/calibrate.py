@@ -17,6 +17,7 @@ import numpy as np
 from qcompiler.data import Batch, InputSpec, SampleSet
 from qcompiler.errors import CalibrationError, UsageError
 from qcompiler.ir import Graph, Value
+from qcompiler.modality import select
 from qcompiler.onnx_export import to_onnx
 from qcompiler.ops import OpKind, Stage
 from qcompiler.ort import Session
@@ -77,6 +78,41 @@ class CalibrationSet:
 
     def __iter__(self) -> Iterator[Batch]:
         return self.samples.batches(self.inputs, CalibrationError)
+
+
+@dataclass(frozen=True, slots=True)
+class ObserverRule:
+    """How some values are calibrated instead: the observer, and what "percentile" covers."""
+
+    observer: ObserverSetting
+    percentile: float = 99.99
+
+
+@dataclass(frozen=True)
+class RegionObservers:
+    """Observers by region of a model with several inputs (`qcompiler.modality`).
+
+    Attributes:
+        rules: Selector of a region -> how the values that it makes are calibrated. A model's input
+            belongs to the regions that read it; later rules win.
+    """
+
+    rules: Mapping[str, ObserverRule] = field(default_factory=dict)
+
+    def of(self, graph: Graph) -> dict[str, ObserverRule]:
+        """Return value name -> rule."""
+        found: dict[str, ObserverRule] = {}
+        for selector, rule in self.rules.items():
+            inside = set(select(graph, selector))
+            made = {v.name for n in inside for v in n.outputs}
+            made |= {v.name for v in graph.inputs if inside.intersection(v.users)}
+            found.update(dict.fromkeys(made, rule))
+        return found
+
+    def spec(self) -> str:
+        """Return the text form."""
+        parts = (f"{s}={r.observer} {r.percentile:g}" for s, r in self.rules.items())
+        return f"regions{{{', '.join(parts)}}}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +235,10 @@ class CalibrationTable:
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Observe activation ranges on the calibration set. Leaves the graph unchanged."""
+    """Observe activation ranges on the calibration set. Leaves the graph unchanged.
+
+    `RegionObservers` among the artifacts set other observers for the values of some regions.
+    """
 
     name: ClassVar[str] = "calibrate"
     stage: ClassVar[tuple[Stage, Stage]] = (Stage.FLOAT, Stage.FLOAT)
@@ -210,11 +249,13 @@ class Calibrate(Pass):
     momentum: float = 0.9  # weight of the past, for observer=moving_average
 
     def __post_init__(self) -> None:
-        self._observer()
+        self._observer(None)
 
-    def _observer(self) -> Observer:
-        kind: ObserverName = "mse" if self.observer == "auto" else self.observer
-        return Observer(kind, self.percentile, self.momentum)
+    def _observer(self, rule: ObserverRule | None) -> Observer:
+        setting = self.observer if rule is None else rule.observer
+        kind: ObserverName = "mse" if setting == "auto" else setting
+        percentile = self.percentile if rule is None else rule.percentile
+        return Observer(kind, percentile, self.momentum)
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """Run the graph on every sample.
@@ -223,8 +264,11 @@ class Calibrate(Pass):
             CalibrationError: A sample or an inner value holds NaN or infinity.
         """
         samples = ctx.get(CalibrationSet)
-        observer = self._observer()
-        stats = {v.name: observer.start(v.name) for v in observed_values(graph)}
+        regional = ctx.find(RegionObservers) or RegionObservers()
+        rules = regional.of(graph)
+        values = observed_values(graph)
+        observers = {v.name: self._observer(rules.get(v.name)) for v in values}
+        stats = {name: observer.start(name) for name, observer in observers.items()}
         inputs = {v.name for v in graph.inputs} & stats.keys()
         inner = [name for name in stats if name not in inputs]
         model = to_onnx(graph, extra_outputs=inner).SerializeToString()
@@ -234,18 +278,23 @@ class Calibrate(Pass):
             found = session.run(batch.inputs, inner) if inner else {}
             for name, summary in stats.items():
                 array = batch.inputs[name] if name in inputs else found[name]
-                summary.add(_real(array, batch), observer.momentum)
+                summary.add(_real(array, batch), self.momentum)
             ctx.progress("calibrate", done, samples.runs)
-        tensors = {name: _entry(s, observer) for name, s in stats.items()}
-        if self.observer == "auto":
-            tensors.update(self._chosen(graph, stats, tensors, samples, ctx))
+        tensors = {name: _entry(s, observers[name]) for name, s in stats.items()}
+        measured = {
+            name: observers[name].percentile
+            for name in stats
+            if (self.observer if name not in rules else rules[name].observer) == "auto"
+        }
+        if measured:
+            tensors.update(self._chosen(graph, stats, tensors, measured, samples, ctx))
         ctx.put(
             CalibrationTable(
                 tensors,
                 digest(graph),
                 samples.digest,
                 samples.count,
-                self.spec(),
+                f"{self.spec()} {regional.spec()}" if rules else self.spec(),
                 state_steps(graph, samples),
             )
         )
@@ -256,11 +305,13 @@ class Calibrate(Pass):
         graph: Graph,
         stats: Mapping[str, TensorStats],
         tensors: Mapping[str, TensorRange],
+        percentiles: Mapping[str, float],
         samples: CalibrationSet,
         ctx: PassContext,
     ) -> dict[str, TensorRange]:
-        """Return the entries whose range another observer sets with less error."""
-        ranges = {n: candidate_ranges(s, self.percentile) for n, s in stats.items() if s.count}
+        """Return the entries of the values named whose range another observer sets better."""
+        ranges = {n: candidate_ranges(stats[n], p) for n, p in percentiles.items()
+                  if stats[n].count}  # fmt: skip
         # Spread over the set, so that they are not all of one kind.
         every = max(1, samples.runs // _CHOICE_RUNS)
         some = (b for i, b in enumerate(samples) if i % every == 0)

@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -37,6 +37,7 @@ from qcompiler.ops import OpKind, Stage
 from qcompiler.ort import Session
 from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.insert_qdq import InsertQdq
+from qcompiler.passes.narrow_products import NarrowProducts, group_qparams
 from qcompiler.passes.sensitivity_report import (
     Effect,
     NodeSensitivity,
@@ -47,9 +48,9 @@ from qcompiler.passes.sensitivity_trial import Head, Trial, Tried, level, try_un
 from qcompiler.passes.single_node import Unit, Walker, suffix_of, units
 from qcompiler.passes.weights import weight_qparams
 from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no_progress
-from qcompiler.plan import uniform
+from qcompiler.plan import group_size, integer_group, obstacle_to, summed_axis, uniform
 from qcompiler.printer import digest
-from qcompiler.types import Array, DType, QuantParams
+from qcompiler.types import Array, DType, Precision, QuantParams
 
 STATE_FORMAT = 1
 """Version of the state file."""
@@ -68,6 +69,8 @@ class Settings:
         seed: Seed of the random directions.
         memory: Bytes that kept float prefixes may take.
         activation_bits: Widths of activations to try.
+        forms: Precisions to try that are no plain widths: weights with a scale per group, weights
+            held in fewer bits, activations quantized at run time.
     """
 
     weight_bits: tuple[int, ...] = (8, 6, 4)
@@ -77,6 +80,7 @@ class Settings:
     seed: int = 0
     memory: float = 512e6
     activation_bits: tuple[int, ...] = (8,)
+    forms: tuple[Precision, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.weight_bits or not all(2 <= b <= 8 for b in self.weight_bits):
@@ -137,6 +141,7 @@ def measure_sensitivity(
     executor: Executor | None = None,
     workers: int = 1,
     state: str | os.PathLike[str] | None = None,
+    late: Callable[[], bool] = lambda: False,
     progress: ProgressFn = no_progress,
 ) -> SensitivityReport:
     """Return what each product's quantization costs.
@@ -150,6 +155,8 @@ def measure_sensitivity(
         executor: Runs tasks (`submit(fn, task)` returning a future); default: in this thread.
         workers: Tasks under way at once; each holds its own share of the memory bound.
         state: JSON file with the finished products, written after each and read at the start.
+        late: Whether time is up: the products that are left are then not analysed, and missing in
+            the report.
         progress: Called after each product.
 
     Raises:
@@ -177,6 +184,8 @@ def measure_sensitivity(
             tried[unit.node] = kept
             progress("analyze", len(tried), len(found))
             continue
+        if late():
+            continue
         trial = _trial(graph, unit, table, walker, heads, how, index, data.metric is not None)
         if executor is None:
             take(unit, try_unit(trial))
@@ -189,7 +198,7 @@ def measure_sensitivity(
         first, future = waiting.popleft()
         take(first, future.result())
     along, joint, score = _side_by_side(graph, table, found, data, heads)
-    nodes = tuple(tried[u.node].along(along.get(u.result)) for u in found)
+    nodes = tuple(tried[u.node].along(along.get(u.result)) for u in found if u.node in tried)
     return SensitivityReport(
         graph=digest(graph),
         data=data.digest,
@@ -245,6 +254,8 @@ def _key(graph: Graph, data: _Data, table: CalibrationTable, how: Settings) -> s
     parts += [how.fisher_samples, how.loss, how.seed, ranges]
     if how.activation_bits != (8,):
         parts.append(how.activation_bits)
+    if how.forms:
+        parts.append([p.value for p in how.forms])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -307,6 +318,7 @@ def _trial(
     if w.is_constant:
         weights = {str(b): fake_quantize(w.array(), weight_grid(node, b, xq)) for b in
                    how.weight_bits}  # fmt: skip
+        weights.update(_held(node, how.forms))
     runs = int(how.fisher_samples) if w.is_constant else 0
     return Trial(
         suffix=suffix_of(graph, unit),
@@ -314,11 +326,35 @@ def _trial(
         weight=w.array() if w.is_constant else None,
         weights=weights,
         qparams=qparams,
+        dynamic=tuple(p.value for p in how.forms if p.is_dynamic and obstacle_to(node, p) is None),
         heads=dict(heads),
         fisher_samples=runs,
         seed=(how.seed, index),
         keep_outputs=keep,
     )
+
+
+def _held(node: Node, forms: tuple[Precision, ...]) -> dict[str, Array]:
+    """Return the constant weights of a product as each of some precisions holds them."""
+    w = node.input(1).array()
+    found: dict[str, Array] = {}
+    for p in forms:
+        if p.is_dynamic or obstacle_to(node, p) is not None:
+            continue
+        if p is Precision.FP16:
+            found[p.value] = w.astype(np.float16).astype(np.float32)
+        elif p is Precision.W4A8_GROUP:
+            size = integer_group(node)
+            if size is not None:
+                q = group_qparams(w, summed_axis(node), size, p.weight_bits)
+                found[p.value] = fake_quantize(w, q)
+        else:
+            options = NarrowProducts()
+            limit = options.w4_group if p is Precision.W4 else options.w8_group
+            size = group_size(w.shape[summed_axis(node)], limit)
+            q = group_qparams(w, summed_axis(node), size, p.weight_bits)
+            found[p.value] = fake_quantize(w, q)
+    return found
 
 
 def activation_qparams(

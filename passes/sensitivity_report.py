@@ -13,6 +13,7 @@ from typing import Any
 
 from qcompiler.errors import UsageError
 from qcompiler.passes.calibrate import CalibrationTable, TensorRange
+from qcompiler.types import Precision
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -68,8 +69,8 @@ class NodeSensitivity:
         operand: Value that it reads.
         result: Value that the kernel gives.
         parameters: Number of weights; 0 where both operands are activations.
-        weight: Bits -> effect of rounding the weights alone.
-        activation: Bits -> effect of rounding what it reads alone.
+        weight: Bits, or a precision (`effects_of`) -> effect of rounding the weights alone.
+        activation: The same -> effect of rounding what it reads alone.
         weight_error: Bits -> squared distance of the rounded weights from the float ones.
         fisher: Trace of the Fisher information of the weights (per sample); None if not measured.
         along_sqnr: SQNR of the result in the network with everything in 8 bits, dB.
@@ -132,6 +133,19 @@ class NodeSensitivity:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the sensitivity figures are damaged: {error!r}") from None
+
+
+def effects_of(precision: Precision) -> tuple[str | None, str | None]:
+    """Return the keys under which a precision's effects are noted: of weights, of activations."""
+    if precision is Precision.FP32:
+        return None, None
+    if precision.is_weight_only:
+        return precision.value, None
+    if precision.is_dynamic:
+        return str(precision.weight_bits), precision.value
+    grouped = precision is Precision.W4A8_GROUP
+    weight = precision.value if grouped else str(precision.weight_bits)
+    return weight, str(precision.activation_bits)
 
 
 def first_jump(nodes: Sequence[NodeSensitivity]) -> str | None:

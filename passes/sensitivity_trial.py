@@ -13,9 +13,10 @@ import numpy as np
 
 from qcompiler.metrics import SQNR_CEILING
 from qcompiler.numerics import fake_quantize
+from qcompiler.numerics_dynamic import Per, dynamic_quantize
 from qcompiler.ort import Session
 from qcompiler.passes.single_node import OPERANDS, Feed, Suffix
-from qcompiler.types import Array, QuantParams
+from qcompiler.types import Array, Precision, QuantParams
 
 TARGET_KL = 1e-3
 """Nat; the size of the step along a random direction is chosen so that the divergence is about
@@ -67,6 +68,7 @@ class Trial:
         weight: Float weights; None where the second operand is computed.
         weights: Bits -> rounded weights.
         qparams: Bits -> parameters of the operands (the second only where it is computed).
+        dynamic: Precisions that quantize the first operand at run time.
         heads: Output name -> how it is compared.
         fisher_samples: Samples of the Fisher trace.
         seed: Seed of its directions.
@@ -82,6 +84,7 @@ class Trial:
     fisher_samples: int
     seed: tuple[int, ...]
     keep_outputs: bool
+    dynamic: tuple[str, ...] = ()
 
 
 @dataclass
@@ -169,6 +172,8 @@ def try_unit(trial: Trial) -> Tried:
         changes = {f"w{b}": (x, q) for b, q in trial.weights.items()}
         for b, (xq, wq) in trial.qparams.items():
             changes[f"a{b}"] = (fake_quantize(x, xq), w if wq is None else fake_quantize(w, wq))
+        for p in trial.dynamic:
+            changes[f"a{p}"] = (_at_run_time(x, Precision(p)), w)
         for name, (x_, w_) in changes.items():
             result = run(arrays, x_, w_)
             sums = found.sums.setdefault(name, Sums())
@@ -179,6 +184,13 @@ def try_unit(trial: Trial) -> Tried:
     if trial.fisher_samples and trial.weight is not None and trial.suffix.outputs:
         found.fisher = _fisher(trial, run, trial.weight)
     return found
+
+
+def _at_run_time(x: Array, precision: Precision) -> Array:
+    """Return the activations as a precision that quantizes them at run time holds them."""
+    per: Per = "tensor" if precision is Precision.W8A8_DYNAMIC_TENSOR else "row"
+    q, scale = dynamic_quantize(x, per, 0, np.int8)
+    return np.asarray(q.astype(np.float32) * scale)
 
 
 class _Runner:

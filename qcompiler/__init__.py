@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qcompiler.driver import compile
     from qcompiler.errors import QCompilerError
     from qcompiler.plan import PrecisionPlan
+    from qcompiler.regional import RegionOptions
     from qcompiler.registry import get_target, target_names
     from qcompiler.runtime import CompiledModel, load
     from qcompiler.tuning import Tuning
@@ -30,6 +31,7 @@ _HOME = {
     "Evaluation": "qcompiler.data",
     "PrecisionPlan": "qcompiler.plan",
     "QCompilerError": "qcompiler.errors",
+    "RegionOptions": "qcompiler.regional",
     "Tuning": "qcompiler.tuning",
     "compile": "qcompiler.driver",
     "get_target": "qcompiler.registry",
@@ -44,6 +46,7 @@ __all__ = [
     "Evaluation",
     "PrecisionPlan",
     "QCompilerError",
+    "RegionOptions",
     "Tuning",
     "compile",
     "get_target",

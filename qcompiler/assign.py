@@ -43,6 +43,7 @@ _TIME = 60.0
 """Seconds that one program may take; real ones need milliseconds."""
 
 Forms = frozenset[str]
+_GROUPED: tuple[Resource, ...] = ("latency", "loss", "size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,27 @@ class Requirement:
     any_of: tuple[tuple[str, Forms], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What is held at one moment of a run; the greatest moment counts as memory.
+
+    Attributes:
+        held: Item -> option -> what it then holds.
+        base: What is held whatever is chosen.
+    """
+
+    held: Mapping[str, Mapping[str, float]]
+    base: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A part of the items, and the conversions that count as its own."""
+
+    items: frozenset[str]
+    casts: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Problem:
     """What there is to choose.
@@ -104,6 +126,8 @@ class Problem:
         requirements: What some options need of others.
         fixed: Item -> the option that it must take.
         base: What is paid whatever is chosen.
+        moments: Moments of a run; none: memory is the sum of the options'.
+        groups: Parts that limits of their own may hold for.
     """
 
     items: tuple[Item, ...]
@@ -112,6 +136,8 @@ class Problem:
     requirements: tuple[Requirement, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
     base: Option = field(default_factory=lambda: Option(0.0))
+    moments: tuple[Moment, ...] = ()
+    groups: Mapping[str, Group] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = {i.name for i in self.items}
@@ -129,6 +155,8 @@ class Problem:
         used |= {r.item for r in self.requirements}
         used |= {n for r in self.requirements for n, _ in r.any_of}
         used |= {n for c in self.casts for n in (c.source, c.target) if n is not None}
+        used |= {n for m in self.moments for n in m.held}
+        used |= {n for g in self.groups.values() for n in g.items}
         if used - names:
             raise AssignmentError(f"unknown items: {', '.join(sorted(used - names))}")
         for name, option in self.fixed.items():
@@ -140,14 +168,15 @@ class Problem:
         return next(i for i in self.items if i.name == name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Limits:
-    """Greatest allowed totals."""
+    """Greatest allowed totals; `groups` has those of parts: latency, loss and size."""
 
     latency: float = math.inf
     loss: float = math.inf
     size: float = math.inf
     memory: float = math.inf
+    groups: Mapping[str, Limits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,6 +187,7 @@ class Solution:
         choices: Item -> option.
         latency, loss, size, memory: Totals.
         casts: Keys of the conversions that it needs.
+        groups: Group -> its own totals, as far as its items go.
     """
 
     choices: Mapping[str, str]
@@ -166,6 +196,7 @@ class Solution:
     size: float
     memory: float
     casts: frozenset[str] = frozenset()
+    groups: Mapping[str, Option] = field(default_factory=dict)
 
     def total(self, resource: Resource) -> float:
         """Return one of the totals."""
@@ -173,7 +204,13 @@ class Solution:
 
     def within(self, limits: Limits) -> bool:
         """Whether every total keeps its limit."""
-        return all(_keeps(self.total(r), getattr(limits, r)) for r in RESOURCES)
+        if not all(_keeps(self.total(r), getattr(limits, r)) for r in RESOURCES):
+            return False
+        return all(
+            _keeps(getattr(self.groups[name], r), getattr(own, r))
+            for name, own in limits.groups.items()
+            for r in _GROUPED
+        )
 
 
 def _keeps(value: float, limit: float) -> bool:
@@ -193,13 +230,29 @@ def totals(problem: Problem, choices: Mapping[str, str]) -> Solution:
             raise AssignmentError(f"item {item.name!r} has no valid choice", node=item.name)
         picked.append(option)
     casts = {c.key: c.latency for c in problem.casts if _needed(c, choices)}
+    moments = (m.base + math.fsum(h[choices[n]] for n, h in m.held.items() if choices[n] in h)
+               for m in problem.moments)  # fmt: skip
     return Solution(
         {i.name: choices[i.name] for i in problem.items},
         math.fsum(o.latency for o in picked) + math.fsum(casts.values()),
         math.fsum(o.loss for o in picked),
         math.fsum(o.size for o in picked),
-        math.fsum(o.memory for o in picked),
+        math.fsum(o.memory for o in picked) + max(moments, default=0.0),
         frozenset(casts),
+        {n: _group_total(problem, g, choices, casts) for n, g in problem.groups.items()},
+    )
+
+
+def _group_total(
+    problem: Problem, group: Group, choices: Mapping[str, str], casts: Mapping[str, float]
+) -> Option:
+    picked = [i.options[choices[i.name]] for i in problem.items if i.name in group.items]
+    paid = math.fsum(s for key, s in casts.items() if key in group.casts)
+    return Option(
+        math.fsum(o.latency for o in picked) + paid,
+        math.fsum(o.loss for o in picked),
+        math.fsum(o.size for o in picked),
+        math.fsum(o.memory for o in picked),
     )
 
 
@@ -340,7 +393,11 @@ class _Program:
             key: self.binary + i
             for i, key in enumerate(dict.fromkeys(c.key for c in problem.casts))
         }
-        self.count = self.binary + len(self.casts)
+        self.moment = self.binary + len(self.casts)  # the greatest moment, in units of `peak`
+        self.count = self.moment + (1 if problem.moments else 0)
+        held = (m.base + sum(max(h.values(), default=0.0) for h in m.held.values())
+                for m in problem.moments)  # fmt: skip
+        self.peak = max(held, default=0.0) or 1.0
         self.rows: list[dict[int, float]] = []
         self.low: list[float] = []
         self.high: list[float] = []
@@ -371,6 +428,19 @@ class _Program:
         if resource == "latency":
             for cast in self.problem.casts:
                 cost[self.casts[cast.key]] = max(cost[self.casts[cast.key]], cast.latency)
+        if resource == "memory" and self.problem.moments:
+            cost[self.moment] = self.peak
+        return cost
+
+    def _of_group(self, group: Group, resource: Resource) -> npt.NDArray[np.float64]:
+        """Return the costs of one group; those of all others are 0."""
+        cost: npt.NDArray[np.float64] = self.costs[resource].copy()
+        for (item, _), i in self.index.items():
+            if item not in group.items:
+                cost[i] = 0.0
+        for key, i in self.casts.items():
+            if key not in group.casts:
+                cost[i] = 0.0
         return cost
 
     def _row(self, row: dict[int, float], low: float, high: float) -> None:
@@ -409,6 +479,29 @@ class _Program:
                     for i in self._of(end, forms):
                         row[i] = row.get(i, 0.0) + 1.0
             self._row(row, -np.inf, max(ends - 1, 0) if ends else -1)
+        for moment in p.moments:  # the greatest moment >= each one
+            row = {self.moment: -1.0}
+            for name, held in moment.held.items():
+                for option, value in held.items():
+                    for i in self._of(name, [option]):
+                        row[i] = row.get(i, 0.0) + value / self.peak
+            self._row(row, -np.inf, -moment.base / self.peak)
+
+    def _bounds(self, limits: Limits) -> list[tuple[npt.NDArray[np.float64], float, float]]:
+        """Return costs, limit and the room that the limit leaves, of every finite limit."""
+        found = []
+        for resource in RESOURCES:
+            limit = float(getattr(limits, resource))
+            if math.isfinite(limit):
+                base = float(getattr(self.problem.base, resource))
+                found.append((self.costs[resource], limit, limit - base))
+        for name, own in limits.groups.items():
+            for resource in _GROUPED:
+                limit = float(getattr(own, resource))
+                if math.isfinite(limit):
+                    group = self.problem.groups[name]
+                    found.append((self._of_group(group, resource), limit, limit))
+        return found
 
     def _run(
         self,
@@ -419,17 +512,16 @@ class _Program:
     ) -> dict[str, str] | None:
         rows, low, high = list(self.rows), list(self.low), list(self.high)
         upper = np.ones(self.count)
-        for resource in RESOURCES:
-            limit = float(getattr(limits, resource))
-            if not math.isfinite(limit):
-                continue
-            room = limit + abs(limit) * _TOLERANCE - float(getattr(self.problem.base, resource))
-            cost = self.costs[resource]
+        upper[self.moment :] = np.inf
+        for cost, limit, left in self._bounds(limits):
+            room = left + abs(limit) * _TOLERANCE
             if room > 0 and not (cost < 0).any():
                 # What alone is too much is ruled out; the row is then scaled by the room there is,
                 # however small that is beside the greatest cost.
-                upper[cost > room] = 0.0
-                cost = np.where(cost > room, 0.0, cost)
+                alone = cost > room
+                alone[self.moment :] = False
+                upper[alone] = 0.0
+                cost = np.where(alone, 0.0, cost)
                 scale = room
             else:
                 scale = float(np.abs(cost).max(initial=0.0)) or 1.0

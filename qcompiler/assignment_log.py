@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.assign import Limits, is_allowed, next_step, totals
+from qcompiler.assign import is_allowed, next_step, totals
 from qcompiler.data import Budget
 from qcompiler.decisions import FLOAT, INTEGER
 from qcompiler.latency import LatencyTable
@@ -60,17 +60,20 @@ def assignment_log(
             "max_latency_ms": budget.max_latency_ms,
             "max_size_mb": budget.max_size_mb,
             "max_slice_drop": budget.max_slice_drop,
+            "max_memory_mb": budget.max_memory_mb,
             "default": by_default,
         },
         "metric": judge.metric,
         "loss_kind": judge.kind,
         "loss_unit": _UNITS[judge.kind],
         "kept": not least,
-        "infeasible": None if not least else {"message": infeasible_message(least, budget),
-                                              "least": dict(least)},
+        "infeasible": None if not least else {
+            "message": infeasible_message(least, budget, outcome.regions), "least": dict(least),
+        },
         "predicted": outcome.predicted.to_json(),
         "measured": {
             **measured.to_json(),
+            "median_ms": _ms(measured.typical),
             "float_latency_ms": _ms(_seconds(trials, FLOAT)),
             "uniform_latency_ms": _ms(_seconds(trials, INTEGER)),
         },
@@ -95,6 +98,7 @@ def assignment_log(
         },
         "seconds": dict(seconds),
         "note": outcome.note,
+        "regions": outcome.regions,
     }  # fmt: skip
 
 
@@ -138,12 +142,16 @@ def measured_log(log: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def infeasible_message(least: Mapping[str, float], budget: Budget) -> str:
+def infeasible_message(
+    least: Mapping[str, float], budget: Budget, regions: Mapping[str, Any] | None = None
+) -> str:
     """Return what cannot be kept, as a sentence."""
-    parts = [
-        f"{name} {getattr(budget, name):g} was not reached, the least found is {value:.4g}"
-        for name, value in least.items()
-    ]
+    parts = []
+    for name, value in least.items():
+        selector, _, limit = name.rpartition(" ")
+        allowed = regions[selector]["limits"][limit] if selector and regions else None
+        wanted = getattr(budget, limit) if allowed is None else allowed
+        parts.append(f"{name} {wanted:g} was not reached, the least found is {value:.4g}")
     return "no plan that was tried keeps the budget: " + "; ".join(parts)
 
 
@@ -161,6 +169,11 @@ def _statement(outcome: Outcome, budget: Budget, metric: str | None, by_default:
         limits.append(f"one run at most {budget.max_latency_ms:g} ms")
     if budget.max_size_mb is not None:
         limits.append(f"at most {budget.max_size_mb:g} MB")
+    if budget.max_memory_mb is not None:
+        limits.append(f"at most {budget.max_memory_mb:g} MB of memory between kernels")
+    for selector, region in (outcome.regions or {}).items():
+        own = ", ".join(f"{k} {v:g}" for k, v in region["limits"].items())
+        limits.append(f"{selector} within {own}")
     what = "the least latency" if outcome.objective == "latency" else "the least loss"
     text = f"{what} with {' and '.join(limits)}" if limits else what
     return f"{text} (the default limit: none was given)" if by_default else text
@@ -201,8 +214,7 @@ def _relax(outcome: Outcome, budget: Budget, binding: str | None) -> dict[str, A
     if binding not in ("max_drop", "max_slice_drop") or outcome.broken:
         return None
     problem, chosen = outcome.network.problem, outcome.solution
-    size = math.inf if budget.max_size_mb is None else budget.max_size_mb * 1e6
-    step = next_step(problem, chosen, Limits(size=size), gain=_STEP)
+    step = next_step(problem, chosen, outcome.bounds, gain=_STEP)
     if step is None or step.loss <= chosen.loss:
         return None
     changes = {n: p for n, p in step.choices.items() if chosen.choices[n] != p}

@@ -10,14 +10,17 @@ search goes on where it was, and another target starts with the sensitivities.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qcompiler import benchmark
 from qcompiler.assignment_log import assignment_log, measured_log, reasons_of
 from qcompiler.cache import Cache, cache_folder, key_of
+from qcompiler.candidates import wanted_precisions
 from qcompiler.cpu import host_cpu
 from qcompiler.data import Budget, Evaluation, SampleSource, load_samples
 from qcompiler.decisions import Network, network_of
@@ -29,8 +32,10 @@ from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no
 from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.printer import digest
 from qcompiler.records import RecordFile
+from qcompiler.regional import RegionOptions
 from qcompiler.runtime import CompiledModel
 from qcompiler.search import search
+from qcompiler.search_regions import Regional
 from qcompiler.targets.base import Backend
 from qcompiler.tuning import Tuning
 from qcompiler.types import Precision
@@ -47,12 +52,13 @@ SAMPLES = 32
 """Calibration samples of the sensitivity analysis: losses are compared, not reported."""
 _JOINT_SAMPLES = 128
 """Calibration samples on which joint models are compared with float."""
-_HELD = frozenset({"fp16", "w8", "w4"})
-"""Precisions that only hold weights in fewer bits."""
 OFF = 1.25
 """Ratio of a whole run to the sum of its kernels beyond which latencies are measured again."""
 _BUSY = 1.5
 """Ratio between a measured and a predicted latency that the user is told about."""
+_ANALYSIS_SHARE = 0.3
+"""Share of the wall-clock budget that the sensitivity analysis may take."""
+_LEAST_SAMPLES = 4
 _TUNING_SHARE = 0.6
 """Share of the wall-clock budget that kernel tuning gets, of what is left when it starts."""
 
@@ -116,6 +122,7 @@ def choose(
     tuning: Tuning | None = None,
     methods: str | Sequence[Pass] = (),
     overrides: Mapping[str, str | Precision] | None = None,
+    regions: Mapping[str, RegionOptions] | None = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
 ) -> Choice:
@@ -126,12 +133,11 @@ def choose(
     from qcompiler.passes.methods import parse_methods
 
     wanted = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
-    started = time.perf_counter()
-    deadline = None if tuning is None or tuning.seconds is None else started + tuning.seconds
+    clock = Clock(None if tuning is None else tuning.seconds)
     seconds: dict[str, float] = {}
     prepared = prepare(
         model, calibration=calibration, input_shapes=input_shapes, freeze=freeze,
-        methods=wanted, seed=seed, progress=progress,
+        methods=wanted, regions=regions, evaluate=evaluate, seed=seed, progress=progress,
     )  # fmt: skip
     nothing = _nothing_to_choose(prepared, backend)
     if nothing is not None:
@@ -153,33 +159,44 @@ def choose(
         )
     limits, evaluation, by_default = default_budget(budget, evaluate, calibration, prepared)
     cache = Cache(cache_folder(None if tuning is None else tuning.records))
+    notes: list[str] = []
     with interruptible():
-        precisions = wanted_precisions(backend, prepared, limits)
+        precisions = wanted_precisions(backend, prepared, limits, overrides)
         mark = time.perf_counter()
-        sensitivity = sensitivity_of(prepared, precisions, cache, seed=seed, progress=progress)
+        sensitivity = sensitivity_of(
+            prepared, precisions, cache, seed=seed, clock=clock, notes=notes, progress=progress
+        )
         seconds["sensitivity"] = time.perf_counter() - mark
         mark = time.perf_counter()
         backend, known = _tuned_backend(
-            prepared, backend, precisions, tuning, deadline, cache, seed, progress
+            prepared, backend, precisions, tuning, clock, cache, seed, progress
         )
         if tuning is not None and tuning.searches:
             seconds["tuning"] = time.perf_counter() - mark
         workshop = Workshop(prepared, backend, seed=seed, progress=progress)
         mark = time.perf_counter()
         file = records_file(cache, backend.spec.name, None if tuning is None else tuning.records)
-        late = _late(deadline)
-        table = trusted_table(workshop, precisions, file, late)
+        if clock.late():
+            precisions = [p for p in precisions if p in (Precision.W8A8, Precision.FP32)]
+            notes.append("the time was up before kernels were measured: only w8a8 and fp32 are "
+                         "compared")  # fmt: skip
+        table = trusted_table(workshop, precisions, file, clock.late)
         seconds["latency"] = time.perf_counter() - mark
         mark = time.perf_counter()
         network = network_of(prepared.graph, table, precisions, sensitivity)
         network = network.with_fixed(fixed_by(network, prepared, overrides))
-        judge = Judge(prepared, model, evaluation, cache, _JOINT_SAMPLES)
+        if limits.max_memory_mb is not None:
+            network = network.with_memory()
+        judge = Judge(prepared, evaluation, cache, _JOINT_SAMPLES)
+        regional = Regional.of(prepared.graph, regions or {})
+        network = network.with_groups(regional.nodes)
         trials = {p.value: workshop.uniform(p) for p in precisions}
         seconds["assign"] = time.perf_counter() - mark
         mark = time.perf_counter()
         outcome = search(
-            network, workshop, judge, limits, uniform=trials, late=late, progress=progress
-        )
+            network, workshop, judge, limits, uniform=trials, regional=regional,
+            late=clock.late, progress=progress,
+        )  # fmt: skip
         seconds["rounds"] = time.perf_counter() - mark
     log = assignment_log(outcome, table, limits, judge, trials, by_default, seconds, overrides)
     plan = outcome.network.plan(outcome.choices, reasons_of(log))
@@ -188,7 +205,7 @@ def choose(
     sources = {}
     if isinstance(evaluation, Evaluation):
         sources["evaluation"] = load_samples(evaluation.samples).digest()
-    notes = [log["statement"]] if by_default else []
+    notes += [log["statement"]] if by_default else []
     notes += [outcome.note] if outcome.note else []
     expected, took = outcome.predicted.seconds, outcome.trial.figures.seconds
     if expected and took and not 1 / _BUSY <= took / expected <= _BUSY:
@@ -235,21 +252,6 @@ def _nothing_to_choose(prepared: Prepared, backend: Backend) -> str | None:
     return None
 
 
-def wanted_precisions(backend: Backend, prepared: Prepared, limits: Budget) -> list[Precision]:
-    """Return the precisions of the target that are worth measuring, W8A8 and FP32 among them.
-
-    Weights held in fewer bits for float products are there for limits on size.
-    """
-    del prepared
-    found = []
-    for p in backend.spec.precisions:
-        held = p.value in _HELD and limits.max_size_mb is not None
-        integer = p.is_integer and p is not Precision.W4A8_GROUP  # nothing measures its loss
-        if integer or p is Precision.FP32 or held:
-            found.append(p)
-    return found
-
-
 def default_budget(
     budget: Budget | None,
     evaluate: Evaluation | Score | None,
@@ -291,8 +293,26 @@ def _scores_classes(prepared: Prepared) -> bool:
     return "mse" not in kinds
 
 
-def _late(deadline: float | None) -> Callable[[], bool]:
-    return lambda: deadline is not None and time.perf_counter() > deadline
+class Clock:
+    """The one wall-clock budget of a search; without a limit, time is never up.
+
+    Attributes:
+        limit: Seconds, or None.
+    """
+
+    def __init__(self, limit: float | None = None) -> None:
+        self.limit = limit
+        self._started = time.perf_counter()
+
+    def left(self) -> float:
+        """Return the seconds that are left; infinity without a limit."""
+        if self.limit is None:
+            return math.inf
+        return self.limit - (time.perf_counter() - self._started)
+
+    def late(self) -> bool:
+        """Whether time is up."""
+        return self.left() <= 0
 
 
 def fixed_by(
@@ -335,52 +355,98 @@ def sensitivity_of(
     *,
     samples: int = SAMPLES,
     seed: int = 0,
+    clock: Clock | None = None,
+    notes: list[str] | None = None,
     progress: ProgressFn = no_progress,
 ) -> SensitivityReport:
     """Return what each product's rounding costs at the model's outputs, without labels.
 
     A finished analysis of the same network and data is taken from the cache if it has the widths,
-    whatever the target was; an unfinished one goes on.
+    whatever the target was; an unfinished one goes on. Under a limit of time the analysis gets a
+    share of it: fewer samples where it would take longer, and at the end products stay without an
+    analysis; `notes` then gets a sentence.
     """
     from qcompiler.passes.sensitivity import Settings, measure_sensitivity
     from qcompiler.passes.sensitivity_report import SensitivityReport
+    from qcompiler.passes.single_node import units
 
     assert prepared.table is not None
     assert prepared.samples is not None
-    some = [p for p in precisions if p is not Precision.FP32]
-    weights = {p.weight_bits for p in some if p.weight_bits <= 8} | {8}
-    activations = {p.activation_bits for p in some if p.activation_bits <= 8} | {8}
-    key = key_of(
-        digest(prepared.graph), prepared.sources["calibration"], prepared.table.spec, samples, seed
-    )
-    known = cache.load("sensitivity", key)
+    plain = [p for p in precisions if p.is_integer and p is not Precision.W4A8_GROUP]
+    forms: set[Precision] = {p for p in precisions if p not in (*plain, Precision.FP32)}
+    weights = {p.weight_bits for p in plain} | {8}
+    activations = {p.activation_bits for p in plain} | {8}
+
+    def key_for(count: int) -> str:
+        assert prepared.table is not None
+        return key_of(
+            digest(prepared.graph), prepared.sources["calibration"], prepared.table.spec, count,
+            seed,
+        )  # fmt: skip
+
+    known = cache.load("sensitivity", key_for(samples))
     if isinstance(known, dict):
         have_w, have_a = set(known.get("weight_bits", ())), set(known.get("activation_bits", ()))
-        if weights <= have_w and activations <= have_a:
+        have_f = {Precision.parse(p) for p in known.get("forms", ())}
+        if weights <= have_w and activations <= have_a and forms <= have_f:
             try:
                 return SensitivityReport.from_json(known["report"])
             except (UsageError, KeyError):
                 pass  # damaged: measured anew
-        weights, activations = weights | have_w, activations | have_a
+        weights, activations, forms = weights | have_w, activations | have_a, forms | have_f
+    room = math.inf if clock is None else clock.left() * _ANALYSIS_SHARE
+    found = len(units(prepared.graph))
+    if math.isfinite(room):
+        one = _seconds_of_a_run(prepared) * found * (len(weights) + len(activations) + len(forms))
+        while samples > _LEAST_SAMPLES and one / 2 * samples > room:  # half a run follows a product
+            samples //= 2
     how = Settings(
         weight_bits=tuple(sorted(weights, reverse=True)),
         samples=samples,
         fisher_samples=0,
         seed=seed,
         activation_bits=tuple(sorted(activations, reverse=True)),
+        forms=tuple(p for p in Precision if p in forms),
     )
-    part = cache.path("sensitivity-part", key_of(key, sorted(weights), sorted(activations)))
-    found = measure_sensitivity(
+    names = sorted(p.value for p in forms)
+    key = key_for(samples)
+    widths = (sorted(weights), sorted(activations), *([names] if names else []))
+    part = cache.path("sensitivity-part", key_of(key, *widths))
+    end = time.perf_counter() + room
+    result = measure_sensitivity(
         prepared.graph, prepared.table, prepared.samples, settings=how, state=part,
-        progress=progress,
+        late=lambda: time.perf_counter() > end, progress=progress,
     )  # fmt: skip
+    missing = found - len(result.nodes)
+    if missing:
+        if notes is not None:
+            notes.append(
+                f"time for {found - missing} of {found} products was enough in the analysis: the "
+                f"others stay at w8a8 or in float"
+            )
+        return result
     cache.save(
         "sensitivity", key,
         {"weight_bits": sorted(weights), "activation_bits": sorted(activations),
-         "report": found.to_json()},
+         "forms": names, "report": result.to_json()},
     )  # fmt: skip
     part.unlink(missing_ok=True)
-    return found
+    return result
+
+
+def _seconds_of_a_run(prepared: Prepared) -> float:
+    """Return the seconds that the float model takes for one sample in ONNX Runtime."""
+    from qcompiler.data import InputSpec
+    from qcompiler.onnx_export import to_onnx
+    from qcompiler.ort import Session
+
+    assert prepared.samples is not None
+    graph = prepared.graph
+    session = Session(to_onnx(graph).SerializeToString())
+    specs = InputSpec.of({v.name: v for v in graph.inputs})
+    batch = next(prepared.samples.batches(specs))
+    times = benchmark.block(lambda: session.run(dict(batch.inputs)), runs=2, warmup=1)
+    return min(times) / max(batch.samples, 1)
 
 
 # -------------------------------------------------------------------------------------- tuning
@@ -391,7 +457,7 @@ def _tuned_backend(
     backend: Backend,
     precisions: Sequence[Precision],
     tuning: Tuning | None,
-    deadline: float | None,
+    clock: Clock,
     cache: Cache,
     seed: int,
     progress: ProgressFn,
@@ -415,8 +481,8 @@ def _tuned_backend(
         some = [p for p in precisions if p.is_integer] or list(precisions)
         for i, precision in enumerate(some):
             limit = tuning
-            if deadline is not None:
-                left = (deadline - time.perf_counter()) * _TUNING_SHARE
+            if clock.limit is not None:
+                left = clock.left() * _TUNING_SHARE
                 share = left / 2 if i == 0 and len(some) > 1 else left / max(len(some) - i, 1)
                 if share < 1.0:
                     break

@@ -99,3 +99,54 @@ def block(run: Callable[[], object], *, runs: int, warmup: int) -> list[float]:
         if index >= warmup:
             seconds.append(time.perf_counter() - start)
     return seconds
+
+
+_PAUSE = 0.015  # seconds
+_BLOCK_SECONDS = 3e-3
+_MOST_RUNS = 100
+_LEAST_ROUNDS = 2
+
+
+def enough_runs(run: Callable[[], object], least: int) -> int:
+    """Return how many runs make a block of some milliseconds: short ones are noisier."""
+    run()
+    took = min(block(run, runs=2, warmup=0))
+    return int(min(max(_BLOCK_SECONDS / max(took, 1e-7), least), _MOST_RUNS))
+
+
+def in_turn(
+    runners: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    runs: int = 6,
+    seconds: float = 6.0,
+    threads: int = 1,
+) -> dict[str, Timing]:
+    """Time runners in blocks, in turn, with pauses in which the threads of others go to sleep.
+
+    Every latency that is reported, predicted or held against a limit is measured so: budgets and
+    reports take the median, predictions (sums of least times of kernels) are compared with the
+    least.
+
+    Args:
+        runners: What to time, by name.
+        rounds: Blocks of each, at most.
+        runs: Runs of a block, at least; short ones get more.
+        seconds: After which no further round begins, apart from the first two.
+        threads: What to report as the number of threads.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    count = {name: enough_runs(run, runs) for name, run in runners.items()}
+    started = time.perf_counter()
+    for index in range(rounds):
+        if index >= _LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        for name, run in runners.items():
+            time.sleep(_PAUSE)
+            found[name] += block(run, runs=count[name], warmup=1)
+    timings = {}
+    for name, values in found.items():
+        low, median, high = np.percentile(values, [25, 50, 75])
+        spread = float((high - low) / median) if median else 0.0
+        timings[name] = Timing(float(median) * 1e3, min(values) * 1e3, spread, len(values), threads)
+    return timings

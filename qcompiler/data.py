@@ -364,6 +364,10 @@ class Evaluation:
             object.__setattr__(self, "samples", load_samples(self.samples))
 
 
+BUDGET_LIMITS = ("max_drop", "max_latency_ms", "max_size_mb", "max_slice_drop", "max_memory_mb")
+"""Names of the limits of a budget."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits that a compiled model must keep; None = no limit.
@@ -375,15 +379,18 @@ class Budget:
         max_size_mb: Greatest size of the artifact, in millions of bytes.
         max_slice_drop: Greatest loss of any one class or named slice of at least
             `qcompiler.slices.MINIMUM` samples, in points of the metric.
+        max_memory_mb: Greatest memory of the tensors between kernels during a run, in millions of
+            bytes; inputs, parameters and work areas inside kernels are not counted.
     """
 
     max_drop: float | None = None
     max_latency_ms: float | None = None
     max_size_mb: float | None = None
     max_slice_drop: float | None = None
+    max_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_drop", "max_latency_ms", "max_size_mb", "max_slice_drop"):
+        for name in BUDGET_LIMITS:
             value = getattr(self, name)
             if value is None:
                 continue

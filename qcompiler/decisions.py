@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qcompiler.assign import Cast, Item, Option, Problem, Requirement, totals
+from qcompiler.assign import Cast, Group, Item, Moment, Option, Problem, Requirement, totals
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.latency import LatencyTable, ModelTimes, RegionTime
 from qcompiler.ops import OpKind
-from qcompiler.passes.regions import Regions, analyse, integer_operands
-from qcompiler.passes.sensitivity_report import NodeSensitivity, SensitivityReport
+from qcompiler.passes.regions import Kind, Regions, analyse, integer_operands
+from qcompiler.passes.sensitivity_report import NodeSensitivity, SensitivityReport, effects_of
 from qcompiler.passes.single_node import Unit, units
-from qcompiler.plan import Decision, PrecisionPlan, uniform
+from qcompiler.plan import Decision, PrecisionPlan, integer_group, obstacle_to, uniform
 from qcompiler.printer import digest
 from qcompiler.types import Precision
 
@@ -81,6 +81,8 @@ class Network:
                 continue
             chosen = Precision.parse(choices[owner])
             member = start.nodes[node.name]
+            if node.name != owner and (chosen.is_dynamic or chosen.is_weight_only):
+                chosen = Precision.FP32  # only the product itself has such a form
             if chosen.is_integer and node.name != owner:
                 # What joins a product's kernel is in integers whatever the product's widths are.
                 chosen = Precision.W8A8 if member.precision.is_integer else Precision.FP32
@@ -115,6 +117,34 @@ class Network:
         problem = dataclasses.replace(self.problem, fixed={**self.problem.fixed, **fixed})
         return dataclasses.replace(self, problem=problem)
 
+    def with_groups(self, nodes: Mapping[str, Collection[str]]) -> Network:
+        """Return the network with parts that may have limits of their own.
+
+        Args:
+            nodes: Name of a part -> names of its nodes. A kernel across parts counts for the one
+                of its last node; a conversion for the part that makes the value, or reads an input.
+        """
+        order = {n.name: i for i, n in enumerate(self.graph.nodes)}
+        groups = {}
+        for part, inside in nodes.items():
+            of = {**self.followers, **self.products}
+            items = frozenset(
+                i.name for i in self.problem.items
+                if max(of.get(i.name, (i.name,)), key=lambda n: order[n]) in inside
+            )  # fmt: skip
+            casts = frozenset(
+                c.key for c in self.problem.casts
+                if (c.source in items if c.source is not None else c.target in items)
+            )  # fmt: skip
+            groups[part] = Group(items, casts)
+        problem = dataclasses.replace(self.problem, groups=groups)
+        return dataclasses.replace(self, problem=problem)
+
+    def with_memory(self) -> Network:
+        """Return the network with what is held at each moment of a run (see `moments_of`)."""
+        problem = dataclasses.replace(self.problem, moments=moments_of(self))
+        return dataclasses.replace(self, problem=problem)
+
 
 def network_of(
     graph: Graph,
@@ -131,6 +161,58 @@ def network_of(
         sensitivity: Losses; None where only latency matters.
     """
     return _Builder(graph, table, precisions, sensitivity).run()
+
+
+def moments_of(network: Network) -> tuple[Moment, ...]:
+    """Return what is held between kernels after each of them, by the choices of their items.
+
+    A value takes a byte per element where its maker computes in integers and four where in float;
+    it is held from its kernel to the last one that reads it. Values inside a kernel and arguments
+    of the model take nothing; views share what they are views of.
+    """
+    graph = network.graph
+    regions = analyse(graph, uniform(graph))
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    end = len(order)
+    last: dict[Value, int] = {}
+    for v in graph.values():
+        if v.is_constant:
+            continue
+        inner = {network.units.get(n.name) for n in v.users}
+        made = None if v.producer is None else network.units.get(v.producer.name)
+        if made is not None and inner == {made} and not graph.is_output(v):
+            continue  # inside one kernel
+        root = v
+        while root.producer is not None and root.producer.op.name == "reshape":
+            root = root.producer.input(0)
+        if root.producer is None or root.is_constant:
+            continue
+        until = max((order[n] for n in v.users), default=order[root.producer])
+        last[root] = max(last.get(root, 0), end if graph.is_output(v) else until)
+    moments: dict[tuple[Value, ...], Moment] = {}
+    for node in graph.nodes:
+        at = order[node]
+        live = tuple(
+            v for v, until in last.items() if v.producer and order[v.producer] <= at <= until
+        )
+        if live in moments:
+            continue
+        held: dict[str, dict[str, float]] = {}
+        base = 0.0
+        for v in live:
+            wide = v.type.size * v.dtype.bits / 8
+            assert v.producer is not None
+            owner = network.units.get(v.producer.name)
+            if owner is None or v not in regions.primary:
+                base += wide
+                continue
+            narrow = v.type.size * (2.0 if regions.primary[v] is Kind.S16 else 1.0)
+            options = held.setdefault(owner, {})
+            for name in network.problem.item(owner).options:
+                size = narrow if Precision.parse(name).is_integer else wide
+                options[name] = options.get(name, 0.0) + size
+        moments[live] = Moment(held, base)
+    return tuple(moments.values())
 
 
 class _Builder:
@@ -296,8 +378,12 @@ class _Builder:
         shares: dict[str, _Share] = {}
         measured: dict[str, float] = {}
         for precision in self.precisions:
-            if precision.is_integer and not constant and precision.weight_bits < 8:
+            if not constant and precision not in (Precision.W8A8, Precision.W8A7, Precision.FP32):
                 continue  # there are no weights
+            if not precision.is_integer and obstacle_to(node, precision) is not None:
+                continue  # it is float in the model of that precision
+            if precision is Precision.W4A8_GROUP and integer_group(node) is None:
+                continue  # the same as W4A8
             loss = self._loss(name, precision, constant)
             share = placed[precision].get(name)
             if loss is None or share is None:
@@ -317,17 +403,31 @@ class _Builder:
         return {k: equal[k] for k in options}, measured
 
     def _loss(self, name: str, precision: Precision, constant: bool) -> float | None:
-        if self.losses is None or not precision.is_integer:
+        if self.losses is None or precision is Precision.FP32:
             return 0.0
         found = self.losses.get(name)
         if found is None:
+            return self._usual_loss() if precision is Precision.W8A8 else None
+        weight, activation = effects_of(precision)
+        effects = []
+        if activation is not None:
+            effects.append(found.activation.get(activation))
+        if weight is not None and constant:
+            effects.append(found.weight.get(weight))
+        if not all(effects):
             return None
-        a = found.activation.get(str(precision.activation_bits))
-        w = found.weight.get(str(precision.weight_bits)) if constant else None
-        if a is None or (constant and w is None):
-            return None
-        loss = a.loss + (w.loss if w is not None else 0.0)
+        loss = sum(e.loss for e in effects if e is not None)
         return loss if math.isfinite(loss) else 1e30
+
+    def _usual_loss(self) -> float | None:
+        """Return the mean loss of W8A8, for products that there was no time to analyse."""
+        known = [
+            n.activation["8"].loss + (n.weight["8"].loss if "8" in n.weight else 0.0)
+            for n in (self.losses or {}).values()
+            if "8" in n.activation
+        ]
+        found = [v for v in known if math.isfinite(v)]
+        return sum(found) / len(found) if found else None
 
     # ------------------------------------------------------------------------------ conversions
 

@@ -32,13 +32,13 @@ from qcompiler.data import (
 from qcompiler.dynamic_compile import build_sizes, joined, ranges_of
 from qcompiler.errors import (
     DataError,
-    InfeasibleBudgetError,
     TuningError,
     UnsupportedByTargetError,
     UsageError,
 )
 from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
+from qcompiler.limits import check_budget, check_measurable
 from qcompiler.lock import Lock
 from qcompiler.locked import check_given, decided_by, note_search
 from qcompiler.manifest import TargetInfo, TensorSpec
@@ -55,9 +55,16 @@ from qcompiler.passmanager import (
 from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, found_in, uniform
 from qcompiler.printer import digest
 from qcompiler.records import RecordFile, Records
+from qcompiler.regional import (
+    RegionOptions,
+    Regions,
+    as_rules,
+    check_regions,
+    options_of,
+    overrides_with,
+)
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
-from qcompiler.slices import MINIMUM
 from qcompiler.targets.base import Backend, Built, TargetSpec, TuningBudget
 from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import UNCALIBRATED, Array, Precision
@@ -112,6 +119,7 @@ def compile(
     seed: int = 0,
     locked: str | os.PathLike[str] | None = None,
     overrides: Mapping[str, str | Precision] | None = None,
+    regions: Regions | None = None,
     progress: ProgressFn | None = None,
 ) -> CompiledModel:
     """Compile a trained ONNX model for a target.
@@ -141,6 +149,8 @@ def compile(
             plan is taken where "auto" would search for one.
         overrides: Precisions forced by selector: a node name, a pattern over node names, or
             `op:NAME`; later ones win.
+        regions: What is asked of regions of a model with several inputs (docs/hybrid.md), by
+            selector: `{"input:image": RegionOptions("w8a8", observer="percentile")}`.
         progress: Called with (what is going on, units done, units in total).
 
     Returns:
@@ -159,11 +169,14 @@ def compile(
     started = time.perf_counter()
     report_progress = progress or no_progress
     backend = get_target(target)
+    asked = options_of(regions)
+    check_measurable(budget, evaluate, asked, searched=precision == "auto")
+    overrides = overrides_with(asked, overrides)
     ranges = ranges_of(model, input_shapes)
     chosen = methods is not None
     if methods is None:
         methods = "" if ranges is not None else default_methods(precision)
-    decided = decided_by(backend.spec, methods, input_shapes, freeze, seed)
+    decided = decided_by(backend.spec, methods, input_shapes, freeze, seed, asked)
     lock = None if locked is None else Lock.load(locked)
     if lock is not None:
         calibration = None if calibration is None else load_samples(calibration)
@@ -194,6 +207,7 @@ def compile(
             tuning=tuning,
             methods=methods,
             overrides=overrides,
+            regions=asked,
             seed=seed,
             progress=report_progress,
         )
@@ -210,6 +224,7 @@ def compile(
         methods=methods,
         methods_chosen=chosen,
         overrides=overrides,
+        regions=asked,
         seed=seed,
         progress=report_progress,
         instruments=(clock,),
@@ -252,6 +267,12 @@ def compile(
         pass_seconds=clock.seconds,
         progress=report_progress,
     )
+    if ranges is None:
+        from qcompiler.region_measure import measure_regions
+
+        measure_regions(
+            compiled.report, result, backend, compiled, evaluate, asked, report_progress
+        )
     if choice is None and lock is None and ranges is None and isinstance(precision, str):
         from qcompiler.fallback import without_slower_regions
 
@@ -266,6 +287,7 @@ def compile(
             tuning=tuning,
             methods=methods,
             overrides=overrides,
+            regions=asked,
             seed=seed,
             progress=report_progress,
         )
@@ -280,13 +302,14 @@ def compile(
                 freeze=freeze,
                 tuning=choice.tuning,
                 methods=methods if choice.plan.has_integers else (),
+                regions={s: dataclasses.replace(r, precision=None) for s, r in asked.items()},
                 seed=seed,
                 progress=progress,
             )
             note_search(compiled, precision)
     if choice is not None:
         choice.finish(compiled)
-    _check_budget(compiled, budget)
+    check_budget(compiled, budget, asked)
     return compiled
 
 
@@ -301,6 +324,7 @@ def quantize_model(
     methods: str | Sequence[Pass] = (),
     methods_chosen: bool = True,
     overrides: Mapping[str, str | Precision] | None = None,
+    regions: Mapping[str, RegionOptions] | None = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
     instruments: Sequence[Instrument] = (),
@@ -314,7 +338,7 @@ def quantize_model(
     nobody chose are left out where the model is quantized already.
     """
     from qcompiler.onnx_import import load_onnx, model_digest
-    from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
+    from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable, RegionObservers
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import quantize_passes
@@ -337,6 +361,7 @@ def quantize_model(
         wanted = ()
     _check_methods(wanted, imported_qdq)
     graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
+    check_regions(graph, regions or {})
     if imported_qdq:
         integer = PassManager([Fuse()], instruments).run(graph, ctx)
         plan = found_in(integer)
@@ -371,6 +396,7 @@ def quantize_model(
             )
         loaded = CalibrationSet.of(samples, graph)
         ctx.put(loaded)
+        ctx.put(RegionObservers(as_rules(regions or {})))
         sources["calibration"] = loaded.digest
         count = len(loaded)
     manager = PassManager(passes, instruments, given=tuple(ctx.artifacts))
@@ -549,41 +575,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
         seen[name] = count + 1
         out.append(f"{name}#{count}" if count else name)
     return out
-
-
-def _check_budget(compiled: CompiledModel, budget: Budget | None) -> None:
-    if budget is None or compiled.report is None:
-        return
-    report = compiled.report
-    checks = {
-        "max_drop": (report.get("metric") or {}).get("drop"),
-        "max_latency_ms": (report.get("latency_ms") or {}).get("compiled"),
-        "max_size_mb": (report.get("size_bytes") or {}).get("artifact", 0) / 1e6,
-        "max_slice_drop": ((report.get("metric") or {}).get("worst_slice") or {}).get("drop"),
-    }
-    hints = {
-        "max_drop": "give evaluate=... (--evaluate and --metric)",
-        "max_slice_drop": "give evaluation samples with an array 'slice' or 'label', at least "
-        f"{MINIMUM} of one group",
-    }
-    broken = []
-    least = {}
-    for name, found in checks.items():
-        limit = getattr(budget, name)
-        if limit is None:
-            continue
-        if found is None:
-            raise UsageError(
-                f"budget {name} cannot be checked: nothing measures it",
-                hint=hints.get(name),
-            )
-        if not found <= limit:
-            broken.append(f"{name} is {found:.4g}, allowed are {limit:g}")
-            least[name] = float(found)
-    if broken:
-        raise InfeasibleBudgetError(
-            f"the budget is not kept at this precision: {'; '.join(broken)}",
-            least=least,
-            best=compiled,
-            hint="relax the limit to the figure named, or choose another precision",
-        )

@@ -24,6 +24,7 @@ from qcompiler.data import Budget, SampleSource
 from qcompiler.decisions import CONVERSIONS, FLOAT, Network, network_of
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import Decision
+from qcompiler.regional import RegionOptions
 from qcompiler.search import Curve, Outcome
 from qcompiler.targets.base import Backend
 from qcompiler.targets.branches import guards_of
@@ -116,6 +117,7 @@ def faster_in_float(
     tuning: Tuning | None = None,
     methods: Sequence[Pass] = (),
     overrides: Mapping[str, str | Precision] | None = None,
+    regions: Mapping[str, RegionOptions] | None = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
 ) -> Choice | None:
@@ -125,7 +127,7 @@ def faster_in_float(
     """
     prepared = prepare(
         model, calibration=calibration, input_shapes=input_shapes, freeze=freeze,
-        methods=methods, seed=seed, progress=progress,
+        methods=methods, regions=regions, seed=seed, progress=progress,
     )  # fmt: skip
     if prepared.table is None or precision is Precision.FP32:
         return None
@@ -182,7 +184,7 @@ def faster_in_float(
     choices = dict(best.choices)
     if winner == FLOAT:
         choices = {n: network.problem.fixed.get(n, FLOAT) for n in choices}
-    return _choice(network, choices, trials, winner, prepared, table, cache, model, start)
+    return _choice(network, choices, trials, winner, prepared, table, cache, start)
 
 
 def _choice(
@@ -193,7 +195,6 @@ def _choice(
     prepared: Any,
     table: Any,
     cache: Cache,
-    model: ModelSource,
     start: Mapping[str, str],
 ) -> Choice:
     """Return the plan with its reasons and its log."""
@@ -211,7 +212,7 @@ def _choice(
         Curve(), [], front(network.problem, points=4), "latency", math.inf, {},
         {n: t.figures.seconds or math.nan for n, t in trials.items()},
     )  # fmt: skip
-    judge = Judge(prepared, model, None, cache, 1)
+    judge = Judge(prepared, None, cache, 1)
     log = assignment_log(outcome, table, Budget(), judge, trials, False, {})
     log["statement"] = "regions whose integer form was slower went back to float"
     for name, reason in reasons.items():

@@ -38,7 +38,6 @@ __all__ = [
     "Measured",
     "ModelTimes",
     "RegionTime",
-    "enough_runs",
     "measure_models",
     "runs_here",
 ]
@@ -50,7 +49,6 @@ _ROUNDS = 5
 _RUNS = 3
 _WARMUP = 1
 _BLOCK = 4
-_BLOCK_SECONDS = 3e-3
 _ENOUGH = 12.0
 """Seconds of measuring after which no further round begins."""
 _MOST_NOISE = 0.2
@@ -432,7 +430,7 @@ def _rounds(
     calls: dict[str, list[list[float]]] = {name: [] for name in runnable}
     whole: dict[str, list[float]] = {name: [] for name in runnable}
     count = {
-        name: enough_runs(lambda m=model, x=inputs[name]: m(x), _BLOCK)  # type: ignore[misc]
+        name: benchmark.enough_runs(lambda m=model, x=inputs[name]: m(x), _BLOCK)  # type: ignore[misc]
         for name, (_, model) in runnable.items()
     }
     started = time.perf_counter()
@@ -461,13 +459,6 @@ def _rounds(
         found[_whole(built, model)] = _summary([whole[name]])
     found.update({w: _summary(s) for w, s in samples.items()})
     return found
-
-
-def enough_runs(run: Callable[[], object], least: int) -> int:
-    """Return how many runs make a block of some milliseconds: short ones are noisier."""
-    run()
-    took = min(benchmark.block(run, runs=2, warmup=0))
-    return int(min(max(_BLOCK_SECONDS / max(took, 1e-7), least), 100))
 
 
 def _summary(samples: Sequence[Sequence[float]]) -> KernelTime:

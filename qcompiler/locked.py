@@ -12,6 +12,8 @@ from qcompiler.data import Evaluation, SampleSource, load_samples
 from qcompiler.errors import UsageError
 from qcompiler.lock import Lock, options, versions
 from qcompiler.passmanager import Pass
+from qcompiler.regional import RegionOptions
+from qcompiler.regional import to_json as calibrated
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.base import TargetSpec
 from qcompiler.tuning import Tuning
@@ -27,6 +29,7 @@ def decided_by(
     input_shapes: Mapping[str, Sequence[int]] | None,
     freeze: Mapping[str, Array | float | bool] | None,
     seed: int,
+    regions: Mapping[str, RegionOptions] | None = None,
 ) -> Lock:
     """Return the lock of a compilation as far as it is known before any work."""
     tools: dict[str, str] = {}
@@ -41,6 +44,9 @@ def decided_by(
     chosen = options(
         target=spec.name, methods=methods, input_shapes=input_shapes, freeze=freeze, seed=seed
     )
+    observers = calibrated(regions or {})
+    if observers:
+        chosen["regions"] = observers
     return Lock({}, versions(tools), chosen)
 
 

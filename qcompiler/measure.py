@@ -7,11 +7,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from qcompiler import benchmark, data
 from qcompiler.artifact import check_runnable
@@ -31,10 +28,6 @@ if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
     from qcompiler.targets.base import Built
 
-_ROUNDS = 3
-_RUNS = 8
-_WARMUP = 2
-_PAUSE = 0.02  # seconds
 _PROFILES = 15
 
 
@@ -115,6 +108,7 @@ def measured_report(
         "metric": None,
         "latency_ms": {"compiled": None, "float": None},
         "size_bytes": _sizes(compiled, model),
+        "memory_bytes": {"activations": built.memory},
         "nodes": [
             {
                 "name": r.name,
@@ -160,7 +154,7 @@ def measured_report(
         report["latency_ms"] = _latency(compiled, reference)
         report["energy"] = _energy(compiled, reference)
         _region_times(compiled, report["nodes"])
-    report["modalities"] = modality_report(result, report["nodes"])
+    report["modalities"] = modality_report(result, report["nodes"], built)
     report["seconds"] = {"total": seconds, "passes": dict(pass_seconds)}
     return report
 
@@ -198,9 +192,28 @@ def _metric(
     reference: CompiledModel | None,
     evaluate: data.Evaluation | Callable[[CompiledModel], float],
 ) -> dict[str, Any]:
+    before = None
+    if not isinstance(evaluate, data.Evaluation) and reference is not None:
+        before = float(evaluate(reference))
+    return scored(compiled, reference, evaluate, before)
+
+
+def scored(
+    compiled: CompiledModel,
+    reference: data.Runner | None,
+    evaluate: data.Evaluation | Callable[[CompiledModel], float],
+    before: float | None = None,
+) -> dict[str, Any]:
+    """Return what a model scores, as a report's `metric`.
+
+    Args:
+        compiled: The model.
+        reference: Runs the float model.
+        evaluate: Samples and metric, or a callable that scores a model.
+        before: What a callable gave the float model.
+    """
     if not isinstance(evaluate, data.Evaluation):
         score = float(evaluate(compiled))
-        before = float(evaluate(reference)) if reference is not None else None
         drop = None if before is None else before - score
         return {"name": "custom", "float": before, "compiled": score, "drop": drop}
     specs = data.InputSpec.of(compiled.inputs)
@@ -231,19 +244,13 @@ def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[s
     if reference is not None:
         runners["float"] = lambda: reference(inputs)
     threads = default_threads()
-    milliseconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(_ROUNDS):
-        for name, runner in runners.items():
-            # Both runtimes leave threads spinning for a moment: let them go to sleep first.
-            time.sleep(_PAUSE)
-            block = benchmark.block(runner, runs=_RUNS, warmup=_WARMUP)
-            milliseconds[name] += [s * 1e3 for s in block]
-    found: dict[str, Any] = {name: float(np.median(t)) for name, t in milliseconds.items()}
+    timed = benchmark.in_turn(runners, threads=threads)
+    found: dict[str, Any] = {name: t.median_ms for name, t in timed.items()}
     found.setdefault("float", None)
     found["float_runner"] = "onnxruntime" if reference is not None else None
     found["threads"] = threads
-    found["runs"] = _ROUNDS * _RUNS
-    found["min"] = {name: min(t) for name, t in milliseconds.items()}
+    found["runs"] = timed["compiled"].runs
+    found["min"] = {name: t.min_ms for name, t in timed.items()}
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from qcompiler.types import Precision
 if TYPE_CHECKING:
     from qcompiler.driver import Quantized
     from qcompiler.plan import PrecisionPlan
+    from qcompiler.targets.base import Built
 
 FUSION = "fusion"
 """Selector of every node that depends on more than one input."""
@@ -34,7 +35,7 @@ PREFIX = "input:"
 """Selectors of one region: `input:` and the names of its inputs, joined by `+`."""
 SECONDS = 4.0
 """Wall time after which no further sample is run for a region's error."""
-_RUNS = 4
+_RUNS = 16
 _PRODUCTS = (OpKind.COMPUTE, OpKind.RECURRENT)
 
 
@@ -122,17 +123,19 @@ def select(graph: Graph, selector: str) -> list[Node]:
 
 
 def modality_report(
-    result: Quantized, kernels: Sequence[Mapping[str, Any]]
+    result: Quantized, kernels: Sequence[Mapping[str, Any]], built: Built
 ) -> list[dict[str, Any]] | None:
     """Return size, latency, precisions and error of each region, as JSON.
 
     Args:
         result: The quantized model.
         kernels: The report's `nodes`: kernels with the names of the model's nodes and latencies.
+        built: What the backend made of it.
 
     Returns:
         Per region `name`, `inputs`, `kind`, `nodes`, `precisions` (precision -> products),
-        `weight_bytes`, `latency_ms`, and `sqnr_alone`: the signal-to-noise ratio (dB) of the worst
+        `weight_bytes` (as stored), `parameter_bytes` (as packed for the kernels, with their tables
+        and scales), `latency_ms`, and `sqnr_alone`: the signal-to-noise ratio (dB) of the worst
         output when only this region is quantized as the plan says. None for a model of one region.
     """
     graph = result.float_graph
@@ -141,7 +144,8 @@ def modality_report(
     found = modalities(graph)
     if len(found) < 2:
         return None
-    times = _latencies(found, kernels)
+    times = latencies(found, kernels)
+    sizes = parameter_bytes(found, built)
     return [
         {
             "name": m.name,
@@ -155,6 +159,7 @@ def modality_report(
                 )
             ),
             "weight_bytes": _weight_bytes(m, result.plan),
+            "parameter_bytes": sizes[m],
             "latency_ms": times[m],
             "sqnr_alone": sqnr_alone(result, m),
         }
@@ -173,11 +178,16 @@ def _weight_bytes(m: Modality, plan: PrecisionPlan) -> int:
     return bits // 8
 
 
-def _latencies(
+def _places(found: Sequence[Modality]) -> dict[str, int]:
+    """Return node, or node of the imported model -> index of its region."""
+    return {name: k for k, m in enumerate(found) for n in m.nodes for name in (n.name, *n.sources)}
+
+
+def latencies(
     found: Sequence[Modality], kernels: Sequence[Mapping[str, Any]]
 ) -> dict[Modality, float | None]:
-    """Return the time of each region's kernels; one that joins regions counts for the last."""
-    place = {name: k for k, m in enumerate(found) for n in m.nodes for name in (n.name, *n.sources)}
+    """Return the ms of each region's kernels; one that joins regions counts for the last."""
+    place = _places(found)
     sums: dict[Modality, float | None] = dict.fromkeys(found)
     for kernel in kernels:
         latency = kernel.get("latency_ms")
@@ -187,6 +197,28 @@ def _latencies(
         home = found[max(homes)]
         sums[home] = (sums[home] or 0.0) + float(latency)
     return sums
+
+
+def parameter_bytes(found: Sequence[Modality], built: Built) -> dict[Modality, int]:
+    """Return the bytes of each region's packed parameters; shared ones count where first read."""
+    place = _places(found)
+    homes: dict[str, list[int]] = {}
+    for region in built.regions:
+        homes[region.name] = [place[n] for n in (region.name, *region.nodes) if n in place]
+    for node in built.graph.nodes:
+        names = (node.name, *node.sources)
+        here = homes.get(node.name) or [place[n] for n in names if n in place]
+        homes.setdefault(node.name, here)
+        for v in node.operands:
+            if v.is_constant:
+                homes.setdefault(v.name, here)
+    sizes = dict.fromkeys(found, 0)
+    for name, array in zip(built.parameter_names, built.parameters, strict=True):
+        # "NODE.3": a constant packed for that node's kernel; else a constant of the graph.
+        where = homes.get(name.rpartition(".")[0]) or homes.get(name)
+        if where:
+            sizes[found[max(where)]] += array.nbytes
+    return sizes
 
 
 def sqnr_alone(result: Quantized, region: Modality) -> float | None:
@@ -205,7 +237,7 @@ def sqnr_alone(result: Quantized, region: Modality) -> float | None:
         return None
     if all(p is Precision.FP32 for p in kept.values()):
         return None
-    quantized = _with_plan(result, graph, inside)
+    quantized, _ = with_plan(result, graph, inside)
     noise: dict[str, float] = {}
     signal: dict[str, float] = {}
     started = time.perf_counter()
@@ -230,17 +262,21 @@ def _level(signal: float, noise: float) -> float:
     return round(min(float(10 * np.log10(signal / noise)), SQNR_CEILING), 3)
 
 
-def _with_plan(result: Quantized, graph: Graph, inside: set[str]) -> Graph:
-    """Return the graph quantized by the plan inside a region and float outside."""
+def with_plan(
+    result: Quantized, graph: Graph, inside: Collection[str]
+) -> tuple[Graph, PrecisionPlan]:
+    """Return the graph quantized by the plan inside a region and float outside, and that plan."""
     from qcompiler.passes.calibrate import Calibrate
     from qcompiler.passes.insert_qdq import quantize_passes
     from qcompiler.passmanager import PassContext, PassManager
-    from qcompiler.plan import Decision
+    from qcompiler.plan import Decision, PrecisionPlan
 
     outside = Decision(Precision.FP32, "another region")
     plan = result.plan.replaced({n: outside for n in result.plan if n not in inside})
     ctx = PassContext()
     ctx.put(plan)
-    ctx.put(result.table)
+    if result.table is not None:
+        ctx.put(result.table)
     passes = [p for p in quantize_passes(plan) if not isinstance(p, Calibrate)]
-    return PassManager(passes, given=tuple(ctx.artifacts)).run(graph, ctx)
+    shaped = PassManager(passes, given=tuple(ctx.artifacts)).run(graph, ctx)
+    return shaped, ctx.get(PrecisionPlan)

@@ -243,6 +243,7 @@ def limits(report: Report) -> list[str]:
         "max_slice_drop": "drop of each slice at most {:g}",
         "max_latency_ms": "latency at most {:g} ms",
         "max_size_mb": "size at most {:g} MB",
+        "max_memory_mb": "memory between kernels at most {:g} MB",
     }
     return [text.format(budget[key]) for key, text in texts.items() if budget.get(key) is not None]
 

@@ -21,6 +21,7 @@ _LIMIT_NAMES = {
     "max_drop": "the drop allowed",
     "max_latency_ms": "the latency allowed",
     "max_size_mb": "the size allowed",
+    "max_memory_mb": "the memory allowed",
 }
 
 

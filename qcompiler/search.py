@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qcompiler.assign import Limits, Solution, front, solve, totals
+from qcompiler.assign import RESOURCES, Limits, Resource, Solution, front, solve, totals
 from qcompiler.data import Budget
 from qcompiler.decisions import FLOAT, INTEGER, Network
 from qcompiler.errors import AssignmentError
 from qcompiler.latency import runs_here
 from qcompiler.passmanager import ProgressFn, no_progress
+from qcompiler.search_regions import Regional
 from qcompiler.types import Precision
 from qcompiler.workshop import Figures, Judge, Trial, Workshop, race
 
@@ -106,6 +107,7 @@ class Round:
     kept: bool
     learned: str
     trial: Trial | None = None
+    regions: Mapping[str, Figures] = field(default_factory=dict)
 
     def to_json(self, number: int) -> dict[str, Any]:
         """Return the JSON form that reports hold."""
@@ -146,6 +148,8 @@ class Outcome:
         broken: Limits that it does not keep, with the least feasible value found.
         seconds: Measured latencies in the last race: "chosen", "float", "w8a8".
         note: Why the choice is not the solver's, where it is not; else empty.
+        regions: Limits of single regions and what they cost, for the log; None without any.
+        bounds: What the program kept at last, besides loss and latency.
     """
 
     network: Network
@@ -161,6 +165,8 @@ class Outcome:
     broken: dict[str, float]
     seconds: dict[str, float]
     note: str = ""
+    regions: dict[str, Any] | None = None
+    bounds: Limits = field(default_factory=Limits)
 
 
 class Search:
@@ -172,6 +178,7 @@ class Search:
         workshop: Workshop,
         judge: Judge,
         budget: Budget,
+        regional: Regional,
         late: Callable[[], bool],
         progress: ProgressFn,
         most: int,
@@ -180,6 +187,7 @@ class Search:
         self.workshop = workshop
         self.judge = judge
         self.budget = budget
+        self.regional = regional
         self.late = late
         self.progress = progress
         self.most = most
@@ -187,6 +195,30 @@ class Search:
         self.rounds: list[Round] = []
         self.by_choice: dict[tuple[tuple[str, str], ...], Round] = {}
         self.latency_rate = 1.0
+        self.memory_rate = 1.0
+
+    def limits(self, limits: Limits) -> Limits:
+        """Return limits with those that follow from what was learned."""
+        problem = self.network.problem
+        if self.budget.max_memory_mb is not None:
+            room = self.budget.max_memory_mb * 1e6 / self.memory_rate
+            limits = dataclasses.replace(limits, memory=room)
+        if not self.regional.limits:
+            return limits
+        most = sum(max(o.loss for o in i.options.values()) for i in problem.items)
+        return dataclasses.replace(limits, groups=self.regional.bounds(self.curve, most))
+
+    def measured(self, trial: Trial, choices: Mapping[str, str], drops: bool) -> dict[str, Figures]:
+        """Return what regions with limits cost in a joint model; drops cost a build each."""
+        return self.regional.measure(
+            self.network, self.workshop, self.judge, trial, choices, drops=drops
+        )
+
+    def note_memory(self, trial: Trial, choices: Mapping[str, str]) -> None:
+        """Learn how much more memory a built model takes than its values: plans have gaps."""
+        expected = totals(self.network.problem, choices).memory
+        if trial.figures.memory is not None and expected > 0:
+            self.memory_rate = max(self.memory_rate, trial.figures.memory / expected)
 
     # -------------------------------------------------------------------------- joint models
 
@@ -197,6 +229,7 @@ class Search:
             self.curve.drop(solution.loss),
             solution.latency * self.latency_rate,
             solution.size,
+            memory=solution.memory * self.memory_rate if self.network.problem.moments else None,
         )
 
     def attempt(self, choices: Mapping[str, str], why: str = "") -> Round:
@@ -210,10 +243,14 @@ class Search:
         trial = self.workshop.make(self.network.plan(choices, {}))
         self.judge.judge(trial)
         if trial.figures.seconds is None and self.timed():
-            trial.note(seconds=race({"this": trial}, rounds=2, runs=5)["this"])
+            race({"this": trial}, rounds=2, runs=5)
         limits = dataclasses.replace(self.budget, max_latency_ms=None)
         kept = trial.figures.keeps(limits)
-        made = Round(dict(choices), predicted, trial.figures, kept, why, trial)
+        regions = self.measured(trial, choices, kept)
+        learned = self.regional.learn(regions, solution) or why
+        kept = kept and not self.regional.broken(regions)
+        self.note_memory(trial, choices)
+        made = Round(dict(choices), predicted, trial.figures, kept, learned, trial, regions)
         self.rounds.append(made)
         self.by_choice[key] = made
         self.curve.add(trial.figures.loss, trial.figures.drop)
@@ -246,12 +283,15 @@ class Search:
 
     def least_latency(self, limits: Limits) -> Iterator[Round]:
         """Yield joint models, ever closer to the fastest one that keeps the budget."""
+        start = limits
+        limits = self.limits(start)
         problem = self.network.problem
         fastest = solve(problem, "latency", limits, then="loss")
         if fastest is None:  # the least that there is
-            least = solve(problem, "size", then="loss")
-            if least is not None:
-                yield self.attempt(least.choices)
+            for resource in self._unkept(limits):
+                least = solve(problem, resource, then="loss")
+                if least is not None:
+                    yield self.attempt(least.choices)
             return
         excluded: list[Mapping[str, str]] = []
         good: Solution | None = None
@@ -261,7 +301,7 @@ class Search:
             if known.kept and (good is None or found.latency < good.latency):
                 good = found
         while len(self.rounds) < self.most and not self.late():
-            problem = self.network.problem
+            problem, limits = self.network.problem, self.limits(start)
             top = solve(problem, "latency", limits, then="loss", excluded=excluded)
             if top is None:
                 return
@@ -297,6 +337,20 @@ class Search:
                     made.learned = "the limit on the loss moves down"
             yield made
 
+    def _unkept(self, limits: Limits) -> list[Resource]:
+        """Return the resources whose limit no choice keeps by itself; size where none is so."""
+        alone = [
+            r
+            for r in RESOURCES
+            if math.isfinite(getattr(limits, r))
+            and solve(self.network.problem, r, Limits(**{r: getattr(limits, r)})) is None
+        ]
+        if alone:
+            return alone
+        parts = [r for r in RESOURCES for own in limits.groups.values()
+                 if math.isfinite(getattr(own, r))]  # fmt: skip
+        return list(dict.fromkeys(parts)) or ["size"]
+
     def _next_limit(self, most: float, good: Solution | None, bad: float | None) -> float:
         """Return the limit on the loss to solve under next."""
         low = 0.0 if good is None else good.loss
@@ -317,17 +371,27 @@ class Search:
         room = target * (1 - _SLACK)
         excluded: list[Mapping[str, str]] = []
         while len(self.rounds) < self.most and not self.late():
-            bound = dataclasses.replace(limits, latency=room / self.latency_rate)
+            bound = dataclasses.replace(self.limits(limits), latency=room / self.latency_rate)
             point = solve(self.network.problem, "loss", bound, then="latency", excluded=excluded)
             if point is None:
                 return
+            best = min(
+                (r.measured.loss for r in self.rounds
+                 if r.kept and _in_time(r, self.budget) and r.measured.loss is not None),
+                default=math.inf,
+            )  # fmt: skip
+            if point.loss >= best * (1 - _GAIN):
+                return  # by all that was learned, nothing better is left
             made = self.attempt(point.choices)
-            made.learned = self.learn(made)
+            made.learned = self.learn(made) or made.learned
             excluded.append(point.choices)
             yield made
-            seconds = made.measured.seconds
+            seconds = made.measured.typical
+            if not made.kept:
+                made.learned = made.learned or "another limit was not kept"
+                continue
             if seconds is None or not math.isfinite(target) or seconds <= target:
-                return
+                continue
             self.latency_rate *= max(seconds / (point.latency * self.latency_rate), 1.0)
             made.kept = False
             made.learned = f"it takes {seconds / point.latency:.3g} times the sum of its kernels"
@@ -345,6 +409,7 @@ def search(
     budget: Budget,
     *,
     uniform: Mapping[str, Trial],
+    regional: Regional | None = None,
     late: Callable[[], bool] = lambda: False,
     rounds: int = _ROUNDS,
     progress: ProgressFn = no_progress,
@@ -361,11 +426,15 @@ def search(
         judge: Evaluates them.
         budget: Limits.
         uniform: Precision -> the model with everything at that precision, built and judged.
+        regional: Limits of single regions.
         late: Whether time is up.
         rounds: Joint models to build at most, beyond the uniform ones.
         progress: Called per joint model.
     """
-    work = Search(network, workshop, judge, budget, late, progress, rounds + len(uniform))
+    work = Search(
+        network, workshop, judge, budget, regional or Regional(), late, progress,
+        rounds + len(uniform),
+    )  # fmt: skip
     for precision, trial in uniform.items():
         judge.judge(trial)
         work.curve.add(trial.figures.loss, trial.figures.drop)
@@ -374,6 +443,7 @@ def search(
             work.network = work.network.with_rates({**work.network.rates, precision: rate})
     for precision, trial in uniform.items():
         choices = work.network.choices(trial.plan)
+        work.note_memory(trial, choices)
         if any(choices[n] != o for n, o in network.problem.fixed.items()):
             continue
         key = tuple(sorted(choices.items()))
@@ -384,7 +454,10 @@ def search(
                 continue
         kept = trial.figures.keeps(dataclasses.replace(budget, max_latency_ms=None))
         predicted = work.predicted(totals(work.network.problem, choices))
-        made = Round(choices, predicted, trial.figures, kept, f"everything in {precision}", trial)
+        regions = work.measured(trial, choices, kept)
+        kept = kept and not work.regional.broken(regions)
+        made = Round(choices, predicted, trial.figures, kept, f"everything in {precision}", trial,
+                     regions)  # fmt: skip
         work.rounds.append(made)
         work.by_choice[key] = made
     limits = Limits(size=math.inf if budget.max_size_mb is None else budget.max_size_mb * 1e6)
@@ -458,14 +531,12 @@ def _finished(work: Search, objective: Literal["latency", "loss"], limits: Limit
             chosen = min(even, key=lambda r: (r.measured.loss or 0.0, r.measured.seconds))
             if chosen in floats:
                 note = "no integer plan was faster than float"
-        over = chosen.measured.broken(budget)
-        broken = over
+        broken = {**chosen.measured.broken(budget), **work.regional.broken(chosen.regions)}
     else:
         chosen, broken = _closest(work, budget)
     solution = totals(work.network.problem, chosen.choices)
-    points = front(
-        work.network.problem, dataclasses.replace(limits, latency=math.inf), points=_FRONT
-    )
+    bounds = dataclasses.replace(work.limits(limits), latency=math.inf)
+    points = front(work.network.problem, bounds, points=_FRONT)
     assert chosen.trial is not None  # every round has one until reports are made
     found = dict(seconds)
     found["chosen"] = chosen.measured.seconds or math.nan
@@ -473,20 +544,30 @@ def _finished(work: Search, objective: Literal["latency", "loss"], limits: Limit
     return Outcome(
         work.network, chosen.choices, solution, chosen.trial, work.predicted(solution), work.curve,
         work.rounds, points, objective, limit, broken, found, note,
+        work.regional.to_json(work.network, solution, chosen.regions), bounds,
     )  # fmt: skip
 
 
 def _in_time(made: Round, budget: Budget) -> bool:
-    limit, seconds = budget.max_latency_ms, made.measured.seconds
+    limit, seconds = budget.max_latency_ms, made.measured.typical
     return limit is None or seconds is None or seconds * 1e3 <= limit
 
 
 def _closest(work: Search, budget: Budget) -> tuple[Round, dict[str, float]]:
     """Return the joint model that breaks the budget least, and the least feasible limits."""
 
+    def broken(made: Round) -> dict[str, float]:
+        return {**made.measured.broken(budget), **work.regional.broken(made.regions)}
+
     def excess(made: Round) -> float:
-        over = made.measured.broken(budget)
-        return sum(v / max(float(getattr(budget, n)), 1e-9) for n, v in over.items())
+        limits = ((limit_of(budget, work.regional.limits, n), v) for n, v in broken(made).items())
+        return sum(v / max(limit, 1e-9) for limit, v in limits)
 
     best = min(work.rounds, key=excess)
-    return best, best.measured.broken(budget)
+    return best, broken(best)
+
+
+def limit_of(budget: Budget, regions: Mapping[str, Budget], name: str) -> float:
+    """Return the limit of a name as `Outcome.broken` has it: of the whole, or of a region."""
+    selector, _, limit = name.rpartition(" ")
+    return float(getattr(regions[selector] if selector else budget, limit))

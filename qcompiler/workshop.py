@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,13 +24,14 @@ from qcompiler.data import Budget, Evaluation, InputSpec, SampleSet, SampleSourc
 from qcompiler.driver import Quantized, assemble
 from qcompiler.errors import DataError
 from qcompiler.ir import Graph
-from qcompiler.latency import KernelTime, LatencyTable, enough_runs, measure_models
+from qcompiler.latency import KernelTime, LatencyTable, measure_models
 from qcompiler.metrics import metric_of
 from qcompiler.ops import Stage
 from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no_progress
 from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.printer import digest
 from qcompiler.records import RecordFile
+from qcompiler.region_measure import Replay
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.base import Backend, Built, TuningBudget
 from qcompiler.types import Array, Precision
@@ -39,10 +39,10 @@ from qcompiler.types import Array, Precision
 if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
     from qcompiler.passes.calibrate import CalibrationTable
+    from qcompiler.regional import RegionOptions
 
 __all__ = ["Figures", "Judge", "Prepared", "Trial", "Workshop", "prepare", "race", "records_file"]
 
-_PAUSE = 0.01  # seconds
 _CAST_SHAPES = 24
 """Distinct shapes whose conversions are measured; others follow from the nearest in size."""
 
@@ -54,9 +54,11 @@ class Figures:
     Attributes:
         loss: Divergence from the float model's outputs on the calibration samples.
         drop: Of the metric, in points.
-        seconds: Of one run.
+        seconds: Of one run, the least of many: what kernels' times add up to.
         size: Bytes of the artifact.
         slice_drop: Of the worst group of samples.
+        median: Seconds of one run, the median: what limits hold for.
+        memory: Bytes of the tensors between kernels.
     """
 
     loss: float | None = None
@@ -64,6 +66,13 @@ class Figures:
     seconds: float | None = None
     size: float | None = None
     slice_drop: float | None = None
+    median: float | None = None
+    memory: float | None = None
+
+    @property
+    def typical(self) -> float | None:
+        """Seconds of one run as limits see them."""
+        return self.seconds if self.median is None else self.median
 
     def keeps(self, budget: Budget) -> bool:
         """Whether every limit is kept; what was not measured keeps it."""
@@ -73,9 +82,10 @@ class Figures:
         """Return the limits that are not kept, with what was found."""
         found = {
             "max_drop": self.drop,
-            "max_latency_ms": None if self.seconds is None else self.seconds * 1e3,
+            "max_latency_ms": None if self.typical is None else self.typical * 1e3,
             "max_size_mb": None if self.size is None else self.size / 1e6,
             "max_slice_drop": self.slice_drop,
+            "max_memory_mb": None if self.memory is None else self.memory / 1e6,
         }
         over = {}
         for name, value in found.items():
@@ -91,6 +101,7 @@ class Figures:
             "drop": self.drop,
             "latency_ms": None if self.seconds is None else self.seconds * 1e3,
             "size_bytes": None if self.size is None else round(self.size),
+            "memory_bytes": None if self.memory is None else round(self.memory),
         }
 
 
@@ -146,24 +157,36 @@ def prepare(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     freeze: Mapping[str, Any] | None = None,
     methods: Sequence[Pass] = (),
+    regions: Mapping[str, RegionOptions] | None = None,
+    evaluate: object = None,
     seed: int = 0,
     progress: ProgressFn = no_progress,
 ) -> Prepared:
     """Import, simplify and calibrate a model.
 
-    Args and errors: as `qcompiler.compile`.
+    Args and errors: as `qcompiler.compile`; samples to evaluate on are only checked, before the
+    long part.
     """
     from qcompiler.onnx_import import load_onnx, model_digest
-    from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+    from qcompiler.passes.calibrate import (
+        Calibrate,
+        CalibrationSet,
+        CalibrationTable,
+        RegionObservers,
+    )
     from qcompiler.passes.canonicalize import canonicalize_passes
+    from qcompiler.regional import as_rules, check_regions
 
     samples = None if calibration is None else load_samples(calibration)
     shapes = {} if samples is None else samples.shapes()
     graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze, sample_shapes=shapes)
     sources = {"model": model_digest(model)}
+    if isinstance(evaluate, Evaluation):
+        data.check_evaluation(evaluate, InputSpec.of({v.name: v for v in graph.inputs}))
     ctx = PassContext(seed=seed, progress=progress)
     graph = PassManager(canonicalize_passes()).run(graph, ctx)
     sources["graph"] = digest(graph)
+    check_regions(graph, regions or {})
     if graph.stage is Stage.QDQ:
         return Prepared(graph, None, samples, sources, 0, quantized=True)
     if samples is None:
@@ -172,6 +195,7 @@ def prepare(
     sources["calibration"] = loaded.digest
     ctx.put(loaded)
     ctx.put(uniform(graph))
+    ctx.put(RegionObservers(as_rules(regions or {})))
     early = [m for m in methods if CalibrationTable not in m.requires]
     graph = PassManager([*early, Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
     return Prepared(graph, ctx.get(CalibrationTable), samples, sources, len(loaded))
@@ -237,7 +261,8 @@ class Workshop:
             built = self.backend.build(self.backend.lower(shaped), TuningBudget())
             compiled = assemble(built, self.backend.spec, quantized)
             size = float(sum(len(m) for m in compiled.artifact.members().values()))
-            self._made[key] = Trial(plan, quantized, built, compiled, Figures(size=size))
+            figures = Figures(size=size, memory=built.memory)
+            self._made[key] = Trial(plan, quantized, built, compiled, figures)
         return self._made[key]
 
     def uniform(self, precision: Precision) -> Trial:
@@ -334,24 +359,6 @@ def _in_memory(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
 
 
-class _Replay:
-    """A runner that runs once per batch and then repeats its answers in the same order."""
-
-    def __init__(self, run: Callable[[Mapping[str, Array]], Mapping[str, Array]]) -> None:
-        self._run = run
-        self._kept: list[Mapping[str, Array]] = []
-        self._at = 0
-
-    def rewind(self) -> None:
-        self._at = 0
-
-    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        if self._at == len(self._kept):
-            self._kept.append({n: np.array(a) for n, a in self._run(inputs).items()})
-        self._at += 1
-        return self._kept[self._at - 1]
-
-
 class Judge:
     """Says what a joint model costs in accuracy, against the float model.
 
@@ -364,7 +371,6 @@ class Judge:
     def __init__(
         self,
         prepared: Prepared,
-        model: ModelSource,
         evaluation: Evaluation | Callable[[CompiledModel], float] | None,
         cache: Cache,
         samples: int,
@@ -373,7 +379,6 @@ class Judge:
         from qcompiler.ort import Session
         from qcompiler.passes.sensitivity import head_of
 
-        del model
         graph = prepared.graph
         self.evaluation = evaluation
         self.cache = cache
@@ -389,7 +394,7 @@ class Judge:
         kinds = {h.kind for h in self.heads.values()}
         self.kind = "mse" if kinds == {"mse"} else "kl"
         self.session = Session(to_onnx(graph).SerializeToString())
-        self.replay = _Replay(lambda feeds: self.session.run(dict(feeds)))
+        self.replay = Replay(lambda feeds: self.session.run(dict(feeds)))
         self.batches = []
         if prepared.samples is not None:
             taken = 0
@@ -478,27 +483,20 @@ class _FloatExecutor:
 def race(
     trials: Mapping[str, Trial], *, rounds: int = 5, runs: int = 6, seconds: float = 6.0
 ) -> dict[str, float]:
-    """Return the seconds of one run of each model, all run in turn.
+    """Return the least seconds of one run of each model, all run in turn; note them in the trials.
 
-    The least counts, as in the latency table: what else runs on the machine only adds to it.
+    The least compares with the latency table: what else runs on the machine only adds to it.
     """
     inputs = {name: t.compiled.random_inputs() for name, t in trials.items()}
-    found: dict[str, list[float]] = {name: [] for name in trials}
-    count = {n: enough_runs(lambda t=t, x=inputs[n]: t.compiled(x), runs)  # type: ignore[misc]
-             for n, t in trials.items()}  # fmt: skip
-    started = time.perf_counter()
-    for index in range(rounds):
-        if index >= 2 and time.perf_counter() - started > seconds:
-            break
-        for name, trial in trials.items():
-            time.sleep(_PAUSE)
-            block = benchmark.block(
-                lambda t=trial, x=inputs[name]: t.compiled(x),  # type: ignore[misc]
-                runs=count[name],
-                warmup=1,
-            )
-            found[name].append(min(block))
-    return {name: min(s) for name, s in found.items()}
+    timed = benchmark.in_turn(
+        {n: lambda t=t, x=inputs[n]: t.compiled(x) for n, t in trials.items()},  # type: ignore[misc]
+        rounds=rounds,
+        runs=runs,
+        seconds=seconds,
+    )
+    for name, trial in trials.items():
+        trial.note(seconds=timed[name].min_ms * 1e-3, median=timed[name].median_ms * 1e-3)
+    return {name: t.min_ms * 1e-3 for name, t in timed.items()}
 
 
 def records_file(cache: Cache, target: str, records: str | os.PathLike[str] | None) -> RecordFile:

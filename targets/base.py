@@ -94,6 +94,8 @@ class Built:
         records: Digest of the tuned parameters in use; None where none are.
         workloads: Kernel symbol -> digest of its code: equal digests take equal time on one
             machine. Empty where the target cannot tell.
+        memory: Bytes that tensors between kernels take at once, at most; None where the target
+            cannot tell.
     """
 
     library: bytes | None
@@ -107,6 +109,7 @@ class Built:
     notes: tuple[str, ...] = ()
     records: str | None = None
     workloads: Mapping[str, str] = field(default_factory=dict)
+    memory: int | None = None
 
 
 class Backend(ABC):

@@ -97,7 +97,10 @@ class CpuBackend(Backend):
             raise TypeError(f"expected what lower() returned, got {type(lowered).__name__}")
         target = tvm_target(self.isa)
         workloads = workload_digests(lowered.module, target)
-        library = build_library(lowered.module, target, self.isa.mtriple, progress)
+        memory: list[int] = []
+        library = build_library(
+            lowered.module, target, self.isa.mtriple, progress, note_memory=memory.append
+        )
         return Built(
             library=library,
             parameters=tuple(lowered.parameters),
@@ -107,6 +110,7 @@ class CpuBackend(Backend):
             tvm_target=str(target),
             notes=tuple(lowered.notes),
             workloads=workloads,
+            memory=memory[-1] if memory else None,
         )
 
 

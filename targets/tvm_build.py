@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from qcompiler.errors import CodegenError, QCompilerError
@@ -16,8 +17,11 @@ from qcompiler.passmanager import ProgressFn, no_progress
 _CHECKS = frozenset({"vm.builtin.check_tensor_info", "vm.builtin.match_shape"})
 
 
-def relax_pipeline() -> Any:
-    """Return the passes from our `main` to VM code: views, memory planning, no op fusion."""
+def relax_pipeline(note_memory: Callable[[int], None] | None = None) -> Any:
+    """Return the passes from our `main` to VM code: views, memory planning, no op fusion.
+
+    `note_memory` is told the greatest number of bytes that the planned tensors take at once.
+    """
     import tvm
     from tvm import relax
 
@@ -38,6 +42,11 @@ def relax_pipeline() -> Any:
         module.update_func(module.get_global_var("main"), new)
         return module
 
+    def note(module: Any, _ctx: Any) -> Any:
+        if note_memory is not None:
+            note_memory(peak_memory(module["main"]))
+        return module
+
     return tvm.transform.Sequential(
         [
             # No LegalizeOps: main holds calls of kernels, and reshapes that must stay views.
@@ -47,6 +56,7 @@ def relax_pipeline() -> Any:
             relax.transform.StaticPlanBlockMemory(),
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
+            tvm.transform.module_pass(note, opt_level=0, name="NoteMemory"),
             relax.transform.LowerRuntimeBuiltin(),
             relax.transform.ComputePrimValue(),
             relax.transform.VMShapeLower(),
@@ -54,6 +64,42 @@ def relax_pipeline() -> Any:
             relax.transform.AttachGlobalSymbol(),
         ]
     )
+
+
+def peak_memory(main: Any) -> int:
+    """Return the bytes that the tensors of a planned `main` take at once, at most.
+
+    A storage is held as long as it or any tensor in it is; arguments (inputs, parameters) and work
+    areas inside kernels are not counted.
+    """
+    size: dict[Any, int] = {}
+    storage_of: dict[Any, Any] = {}  # variable -> the storage that it keeps
+    alive: dict[Any, set[Any]] = {}
+    now = most = 0
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            var, call = binding.var, binding.value
+            name = getattr(getattr(call, "op", None), "name", "")
+            arguments: Any = getattr(call, "args", ())
+            if name == "relax.memory.alloc_storage":
+                size[var] = int(arguments[0].values[0])
+                storage_of[var], alive[var] = var, {var}
+                now += size[var]
+            elif name in ("relax.memory.alloc_tensor", "relax.reshape"):
+                held = storage_of.get(arguments[0])
+                if held is not None:
+                    storage_of[var] = held
+                    alive[held].add(var)
+            elif name in ("relax.memory.kill_storage", "relax.memory.kill_tensor"):
+                held = storage_of.get(arguments[0])
+                if held is not None and arguments[0] in alive[held]:
+                    alive[held].discard(arguments[0])
+                    now -= 0 if alive[held] else size[held]
+            elif call in storage_of:  # a second name of the same tensor
+                storage_of[var] = storage_of[call]
+                alive[storage_of[call]].add(var)
+            most = max(most, now)
+    return most
 
 
 def _is_check(binding: Any) -> bool:
@@ -81,9 +127,15 @@ def workload_digests(module: Any, target: Any) -> dict[str, str]:
 
 
 def build_library(
-    module: Any, target: Any, triple: str, progress: ProgressFn = no_progress
+    module: Any,
+    target: Any,
+    triple: str,
+    progress: ProgressFn = no_progress,
+    note_memory: Callable[[int], None] | None = None,
 ) -> bytes:
     """Compile and link a module; the same module gives the same bytes.
+
+    `note_memory`: see `relax_pipeline`.
 
     Raises:
         CodegenError: TVM or the linker failed.
@@ -93,7 +145,9 @@ def build_library(
     progress("build", 0, 2)
     try:
         with target:
-            executable = tvm.compile(module, target=target, relax_pipeline=relax_pipeline())
+            executable = tvm.compile(
+                module, target=target, relax_pipeline=relax_pipeline(note_memory)
+            )
         progress("build", 1, 2)
         library = export_library(executable, triple=triple)
     # TVM raises its own and Python's errors alike; all of them mean that code we made was refused.

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from qcompiler.assign import (
     Cast,
+    Group,
     Item,
     Limits,
+    Moment,
     Option,
     Problem,
     Requirement,
@@ -82,7 +84,18 @@ def problems(draw: st.DrawFn) -> Problem:
         item = draw(st.sampled_from(items))
         fixed[item.name] = draw(st.sampled_from(sorted(item.options)))
     base = Option(draw(cost), draw(loss))
-    return Problem(tuple(items), tuple(casts), ties, tuple(requirements), fixed, base)
+    held = st.dictionaries(
+        name, st.fixed_dictionaries({f: st.integers(0, 50).map(float) for f in FORMS}), max_size=3
+    )
+    moments = tuple(
+        Moment(draw(held), float(draw(st.integers(0, 9)))) for _ in range(draw(st.integers(0, 3)))
+    )
+    groups = {
+        "some": Group(draw(st.frozensets(name)), draw(st.frozensets(st.sampled_from(["a", "b"]))))
+    }
+    return Problem(
+        tuple(items), tuple(casts), ties, tuple(requirements), fixed, base, moments, groups
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -104,6 +117,52 @@ def test_equals_brute_force(problem: Problem, limit: int, size: int, by_latency:
     assert found.within(limits)
     assert found.total(minimize) == pytest.approx(expected, rel=1e-6, abs=1e-12)  # type: ignore[arg-type]
     assert totals(problem, found.choices) == found
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.integers(0, 120), st.integers(0, 2000), st.booleans())
+def test_limits_on_memory_and_on_groups_equal_brute_force(
+    problem: Problem, memory: int, part: int, by_memory: bool
+) -> None:
+    minimize = "memory" if by_memory else "latency"
+    own = Limits(latency=part * 1e-7, loss=part * 1e-5, size=part / 10)
+    limits = Limits(memory=float(memory), groups={"some": own})
+    expected = brute(problem, minimize, limits)
+    found = solve(problem, minimize, limits)  # type: ignore[arg-type]
+    if expected is None:
+        assert found is None
+        return
+    assert found is not None
+    assert found.within(limits)
+    assert found.total(minimize) == pytest.approx(expected, rel=1e-6, abs=1e-12)  # type: ignore[arg-type]
+
+
+def test_memory_is_the_greatest_moment() -> None:
+    items = tuple(Item(n, {"wide": Option(1.0), "narrow": Option(2.0)}) for n in "ab")
+    both = {n: {"wide": 4.0, "narrow": 1.0} for n in "ab"}
+    problem = Problem(items, moments=(Moment(both, 1.0), Moment({"a": both["a"]}, 5.0)))
+    fast = solve(problem, "latency")
+    assert fast is not None
+    assert (fast.latency, fast.memory) == (2.0, 9.0)
+    less = solve(problem, "latency", Limits(memory=6.0))
+    assert less is not None
+    assert less.choices == {"a": "narrow", "b": "wide"}
+    assert less.memory == 6.0
+    assert solve(problem, "latency", Limits(memory=5.9)) is None
+
+
+def test_a_group_has_limits_of_its_own() -> None:
+    items = tuple(Item(n, {"w8": Option(1, 4.0, 1.0), "w32": Option(2, 0.0, 4.0)}) for n in "abc")
+    cast = Cast("q", 0.5, None, frozenset(), "a", frozenset({"w8"}))
+    group = {"text": Group(frozenset("ab"), frozenset({"q"}))}
+    problem = Problem(items, (cast,), groups=group)
+    found = solve(problem, "latency", Limits(groups={"text": Limits(loss=4.0)}))
+    assert found is not None
+    assert found.choices == {"a": "w32", "b": "w8", "c": "w8"}  # b needs no conversion
+    assert found.groups["text"] == Option(3.0, 4.0, 5.0)
+    assert solve(problem, "loss", Limits(groups={"text": Limits(latency=2.4)})) is None
+    with pytest.raises(AssignmentError, match="unknown items: z"):
+        Problem(items, groups={"x": Group(frozenset("z"))})
 
 
 @settings(max_examples=60, deadline=None)

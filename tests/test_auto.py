@@ -463,3 +463,148 @@ def test_a_plan_file_is_taken_as_it_is(tmp_path: Path) -> None:
     plan.save(path)
     model = qcompiler.compile(loser(), target=TARGET, calibration={"x": x}, precision=path)
     assert model.plan["nodes"]["conv1"]["precision"] == "w8a8"
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_memory_can_bind(compiled: qcompiler.CompiledModel) -> None:
+    assert compiled.report is not None
+    integers = compiled.report["memory_bytes"]["activations"]
+    assert integers == log_of(compiled)["measured"]["memory_bytes"]
+    limit = integers * 2.2e-6  # float takes 4 times as much
+    found = choose(
+        MODEL, get_target(TARGET), calibration=CALIBRATION,
+        budget=Budget(max_latency_ms=1e3, max_memory_mb=limit),
+    )  # fmt: skip
+    assert found.log is not None
+    assert found.log["kept"], found.log["infeasible"]
+    assert found.log["objective"] == "loss"  # without the limit everything would be float
+    assert integers / 2 < found.log["measured"]["memory_bytes"] <= limit * 1e6
+    assert found.plan.has_integers
+    assert f"at most {limit:g} MB of memory" in found.log["statement"]
+
+
+def test_memory_that_nothing_fits_in() -> None:
+    with pytest.raises(InfeasibleBudgetError, match=r"max_memory_mb 0\.001 was not") as info:
+        qcompiler.compile(
+            MODEL, target=TARGET, calibration=CALIBRATION, precision="auto",
+            budget=Budget(max_memory_mb=1e-3),
+        )  # fmt: skip
+    assert 1e-3 < info.value.least["max_memory_mb"] < 0.05
+    with pytest.raises(InfeasibleBudgetError, match="max_memory_mb is"):
+        qcompiler.compile(MODEL, target=TARGET, precision="fp32", budget=Budget(max_memory_mb=1e-3))
+
+
+# ------------------------------------------------------------------------------ limits of time
+
+
+def test_the_analysis_keeps_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qcompiler.auto import Clock, sensitivity_of
+    from qcompiler.types import Precision
+    from qcompiler.workshop import prepare
+
+    prepared = prepare(MODEL, calibration=CALIBRATION)
+    precisions = [Precision.W8A8, Precision.W4A8_GROUP, Precision.W8A8_DYNAMIC, Precision.FP32]
+    cache = Cache(tmp_path)
+    notes: list[str] = []
+    assert sensitivity_of(prepared, precisions, cache, clock=Clock(0.0), notes=notes).nodes == ()
+    assert notes == [
+        "time for 0 of 8 products was enough in the analysis: the others stay at w8a8 or in float"
+    ]
+    assert not list(tmp_path.glob("sensitivity-[0-9a-f]*.json"))  # what is not whole is not kept
+    monkeypatch.setattr(auto, "_seconds_of_a_run", lambda prepared: 1.0)
+    stages: list[tuple[str, int]] = []
+    few = sensitivity_of(
+        prepared, precisions, cache, clock=Clock(200.0),
+        progress=lambda stage, done, total: stages.append((stage, done)),
+    )  # fmt: skip
+    assert few.samples < auto.SAMPLES  # 8 products * 4 changes * half a second each
+    assert len(few.nodes) == 8
+    product = next(n for n in few.nodes if n.op == "matmul")
+    assert set(product.activation) == {"8", "w8a8-dynamic"}
+    assert set(product.weight) == {"8", "w4a8-group"}
+    assert product.weight["8"].sqnr > product.weight["w4a8-group"].sqnr > 10
+    assert product.activation["w8a8-dynamic"].loss < 1e-2
+
+
+def test_mistakes_in_the_evaluation_come_before_calibration() -> None:
+    stages: list[str] = []
+    labels = np.load(DIGITS / "eval.npz")["label"]
+    inputs = np.load(DIGITS / "eval.npz")["input"]
+    wrong = Evaluation({"input": inputs, "label": labels[:-1]}, "top1")
+    with pytest.raises(DataError, match="label"):
+        choose(
+            MODEL, get_target(TARGET), calibration=CALIBRATION, evaluate=wrong,
+            progress=lambda stage, done, total: stages.append(stage),
+        )  # fmt: skip
+    assert "calibrate" not in stages
+    with pytest.raises(UsageError, match="a limit on the drop needs something that measures it"):
+        qcompiler.compile("nowhere.onnx", budget=Budget(max_drop=1.0))
+    with pytest.raises(UsageError, match="max_slice_drop cannot be checked: nothing measures it"):
+        qcompiler.compile("nowhere.onnx", budget=Budget(max_slice_drop=1.0))
+    with pytest.raises(UsageError, match="evaluate is str, expected an Evaluation or a callable"):
+        qcompiler.compile("nowhere.onnx", evaluate="top1")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------ candidates
+
+
+def test_which_precisions_are_worth_a_build() -> None:
+    from qcompiler.auto import wanted_precisions
+    from qcompiler.workshop import prepare
+
+    def names(model: Any, **options: Any) -> set[str]:
+        prepared = prepare(model, calibration=None)
+        found = wanted_precisions(get_target(TARGET), prepared, Budget(**options.pop("limits", {})),
+                                  **options)  # fmt: skip
+        return {p.value for p in found}
+
+    always = {"w8a8", "w8a7", "w7a8", "w6a8", "w4a8", "w4a8-group", "fp32"}
+    assert names(MODEL) == always  # its one matrix product is little of the work
+    assert names(MODEL, limits={"max_size_mb": 1.0}) == always | {"fp16", "w8", "w4"}
+    assert names(MODEL, overrides={"fc": "w8a8-dynamic"}) == always | {"w8a8-dynamic"}
+    rng = np.random.default_rng(0)
+    w = numpy_helper.from_array(rng.standard_normal((1024, 1024)).astype(np.float32), "w")
+    for rows, more in ((1, {"w8a8-dynamic", "fp16", "w8", "w4"}), (128, {"w8a8-dynamic"})):
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["x", "w"], ["y"])], "product",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, 1024])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, 1024])], [w],
+        )  # fmt: skip
+        opset = [helper.make_opsetid("", 17)]
+        found = names(helper.make_model(graph, opset_imports=opset, ir_version=9))
+        assert found == always | more
+
+
+def test_products_that_gain_by_scales_at_run_time_get_them() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((32, 64, 128)).astype(np.float32)
+    x *= np.exp2(rng.integers(-6, 6, (32, 64, 1))).astype(np.float32)  # rows of different ranges
+    parts = [
+        numpy_helper.from_array((rng.standard_normal((128, 128)) / 11).astype(np.float32), f"w{i}")
+        for i in range(2)
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"], name="first"),
+        helper.make_node("Tanh", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w1"], ["y"], name="second"),
+    ]
+    shape = [1, 64, 128]
+    graph = helper.make_graph(
+        nodes, "rows", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)], parts,
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    found = choose(
+        model, get_target(TARGET), calibration={"x": x}, evaluate=Evaluation({"x": x}, "sqnr"),
+        budget=Budget(max_drop=120.0 - 30.0),
+    )  # fmt: skip
+    assert found.log is not None
+    assert found.log["kept"], found.log["infeasible"]
+    options = found.log["nodes"]["first"]["options"]
+    assert options["w8a8-dynamic"]["loss"] < 0.2 * options["w8a8"]["loss"]
+    assert found.log["uniform"]["w8a8-dynamic"]["drop"] < found.log["uniform"]["w8a8"]["drop"]
+    assert found.plan.precision("first").value == "w8a8-dynamic"

@@ -142,6 +142,14 @@ def test_the_page_shows_each_region() -> None:
     assert ["class=bad" in row.partition(">")[0] for row in rows] == [False, True]
     assert "2.5" in rows[0]
     assert "22.5" in rows[1]
+    assert "by-region" not in html
+    asked = {"fusion": {"observer": "percentile", "percentile": 99.9,
+                        "limits": {"max_size_mb": 0.5, "max_drop": 1.0},
+                        "found": {"max_size_mb": 0.25, "max_drop": 2.0}}}  # fmt: skip
+    html = page({"target": "host", "modalities": found, "regions": asked})
+    rows = [line for line in html.split("<tr") if "percentile 99.9" in line]
+    assert len(rows) == 2
+    assert ["class=bad" in row.partition(">")[0] for row in rows] == [False, True]
     assert '<section id="modalities">' not in page({"target": "host", "modalities": found[:1]})
     assert '<section id="modalities">' not in page({"target": "host", "modalities": None})
 

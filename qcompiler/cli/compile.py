@@ -29,6 +29,7 @@ def compile_(
     calibration: options.CalibrationOption = None,
     precision: options.PrecisionOption = "w8a8",
     override: options.OverrideOption = None,
+    region: options.RegionOption = None,
     methods: options.MethodsOption = "",
     evaluate: options.EvaluateOption = None,
     metric: options.MetricOption = None,
@@ -41,6 +42,14 @@ def compile_(
     max_size: Annotated[
         float | None,
         typer.Option("--max-size", metavar="MB", help="Largest artifact, in MB of 10^6 bytes."),
+    ] = None,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--max-memory",
+            metavar="MB",
+            help="Most memory of the tensors between kernels during a run, in MB of 10^6 bytes.",
+        ),
     ] = None,
     input_shape: options.InputShapeOption = None,
     freeze: options.FreezeOption = None,
@@ -83,7 +92,12 @@ def compile_(
 ) -> int:
     """Compile MODEL to an artifact; with --evaluate, measure what it costs in accuracy."""
     options.require_metric(evaluate, metric, max_drop, max_slice_drop)
-    for name, value in (("--max-latency", max_latency), ("--max-size", max_size)):
+    limits = (
+        ("--max-latency", max_latency),
+        ("--max-size", max_size),
+        ("--max-memory", max_memory),
+    )
+    for name, value in limits:
         if value is not None and not 0 < value < float("inf"):
             raise UsageError(f"{name} {value}: expected a number above 0")
     if tune_seconds is not None and not 0 < tune_seconds < float("inf"):
@@ -103,7 +117,9 @@ def compile_(
         shell.input_file(locked, "lock")
 
     import qcompiler
+    from qcompiler.regional import parse_regions
 
+    regions = parse_regions(region or ())
     tuning = None
     if records is not None or tune_seconds is not None:
         tuning = qcompiler.Tuning(records=records, seconds=tune_seconds)
@@ -113,6 +129,7 @@ def compile_(
         max_latency_ms=max_latency,
         max_size_mb=max_size,
         max_slice_drop=max_slice_drop,
+        max_memory_mb=max_memory,
     )
     evaluation = None
     if evaluate is not None and metric is not None:
@@ -134,6 +151,7 @@ def compile_(
                 seed=seed,
                 locked=locked,
                 overrides=overrides,
+                regions=regions,
                 progress=bars,
             )
         except InfeasibleBudgetError as error:
@@ -144,7 +162,7 @@ def compile_(
     compiled.save(output)
 
     found = finish_report(compiled.report or {}, model, output)
-    problems = budget_problems(found, max_drop, max_latency, max_size, max_slice_drop)
+    problems = budget_problems(found, max_drop, max_latency, max_size, max_slice_drop, max_memory)
     if infeasible is not None and not problems:
         problems = [infeasible.message]
     found["budget"] = {
@@ -152,6 +170,7 @@ def compile_(
         "max_latency_ms": max_latency,
         "max_size_mb": max_size,
         "max_slice_drop": max_slice_drop,
+        "max_memory_mb": max_memory,
         "kept": not problems,
         "problems": problems,
     }
@@ -188,6 +207,7 @@ def budget_problems(
     max_latency: float | None,
     max_size: float | None,
     max_slice_drop: float | None = None,
+    max_memory: float | None = None,
 ) -> list[str]:
     """Return one sentence per limit that the report exceeds, or could not be held against."""
     problems = []
@@ -207,6 +227,14 @@ def budget_problems(
             problems.append(f"one call takes {latency:.3g} ms, allowed are {max_latency:g}")
     if max_size is not None and not size <= max_size:
         problems.append(f"the artifact has {size:.3f} MB, allowed are {max_size:g}")
+    if max_memory is not None:
+        memory = (report.get("memory_bytes") or {}).get("activations")
+        if memory is None:
+            problems.append("the memory of a run is not known for this target")
+        elif not memory <= max_memory * 1e6:
+            problems.append(
+                f"a run takes {memory / 1e6:.4g} MB between kernels, allowed are {max_memory:g}"
+            )
     if max_slice_drop is not None:
         worst = metric.get("worst_slice")
         if worst is None:

@@ -90,6 +90,15 @@ OverrideOption = Annotated[
         "repeatable, later ones win.",
     ),
 ]
+RegionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--region",
+        metavar="SELECTOR=P,KEY=VALUE...",
+        help="What is asked of a region of a model with several inputs (input:NAME, fusion): a "
+        "precision, observer=, percentile=, max-drop=, max-latency=, max-size=; repeatable.",
+    ),
+]
 MethodsOption = Annotated[
     str,
     typer.Option(

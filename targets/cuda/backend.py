@@ -109,6 +109,7 @@ class CudaBackend(Backend):
                 name: hashlib.sha256(f"{self.arch.isa} {text.text}".encode()).hexdigest()[:32]
                 for name, text in lowered.kernels.items()
             },
+            memory=int(program["arena"]),
         )
 
 
