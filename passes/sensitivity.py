@@ -14,16 +14,13 @@ the product of trace and squared weight error is HAWQ-V2's measure (arXiv 1911.0
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 import os
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,12 +29,10 @@ from qcompiler.errors import DataError, UsageError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.metrics import Metric, metric_of
 from qcompiler.numerics import choose_qparams, fake_quantize, least_weight_scale
-from qcompiler.onnx_export import to_onnx
 from qcompiler.ops import OpKind, Stage
-from qcompiler.ort import Session
 from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
-from qcompiler.passes.insert_qdq import InsertQdq
 from qcompiler.passes.narrow_products import NarrowProducts, group_qparams
+from qcompiler.passes.sensitivity_along import Compared, along_names, compare, pairs
 from qcompiler.passes.sensitivity_report import (
     Effect,
     NodeSensitivity,
@@ -47,13 +42,35 @@ from qcompiler.passes.sensitivity_report import (
 from qcompiler.passes.sensitivity_trial import Head, Trial, Tried, level, try_unit
 from qcompiler.passes.single_node import Unit, Walker, suffix_of, units
 from qcompiler.passes.weights import weight_qparams
-from qcompiler.passmanager import Pass, PassContext, PassManager, ProgressFn, no_progress
-from qcompiler.plan import group_size, integer_group, obstacle_to, summed_axis, uniform
+from qcompiler.passmanager import Pass, PassContext, ProgressFn, no_progress
+from qcompiler.plan import group_size, integer_group, obstacle_to, summed_axis
 from qcompiler.printer import digest
 from qcompiler.types import Array, DType, Precision, QuantParams
 
 STATE_FORMAT = 1
 """Version of the state file."""
+
+SMALL_OUTPUTS = 64e6
+"""Bytes of the float model's outputs on all samples up to which they are kept for every task; of
+larger ones each task makes its own."""
+
+Task = TypeVar("Task")
+Found = TypeVar("Found")
+Result = TypeVar("Result", covariant=True)
+
+
+class Pending(Protocol[Result]):
+    """What `Submits.submit` returns."""
+
+    def result(self) -> Result:
+        """Wait for the task and return what it found, or raise what it raised."""
+
+
+class Submits(Protocol):
+    """What runs tasks: any `concurrent.futures.Executor`, or an object with this one method."""
+
+    def submit(self, fn: Callable[[Task], Found], task: Task, /) -> Pending[Found]:
+        """Start a task. Function and argument are plain data that pickle."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,8 @@ class Settings:
         loss: Divergence at the model's outputs: "kl", "mse", or "auto": KL for class scores, MSE
             else.
         seed: Seed of the random directions.
-        memory: Bytes that kept float prefixes may take.
+        memory: Bytes that kept float prefixes may take, in all tasks together; the samples' inputs
+            come on top. 0: tasks carry the inputs, and walk on their own.
         activation_bits: Widths of activations to try.
         forms: Precisions to try that are no plain widths: weights with a scale per group, weights
             held in fewer bits, activations quantized at run time.
@@ -138,7 +156,7 @@ def measure_sensitivity(
     *,
     evaluation: Evaluation | None = None,
     settings: Settings | None = None,
-    executor: Executor | None = None,
+    executor: Submits | None = None,
     workers: int = 1,
     state: str | os.PathLike[str] | None = None,
     late: Callable[[], bool] = lambda: False,
@@ -152,8 +170,9 @@ def measure_sensitivity(
         samples: Samples to measure on where there is no evaluation.
         evaluation: Labelled samples and metric.
         settings: How; default `Settings()`.
-        executor: Runs tasks (`submit(fn, task)` returning a future); default: in this thread.
-        workers: Tasks under way at once; each holds its own share of the memory bound.
+        executor: Runs tasks; default: in this thread.
+        workers: Tasks that it runs at once. One more waits, and each of them and the walk along
+            the network hold a share of the memory bound.
         state: JSON file with the finished products, written after each and read at the start.
         late: Whether time is up: the products that are left are then not analysed, and missing in
             the report.
@@ -167,38 +186,38 @@ def measure_sensitivity(
     data = _Data(graph, samples, evaluation, how.samples)
     heads = {name: head_of(graph, v, how.loss, data.metric) for name, v in graph.outputs}
     found = units(graph)
-    key = _key(graph, data, table, how)
-    done = _State(state, key)
-    walker = Walker(graph, data.batches, how.memory / (max(workers, 1) + 1))
-    waiting: deque[tuple[Unit, Future[Tried]]] = deque()
+    done = _State(state, _key(graph, data, table, how))
+    workers = max(workers, 1) if executor is not None else 0
+    kept = data.metric is not None or data.small
+    progress("analyze", 0, len(found))
+    whole = Compared()
+    tasks = pairs(graph, table, found, data.batches(), data.stacked, heads, kept)
+    for part in _each(compare, tasks, executor, workers):
+        whole.add(part)
+    outputs = data.by_run(whole.exact) if data.small else None
+    # what is kept for a cut is held by the walker and by each task under way or waiting
+    walker = Walker(graph, data.batches, how.memory / (workers + 2 if workers else 1), outputs)
     tried: dict[str, NodeSensitivity] = {}
+    for unit in found:
+        known = done.get(unit.node)
+        if known is not None:
+            tried[unit.node] = known
+            progress("analyze", len(tried), len(found))
 
-    def take(unit: Unit, result: Tried) -> None:
+    todo = [(i, u) for i, u in enumerate(found) if u.node not in tried]
+
+    def trials() -> Iterator[Trial]:
+        for index, unit in todo:
+            if late():
+                return
+            yield _trial(graph, unit, table, walker, heads, how, index, data.metric is not None)
+
+    for (_, unit), result in zip(todo, _each(try_unit, trials(), executor, workers), strict=False):
         tried[unit.node] = done.put(unit.node, _judged(graph, unit, result, data))
         progress("analyze", len(tried), len(found))
-
-    progress("analyze", 0, len(found))
-    for index, unit in enumerate(found):
-        kept = done.get(unit.node)
-        if kept is not None:
-            tried[unit.node] = kept
-            progress("analyze", len(tried), len(found))
-            continue
-        if late():
-            continue
-        trial = _trial(graph, unit, table, walker, heads, how, index, data.metric is not None)
-        if executor is None:
-            take(unit, try_unit(trial))
-            continue
-        waiting.append((unit, executor.submit(try_unit, trial)))
-        while len(waiting) >= max(workers, 1):
-            first, future = waiting.popleft()
-            take(first, future.result())
-    while waiting:
-        first, future = waiting.popleft()
-        take(first, future.result())
-    along, joint, score = _side_by_side(graph, table, found, data, heads)
+    along = along_names(graph, found, whole.sqnr())
     nodes = tuple(tried[u.node].along(along.get(u.result)) for u in found if u.node in tried)
+    score = data.scores(whole)
     return SensitivityReport(
         graph=digest(graph),
         data=data.digest,
@@ -209,11 +228,28 @@ def measure_sensitivity(
         metric=None if data.metric is None else data.metric.name,
         score=score[0],
         joint_score=score[1],
-        joint_loss=joint,
+        joint_loss=whole.loss(data.count),
         nodes=nodes,
         tensors={n: t for n, t in table.tensors.items() if n in _read(graph, found)},
         first_jump=first_jump(nodes),
     )
+
+
+def _each(
+    fn: Callable[[Task], Found], tasks: Iterator[Task], executor: Submits | None, workers: int
+) -> Iterator[Found]:
+    """Yield the result of every task in order; one more than `workers` is made ahead."""
+    if executor is None:
+        yield from map(fn, tasks)
+        return
+    waiting: deque[Pending[Found]] = deque()
+    for task in tasks:
+        waiting.append(executor.submit(fn, task))
+        del task  # the executor holds it as long as it needs it
+        if len(waiting) > workers:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 class _Data:
@@ -231,6 +267,8 @@ class _Data:
         extras = {} if self.metric is None else self.samples.extras(self.inputs)
         self.extras = {k: a[: self.count] if a.ndim else a for k, a in extras.items()}
         self.digest = self.samples.digest()
+        size = sum(v.type.size * v.dtype.bits // 8 for _, v in graph.outputs)
+        self.small = size * self.count <= SMALL_OUTPUTS
 
     def batches(self) -> Iterator[Batch]:
         """Yield the runs, up to the number of samples wanted."""
@@ -240,6 +278,26 @@ class _Data:
                 return
             taken += batch.samples
             yield batch
+
+    def by_run(self, outputs: Mapping[str, list[Array]]) -> list[dict[str, Array]]:
+        """Return the outputs of each run by name."""
+        count = len(next(iter(outputs.values()), ()))
+        return [{n: a[i] for n, a in outputs.items()} for i in range(count)]
+
+    def scores(self, whole: Compared) -> tuple[float | None, float | None]:
+        """Return the metric of the float network and of the one in 8 bits; None without labels."""
+        if self.metric is None:
+            return None, None
+        sizes = [b.samples for b in self.batches()]
+        real = {
+            n: a if self.stacked[n] else [y[:s] for y, s in zip(a, sizes, strict=True)]
+            for n, a in whole.exact.items()
+        }
+        reference = self.join(real)
+        return (
+            self.metric.score(reference, self.extras, reference),
+            self.metric.score(self.join(whole.rounded), self.extras, reference),
+        )
 
     def join(self, parts: Mapping[str, list[Array]]) -> dict[str, Array]:
         """Join the outputs of the runs."""
@@ -440,59 +498,3 @@ def head_of(graph: Graph, v: Value, loss: str, metric: Metric | None) -> Head:
     if loss == "kl" or classes or (product and v.type.rank == 2 and v.shape[1] > 1 and not same):
         return Head("logits", -1)
     return Head("mse", -1)
-
-
-# ------------------------------------------------------------------------------- side by side
-
-
-def _side_by_side(
-    graph: Graph,
-    table: CalibrationTable,
-    found: tuple[Unit, ...],
-    data: _Data,
-    heads: Mapping[str, Head],
-) -> tuple[dict[str, float], float, tuple[float | None, float | None]]:
-    """Run float and w8a8 along each other.
-
-    Returns:
-        SQNR in dB per kernel result; loss of the outputs; score of float and of w8a8.
-    """
-    plan = uniform(graph)
-    ctx = PassContext()
-    ctx.put(plan)
-    ctx.put(table)
-    qdq = PassManager([InsertQdq()], given=tuple(ctx.artifacts)).run(graph, ctx)
-    there = {v.name for v in qdq.values()}
-    own = {n for n, _ in graph.outputs}
-    names = [u.result for u in found if u.result in there and u.result not in own]
-    first = Session(to_onnx(graph, extra_outputs=names).SerializeToString())
-    second = Session(to_onnx(qdq, extra_outputs=names).SerializeToString())
-    sums = {n: [0.0, 0.0] for n in itertools.chain(names, own)}
-    outputs: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
-    loss, rows = 0.0, 0
-    for batch in data.batches():
-        a, b = first.run(batch.inputs), second.run(batch.inputs)
-        for name, sum_ in sums.items():
-            y, z = (np.asarray(o[name], np.float64) for o in (a, b))
-            sum_[0] += float((y * y).sum())
-            sum_[1] += float(((y - z) ** 2).sum())
-        for name in own:
-            cut = slice(None) if data.stacked[name] else slice(batch.samples)
-            loss += heads[name].loss(a[name][cut], b[name][cut]) * batch.samples
-            for parts, o in zip(outputs, (a, b), strict=True):
-                whole = o[name]
-                parts.setdefault(name, []).append(whole if data.stacked[name] else whole[cut])
-        rows += batch.samples
-    along = {n: level(s, e) for n, (s, e) in sums.items()}
-    for u in found:  # a result may leave the graph under another name
-        for name, v in graph.outputs:
-            if v.name == u.result:
-                along[u.result] = along[name]
-    scores: tuple[float | None, float | None] = (None, None)
-    if data.metric is not None:
-        reference = data.join(outputs[0])
-        scores = (
-            data.metric.score(reference, data.extras, reference),
-            data.metric.score(data.join(outputs[1]), data.extras, reference),
-        )
-    return along, loss / max(rows, 1) if math.isfinite(loss) else math.inf, scores

@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -94,8 +94,7 @@ class Sums:
     Attributes:
         signal: Sum of squares of the float result.
         noise: Sum of squares of the difference.
-        other: Sum of squares of the changed result.
-        product: Sum of products of both.
+        cross: Sum of products of the float result and the difference.
         count: Elements.
         total: Loss at the outputs times samples.
         samples: Samples.
@@ -103,33 +102,64 @@ class Sums:
 
     signal: float = 0.0
     noise: float = 0.0
-    other: float = 0.0
-    product: float = 0.0
+    cross: float = 0.0
     count: int = 0
     total: float = 0.0
     samples: int = 0
 
-    def add(self, y: Array, z: Array) -> None:
-        """Take in the float and the changed result of one run."""
-        a, b = np.asarray(y, np.float64), np.asarray(z, np.float64)
-        self.signal += float((a * a).sum())
-        self.other += float((b * b).sum())
-        self.product += float((a * b).sum())
-        self.noise += float(((a - b) ** 2).sum())
-        self.count += a.size
+    def add(self, y: Array, z: Array, signal: float) -> bool:
+        """Take in the float and the changed result of one run; return whether they differ.
+
+        Args:
+            y: Float result.
+            z: Changed result.
+            signal: Sum of squares of y.
+        """
+        d = np.subtract(z, y)
+        noise = product(d, d)
+        self.signal += signal
+        self.noise += noise
+        self.cross += product(y, d)
+        self.count += y.size
+        return noise != 0.0 or bool(d.any())
 
     @property
     def cosine(self) -> float:
-        """Cosine between both results over all runs."""
-        norm = math.sqrt(self.signal) * math.sqrt(self.other)
+        """Cosine between both results over all runs.
+
+        With d = z - y: y.z = y.y + y.d and z.z = y.y + 2 y.d + d.d, so that what rounding leaves is
+        small against the angle.
+        """
+        if self.noise == 0.0:
+            return 1.0
+        norm = math.sqrt(self.signal) * math.sqrt(max(self.signal + 2 * self.cross + self.noise, 0))
         if norm == 0.0:
-            return 1.0 if self.noise == 0.0 else 0.0
-        return min(self.product / norm, 1.0)
+            return 0.0
+        return max(min((self.signal + self.cross) / norm, 1.0), -1.0)
 
     @property
     def loss(self) -> float:
         """Mean loss at the outputs."""
         return self.total / max(self.samples, 1)
+
+
+_ROW = 1024
+
+
+def product(a: Array, b: Array) -> float:
+    """Return the sum of the products of two arrays: in float32 by rows of 1024, then in float64."""
+    x, y = (np.ravel(v) for v in (a, b))
+    if x.dtype == np.float32 and y.dtype == np.float32:
+        whole = len(x) - len(x) % _ROW
+        rows = np.einsum("ij,ij->i", x[:whole].reshape(-1, _ROW), y[:whole].reshape(-1, _ROW))
+        total = float(rows.sum(dtype=np.float64)) + _wide(x[whole:], y[whole:])
+        if math.isfinite(total) and total != 0.0:
+            return total  # else squares may have left the range of float32
+    return _wide(x, y)
+
+
+def _wide(x: Array, y: Array) -> float:
+    return float((x.astype(np.float64) * y.astype(np.float64)).sum())
 
 
 @dataclass
@@ -167,18 +197,22 @@ def try_unit(trial: Trial) -> Tried:
         found.weight_error = {b: float(((q - w) ** 2).sum()) for b, q in trial.weights.items()}
     for feed, arrays in run.all():
         x, w = run.operands(arrays)
-        reference = run(arrays, x, w)
+        y = run.kernel(arrays, x, w)
+        reference = run.reference(feed, arrays, y)
         run.keep(found, "float", reference, feed)
+        signal = product(y, y)
         changes = {f"w{b}": (x, q) for b, q in trial.weights.items()}
         for b, (xq, wq) in trial.qparams.items():
             changes[f"a{b}"] = (fake_quantize(x, xq), w if wq is None else fake_quantize(w, wq))
         for p in trial.dynamic:
             changes[f"a{p}"] = (_at_run_time(x, Precision(p)), w)
         for name, (x_, w_) in changes.items():
-            result = run(arrays, x_, w_)
+            z = run.kernel(arrays, x_, w_)
             sums = found.sums.setdefault(name, Sums())
-            sums.add(reference[trial.suffix.result], result[trial.suffix.result])
-            sums.total += run.loss(reference, result, feed) * feed.samples
+            result = reference  # what does not differ here does not differ at the outputs
+            if sums.add(y, z, signal):
+                result = run.outputs(arrays, z)
+                sums.total += run.loss(reference, result, feed) * feed.samples
             sums.samples += feed.samples
             run.keep(found, name, result, feed)
     if trial.fisher_samples and trial.weight is not None and trial.suffix.outputs:
@@ -194,42 +228,68 @@ def _at_run_time(x: Array, precision: Precision) -> Array:
 
 
 class _Runner:
+    """The sessions of a trial; values go by the names that the models give them."""
+
     def __init__(self, trial: Trial) -> None:
+        suffix = trial.suffix
         self.trial = trial
-        self.session = Session(trial.suffix.model)
+        self._kernel = Session(suffix.kernel)
+        # constant weights: the highest level lays them out for its fastest kernels
+        self._tail = None if suffix.tail is None else Session(suffix.tail, optimization="all")
+        self._side = None if suffix.side is None else Session(suffix.side)
         prefix = next((f.prefix for f in trial.feeds if f.prefix is not None), None)
-        self.prefix = None if prefix is None else Session(prefix)
+        self._prefix = None if prefix is None else Session(prefix)
 
     def all(self) -> Iterator[tuple[Feed, Mapping[str, Array]]]:
-        """Yield each run with its live values."""
+        """Yield each run with its live values and what follows them without the product."""
         for feed in self.trial.feeds:
-            if feed.prefix is None or self.prefix is None:
-                yield feed, feed.arrays
-            else:
-                given = {n: feed.arrays[n] for n in self.prefix.input_names}
-                yield feed, {**feed.arrays, **self.prefix.run(given)}
+            arrays = dict(feed.arrays)
+            if feed.prefix is not None and self._prefix is not None:
+                arrays.update(_run(self._prefix, arrays))
+            if self._side is not None:
+                arrays.update(_run(self._side, arrays))
+            yield feed, arrays
 
     def operands(self, arrays: Mapping[str, Array]) -> tuple[Array, Array]:
         suffix = self.trial.suffix
         w = self.trial.weight
         return arrays[suffix.x], w if w is not None else arrays[suffix.w or suffix.x]
 
-    def __call__(self, arrays: Mapping[str, Array], x: Array, w: Array) -> dict[str, Array]:
+    def kernel(self, arrays: Mapping[str, Array], x: Array, w: Array) -> Array:
+        """Return the kernel's result with these operands."""
         given = {**arrays, OPERANDS[0]: x, OPERANDS[1]: w}
-        return self.session.run({n: given[n] for n in self.session.input_names})
+        return _run(self._kernel, given)[self.trial.suffix.result]
+
+    def outputs(self, arrays: Mapping[str, Array], result: Array) -> dict[str, Array]:
+        """Return the model's outputs that depend on the product, by their names in the graph."""
+        suffix = self.trial.suffix
+        found = {suffix.result: result}
+        if self._tail is not None:
+            found.update(_run(self._tail, {**arrays, suffix.result: result}))
+        return {name: found[inner] for name, inner in suffix.outputs}
+
+    def reference(self, feed: Feed, arrays: Mapping[str, Array], y: Array) -> dict[str, Array]:
+        """Return the float model's outputs that depend on the product."""
+        if feed.outputs is None:
+            return self.outputs(arrays, y)
+        return {name: feed.outputs[name] for name, _ in self.trial.suffix.outputs}
 
     def loss(self, a: Mapping[str, Array], b: Mapping[str, Array], feed: Feed) -> float:
         """Return the summed loss of the outputs that depend on the product."""
         total = 0.0
-        for name, inner in self.trial.suffix.outputs:
-            total += self.trial.heads[name].loss(_real(a[inner], feed), _real(b[inner], feed))
+        for name, _ in self.trial.suffix.outputs:
+            total += self.trial.heads[name].loss(_real(a[name], feed), _real(b[name], feed))
         return total
 
     def keep(self, found: Tried, change: str, result: Mapping[str, Array], feed: Feed) -> None:
         if self.trial.keep_outputs:
             parts = found.outputs.setdefault(change, {})
-            for name, inner in self.trial.suffix.outputs:
-                parts.setdefault(name, []).append(_real(result[inner], feed))
+            for name, _ in self.trial.suffix.outputs:
+                parts.setdefault(name, []).append(_real(result[name], feed))
+
+
+def _run(session: Session, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    return session.run({n: arrays[n] for n in session.input_names})
 
 
 def _real(array: Array, feed: Feed) -> Array:
@@ -252,15 +312,18 @@ def _fisher(trial: Trial, run: _Runner, weight: Array) -> float:
         if samples >= trial.fisher_samples:
             break
         x, _ = run.operands(arrays)
-        reference = run(arrays, x, weight)
+        reference = run.reference(feed, arrays, run.kernel(arrays, x, weight))
         v = rng.choice(np.array([-1.0, 1.0], np.float32), weight.shape)
+
+        def moved(e: float, x: Array = x, v: Array = v, a: Any = arrays) -> dict[str, Array]:
+            return run.outputs(a, run.kernel(a, x, weight + np.float32(e) * v))
+
         if not sized:
-            step = _step(trial, run, feed, arrays, reference, v, step)
+            step = _step(trial, feed, reference, moved, step)
             sized = True
-        e = np.float32(step)
-        both = [run(arrays, x, weight + sign * e * v) for sign in (np.float32(1), np.float32(-1))]
-        mean = sum(_curvature(trial, reference, r, feed) for r in both) / len(both)
-        total += mean / float(e) ** 2 * feed.samples
+        e = float(np.float32(step))
+        mean = sum(_curvature(trial, reference, moved(s), feed) for s in (e, -e)) / 2
+        total += mean / e**2 * feed.samples
         samples += feed.samples
     return total / max(samples, 1)
 
@@ -268,9 +331,9 @@ def _fisher(trial: Trial, run: _Runner, weight: Array) -> float:
 def _curvature(trial: Trial, a: Mapping[str, Array], b: Mapping[str, Array], feed: Feed) -> float:
     """Return twice the second-order term of one sample's loss."""
     total = 0.0
-    for name, inner in trial.suffix.outputs:
+    for name, _ in trial.suffix.outputs:
         head = trial.heads[name]
-        y, z = _real(a[inner], feed), _real(b[inner], feed)
+        y, z = _real(a[name], feed), _real(b[name], feed)
         one = max(y.size // max(feed.samples, 1), 1)
         if head.kind == "mse":
             total += head.loss(y, z) * one
@@ -281,27 +344,22 @@ def _curvature(trial: Trial, a: Mapping[str, Array], b: Mapping[str, Array], fee
 
 def _step(
     trial: Trial,
-    run: _Runner,
     feed: Feed,
-    arrays: Mapping[str, Array],
     reference: Mapping[str, Array],
-    v: Array,
+    moved: Callable[[float], Mapping[str, Array]],
     step: float,
 ) -> float:
-    """Return a step along v that moves the outputs by about `TARGET_KL`."""
-    x, weight = run.operands(arrays)
+    """Return a step along a direction that moves the outputs by about `TARGET_KL`."""
     for _ in range(6):
-        moved = run(arrays, x, weight + np.float32(step) * v)
+        there = moved(step)
         parts = []
-        for name, inner in trial.suffix.outputs:
+        for name, _ in trial.suffix.outputs:
             head = trial.heads[name]
             scale = 1.0
             if head.kind == "mse":  # in units of the output's own power
-                scale = 1.0 / max(float(np.mean(np.square(reference[inner], dtype=np.float64))),
+                scale = 1.0 / max(float(np.mean(np.square(reference[name], dtype=np.float64))),
                                   1e-30)  # fmt: skip
-            parts.append(
-                head.loss(_real(reference[inner], feed), _real(moved[inner], feed)) * scale
-            )
+            parts.append(head.loss(_real(reference[name], feed), _real(there[name], feed)) * scale)
         found = max(parts, default=0.0)
         if TARGET_KL / 5 <= found <= TARGET_KL * 5:
             break

@@ -3,15 +3,17 @@
 """One product at a time: run only what follows it, with its operands as inputs of the session.
 
 A float network is cut before a product. What is alive at the cut is computed once per sample and
-kept, as far as a memory bound allows; the rest of the network is a model whose inputs are the live
-values and, apart from them, the product's own two operands. So one session serves every weight and
-activation that is tried, and the part before the product is never run again.
+kept, as far as a memory bound allows. The rest of the network is cut again behind the product's
+kernel: the kernel is a small model whose inputs are the live values and, apart from them, the
+product's own two operands, so that one session serves every weight and activation that is tried;
+what follows it has constant weights, which ONNX Runtime lays out for its fastest kernels; what no
+change can reach runs once. The part before the product is never run again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from qcompiler.data import Batch
 from qcompiler.ir import Graph, Node, Value
@@ -63,18 +65,24 @@ def units(graph: Graph) -> tuple[Unit, ...]:
 
 @dataclass(frozen=True)
 class Suffix:
-    """What follows a cut, as a model.
+    """What follows a cut, as up to three models, so that only what a change reaches runs again.
 
     Attributes:
-        model: Serialized ONNX; inputs: live values by name and `OPERANDS`.
-        live: Names of the live values that it reads.
+        side: Serialized ONNX from live values to what follows the cut without depending on the
+            product; None where nothing does.
+        kernel: From `OPERANDS`, live and side values to the kernel's result.
+        tail: From the kernel's result, live and side values to the outputs; None where the result
+            is all there is.
+        live: Names of the live values that they read.
         x: Name of the live value that is the product's first operand.
         w: Name of the second operand where that is computed; None where it is a constant.
         result: Name of the kernel's result.
         outputs: (output name of the graph, name in the model) of the outputs that depend on it.
     """
 
-    model: bytes
+    side: bytes | None
+    kernel: bytes
+    tail: bytes | None
     live: tuple[str, ...]
     x: str
     w: str | None
@@ -98,16 +106,26 @@ def suffix_of(graph: Graph, unit: Unit) -> Suffix:
             depends.add(n)
     outputs = [(name, v) for name, v in g.outputs if v.producer in depends]
     result = next(v for n in after for v in n.outputs if v.name == unit.result)
-    wanted = list(dict.fromkeys([result, *(v for _, v in outputs)]))
-    needed = _needed(after, wanted)
-    model = subgraph_to_onnx(needed, outputs=wanted)
-    inside = {v for n in needed for v in n.outputs}
+    kernel = _needed([n for n in after if n in depends], [result])
+    beyond = [v for v in dict.fromkeys(v for _, v in outputs) if v is not result]
+    inner = set(kernel)
+    tail = _needed([n for n in after if n in depends and n not in inner], beyond)
+    others = [n for n in after if n not in depends]
+    made = {v for n in others for v in n.outputs}
+    reached = dict.fromkeys(v for n in (*kernel, *tail) for v in n.operands if v in made)
+    side = _needed(others, list(reached))
+    inside = {v for n in after for v in n.outputs}
     read = dict.fromkeys(
-        v.name for n in needed for v in n.operands if not v.is_constant and v not in inside
+        v.name
+        for n in (*side, *kernel, *tail)
+        for v in n.operands
+        if not v.is_constant and v not in inside
     )
     live = (*(n for n in read if n not in OPERANDS), *(n for n in names if n is not None))
     return Suffix(
-        model.SerializeToString(),
+        _model(side, list(reached)),
+        subgraph_to_onnx(kernel, outputs=[result]).SerializeToString(),
+        _model(tail, beyond),
         tuple(dict.fromkeys(live)),
         x.name,
         names[1],
@@ -120,6 +138,13 @@ def prefix_model(graph: Graph, wanted: Sequence[Value]) -> bytes:
     """Return the serialized model that computes some values of a FLOAT or QDQ graph."""
     needed = _needed(graph.nodes, wanted)
     model: bytes = subgraph_to_onnx(needed, outputs=wanted).SerializeToString()
+    return model
+
+
+def _model(nodes: Sequence[Node], wanted: Sequence[Value]) -> bytes | None:
+    if not wanted:
+        return None
+    model: bytes = subgraph_to_onnx(nodes, outputs=wanted).SerializeToString()
     return model
 
 
@@ -143,51 +168,89 @@ class Feed:
         prefix: Serialized model from the inputs to the live values; None where `arrays` has them.
         samples: Samples of the run that are real.
         size: Samples that the arrays have room for.
+        outputs: The float model's outputs by name; None where they are too large to keep.
     """
 
     arrays: dict[str, Array]
     prefix: bytes | None
     samples: int
     size: int
+    outputs: Mapping[str, Array] | None = None
 
 
 class Walker:
     """Goes along a FLOAT graph and gives the live values before each product.
 
+    As many runs are kept as fit the memory with what is live from the current cut on at most; as
+    the network narrows, more do, and join.
+
     Args:
         graph: The graph.
         batches: Gives the runs, anew each time it is called.
         memory: Bytes that may be held for kept values.
+        outputs: The float model's outputs of each run, if kept.
     """
 
-    def __init__(self, graph: Graph, batches: Callable[[], Iterator[Batch]], memory: float) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        batches: Callable[[], Iterator[Batch]],
+        memory: float,
+        outputs: Sequence[Mapping[str, Array]] | None = None,
+    ) -> None:
         self.graph = graph
         self.nodes = graph.nodes
         self.order = {n: i for i, n in enumerate(self.nodes)}
         self._batches = batches
-        cuts = [self.order[graph.node(u.node)] for u in units(graph)]
-        largest = max((sum(_bytes(v) for v in self._live(i)) for i in cuts), default=0)
-        largest = max(largest, sum(_bytes(v) for v in graph.inputs))
-        room = int(memory // max(largest, 1))
+        self._memory = memory
+        self._outputs = outputs
         self._at = 0
         self._kept: list[Feed] = []
-        for batch in batches():
-            if len(self._kept) == room:
+        self._largest: dict[int, int] = {}
+        most = 0
+        for index in sorted((self.order[graph.node(u.node)] for u in units(graph)), reverse=True):
+            most = max(most, sum(_bytes(v) for v in self._live(index)))
+            self._largest[index] = most
+        room = self._room(max(most, sum(_bytes(v) for v in graph.inputs)))
+        for i, batch in enumerate(batches()):
+            if i == room:
                 break
-            self._kept.append(Feed(dict(batch.inputs), None, batch.samples, batch.size))
+            self._kept.append(self._feed(i, batch, dict(batch.inputs), None))
 
     def feeds(self, unit: Unit) -> Iterator[Feed]:
         """Yield the runs at the cut before a product; the products must be asked for in order."""
         index = self.order[self.graph.node(unit.node)]
         self._advance(index)
         yield from self._kept
+        room, kept = self._room(self._largest[index]), len(self._kept)
         prefix: bytes | None = None
+        session: Session | None = None
         for i, batch in enumerate(self._batches()):
-            if i < len(self._kept):
+            if i < kept:
                 continue
             if prefix is None:
                 prefix = self._model(0, index)
-            yield Feed(dict(batch.inputs), prefix, batch.samples, batch.size)
+                session = None if prefix is None or room <= kept else Session(prefix)
+            given = dict(batch.inputs)
+            if session is None or i >= room:
+                yield self._feed(i, batch, given, prefix)
+                continue
+            given.update(session.run({n: given[n] for n in session.input_names}))
+            live = {v.name for v in self._live(index)}
+            self._kept.append(
+                self._feed(i, batch, {n: a for n, a in given.items() if n in live}, None)
+            )
+            yield self._kept[-1]
+
+    def _room(self, size: int) -> int:
+        """Return how many runs of that many bytes fit."""
+        return int(self._memory // max(size, 1))
+
+    def _feed(
+        self, index: int, batch: Batch, arrays: dict[str, Array], prefix: bytes | None
+    ) -> Feed:
+        outputs = None if self._outputs is None else self._outputs[index]
+        return Feed(arrays, prefix, batch.samples, batch.size, outputs)
 
     def _live(self, index: int) -> list[Value]:
         """Return the values made before a node that it or a later one reads."""
@@ -200,11 +263,7 @@ class Walker:
         stretch = self.nodes[start:end]
         inside = {v for n in stretch for v in n.outputs}
         wanted = [v for v in self._live(end) if v in inside]
-        if not wanted:
-            return None
-        needed = _needed(stretch, wanted)
-        model: bytes = subgraph_to_onnx(needed, outputs=wanted).SerializeToString()
-        return model
+        return _model(_needed(stretch, wanted), wanted)
 
     def _advance(self, index: int) -> None:
         if index == self._at or not self._kept:
@@ -218,7 +277,7 @@ class Walker:
             if session is not None:
                 found.update(session.run({n: found[n] for n in session.input_names}))
             kept = {n: a for n, a in found.items() if n in names}
-            self._kept[i] = Feed(kept, None, feed.samples, feed.size)
+            self._kept[i] = replace(feed, arrays=kept)
         self._at = index
 
 

@@ -95,7 +95,9 @@ def test_latencies_by_precision_are_printed(
         ([], "needs calibration samples"),
         (["--calibration", CALIBRATION, "--bits", "16"], "expected widths from 2 to 8"),
         (["--calibration", CALIBRATION, "--bits", "x"], "expected widths from 2 to 8"),
-        (["--calibration", CALIBRATION, "--workers", "0"], "at least 1"),
+        (["--calibration", CALIBRATION, "--workers", "-1"], "at least 1"),
+        (["--calibration", CALIBRATION, "--loss", "l1"], "expected auto, kl or mse"),
+        (["--calibration", CALIBRATION, "--memory", "-1"], "expected megabytes"),
         (["--calibration", CALIBRATION, "--metric", "top1"], "needs --evaluate"),
     ],
 )

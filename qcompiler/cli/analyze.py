@@ -8,12 +8,13 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.table import Table
 
 from qcompiler.cli import options, shell
+from qcompiler.cpu import allowed_cpus
 from qcompiler.errors import DataError, UnsupportedByTargetError, UsageError
 
 if TYPE_CHECKING:
@@ -50,9 +51,26 @@ def analyze(
     samples: Annotated[
         int, typer.Option("--samples", metavar="N", help="Samples to measure on, at most.")
     ] = 64,
+    loss: Annotated[
+        str,
+        typer.Option(
+            "--loss",
+            metavar="L",
+            help="At the outputs: kl, mse, or auto (KL for class scores, else MSE).",
+        ),
+    ] = "auto",
     workers: Annotated[
-        int, typer.Option("--workers", metavar="N", help="Products under way at once.")
-    ] = 1,
+        int,
+        typer.Option(
+            "--workers", metavar="N", help="Products under way at once; default: one per core."
+        ),
+    ] = 0,
+    memory: Annotated[
+        float,
+        typer.Option(
+            "--memory", metavar="MB", help="Room for values kept between the products of a network."
+        ),
+    ] = 512,
     state: Annotated[
         Path | None,
         typer.Option(
@@ -74,8 +92,13 @@ def analyze(
     """Measure the error that each product of MODEL causes when it alone is quantized."""
     options.require_metric(evaluate, metric, None)
     widths = _widths(bits)
-    if samples < 1 or workers < 1:
+    if samples < 1 or workers < 0:
         raise UsageError("--samples and --workers: expected a number of at least 1")
+    if loss not in ("auto", "kl", "mse"):
+        raise UsageError(f"--loss {loss!r}: expected auto, kl or mse")
+    if not 0 <= memory < float("inf"):
+        raise UsageError(f"--memory {memory:g}: expected megabytes, 0 or more")
+    workers = workers or len(allowed_cpus())
     shapes = options.parse_shapes(input_shape or ())
     constants = options.parse_constants(freeze or ())
     shell.input_file(model, "model")
@@ -126,7 +149,13 @@ def analyze(
                 ctx.get(CalibrationTable),
                 loaded,
                 evaluation=evaluation,
-                settings=Settings(weight_bits=widths, samples=samples, seed=seed),
+                settings=Settings(
+                    weight_bits=widths,
+                    samples=samples,
+                    loss=cast(Literal["auto", "kl", "mse"], loss),
+                    seed=seed,
+                    memory=memory * 1e6,
+                ),
                 executor=pool,
                 workers=workers,
                 state=state,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from qcompiler.data import Evaluation, SampleSet, load_samples
 from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
+from qcompiler.metrics import SQNR_CEILING
 from qcompiler.numerics import fake_quantize
 from qcompiler.ort import Session
+from qcompiler.passes import sensitivity
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
 from qcompiler.passes.sensitivity import (
     Sensitivity,
@@ -24,9 +29,14 @@ from qcompiler.passes.sensitivity import (
     measure_sensitivity,
     weight_grid,
 )
-from qcompiler.passes.sensitivity_report import NodeSensitivity, SensitivityReport, first_jump
-from qcompiler.passes.sensitivity_trial import Head
-from qcompiler.passes.single_node import OPERANDS, Walker, suffix_of, units
+from qcompiler.passes.sensitivity_report import (
+    Effect,
+    NodeSensitivity,
+    SensitivityReport,
+    first_jump,
+)
+from qcompiler.passes.sensitivity_trial import Head, Sums, product
+from qcompiler.passes.single_node import OPERANDS, Feed, Unit, Walker, suffix_of, units
 from qcompiler.passmanager import PassContext, PassManager
 
 TEXT = """(float[1,3,6,6] x) => (float[1,5] y) {
@@ -41,12 +51,30 @@ TEXT = """(float[1,3,6,6] x) => (float[1,5] y) {
 }"""
 
 
+BRANCHES = """(float[1,3,6,6] x) => (float[1,5] y, float[1,4,6,6] z) {
+  a = Conv <pads = [1,1,1,1]> (x, w1, b1)
+  r = Relu(a)
+  c = Conv <pads = [1,1,1,1]> (r, w2)
+  d = Conv <pads = [1,1,1,1]> (x, w1, b1)
+  s = Add(c, d)
+  e = Conv <pads = [1,1,1,1]> (d, w2)
+  z = Relu(e)
+  m = Mul(s, z)
+  p = GlobalAveragePool(m)
+  f = Flatten(p)
+  y = Gemm(f, w3, b3)
+}"""
+
+
 @pytest.fixture
-def net(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
+def net(
+    load_text: Callable[..., Graph], rng: np.random.Generator, request: pytest.FixtureRequest
+) -> Graph:
     def w(*shape: int) -> np.ndarray:
         return (0.3 * rng.standard_normal(shape)).astype(np.float32)
 
-    return load_text(TEXT, w1=w(4, 3, 3, 3), b1=w(4), w2=w(4, 4, 3, 3), w3=w(4, 5), b3=w(5))
+    text = getattr(request, "param", TEXT)
+    return load_text(text, w1=w(4, 3, 3, 3), b1=w(4), w2=w(4, 4, 3, 3), w3=w(4, 5), b3=w(5))
 
 
 @pytest.fixture
@@ -72,6 +100,7 @@ def test_units_are_products_with_what_fuses(net: Graph) -> None:
     assert found[1].result == "t"
 
 
+@pytest.mark.parametrize("net", [TEXT, BRANCHES], indirect=True)
 def test_a_suffix_gives_what_the_whole_gives(
     net: Graph, samples: SampleSet, table: CalibrationTable
 ) -> None:
@@ -81,7 +110,7 @@ def test_a_suffix_gives_what_the_whole_gives(
         walker = Walker(net, lambda: iter(batches), memory)
         for unit in units(net):
             suffix = suffix_of(net, unit)
-            session = Session(suffix.model)
+            models = [Session(m) for m in (suffix.side, suffix.kernel, suffix.tail) if m]
             node = net.node(unit.node)
             q = weight_grid(node, 4, activation_qparams(node.input(0), table, signed=False))
             changed = net.clone()
@@ -97,12 +126,53 @@ def test_a_suffix_gives_what_the_whole_gives(
                     live.update(Session(feed.prefix).run(batch.inputs))
                 for graph in (net, changed):
                     weight = graph.node(unit.node).input(1).array()
-                    given = {**live, OPERANDS[0]: live[suffix.x], OPERANDS[1]: weight}
-                    got = session.run({n: given[n] for n in session.input_names})
+                    got = {**live, OPERANDS[0]: live[suffix.x], OPERANDS[1]: weight}
+                    for session in models:
+                        got.update(session.run({n: got[n] for n in session.input_names}))
                     want = run(graph, dict(batch.inputs))["y"]
                     np.testing.assert_allclose(
                         got[dict(suffix.outputs)["y"]], want, rtol=1e-4, atol=1e-4
                     )
+
+
+@pytest.mark.parametrize("net", [BRANCHES], indirect=True)
+def test_only_what_a_change_reaches_runs_again(net: Graph) -> None:
+    """The other branch of a sum runs once; an output beside the product is not run."""
+    first = suffix_of(net, units(net)[0])  # a: the branch of d and the gate e are beside it
+    assert first.side is not None
+    assert set(Session(first.side).output_names) >= {"d", "z"}
+    assert Session(first.kernel).input_names == OPERANDS
+    assert [name for name, _ in first.outputs] == ["y"]
+    last = suffix_of(net, units(net)[-1])
+    assert last.side is None
+    assert last.tail is None  # its result is the output
+
+
+def test_kept_values_stay_within_the_memory_and_join_as_the_network_narrows(
+    net: Graph, samples: SampleSet
+) -> None:
+    batches = CalibrationSet.of(samples, net)
+    size = {u.node: sum(a.nbytes for a in f[0].arrays.values()) for u, f in _walk(net, batches)}
+    largest, last = max(size.values()), min(size.values())
+    assert last < largest / 4
+    room = 5 * largest + 1
+    joined = []
+    for _, feeds in _walk(net, batches, room):
+        kept = [f for f in feeds if f.prefix is None]
+        made = [a for f in kept for name, a in f.arrays.items() if name != "x"]
+        assert sum(a.nbytes for a in made) <= room
+        joined.append(len(kept))
+        assert all(f.prefix is None or set(f.arrays) == {"x"} for f in feeds)
+    assert joined[1] == 5
+    assert joined[-1] == 12
+
+
+def _walk(
+    net: Graph, batches: CalibrationSet, memory: float = 1e9
+) -> Iterator[tuple[Unit, list[Feed]]]:
+    walker = Walker(net, lambda: iter(batches), memory)
+    for unit in units(net):
+        yield unit, list(walker.feeds(unit))
 
 
 def test_figures(net: Graph, samples: SampleSet, table: CalibrationTable) -> None:
@@ -176,8 +246,104 @@ def test_workers_and_memory_change_nothing(
     with ThreadPoolExecutor(2) as pool:
         several = measure_sensitivity(net, table, samples, settings=SMALL, executor=pool, workers=2)
     assert several == alone
-    tight = Settings(samples=8, fisher_samples=4, memory=4000.0)
-    assert measure_sensitivity(net, table, samples, settings=tight) == alone
+    for memory in (4000.0, 0.0):
+        tight = Settings(samples=8, fisher_samples=4, memory=memory)
+        assert measure_sensitivity(net, table, samples, settings=tight) == alone
+
+
+class Elsewhere:
+    """All that joblib, Dask or Ray need to look like: tasks and results go over a wire."""
+
+    def __init__(self) -> None:
+        self.at_once = self.most = self.sent = 0
+
+    class Pending:
+        def __init__(self, owner: Elsewhere, call: bytes) -> None:
+            self._owner, self._call = owner, call
+
+        def result(self) -> Any:
+            fn, task = pickle.loads(self._call)
+            self._owner.at_once -= 1
+            return pickle.loads(pickle.dumps(fn(task)))
+
+    def submit(self, fn: Callable[[Any], Any], task: Any, /) -> Pending:
+        call = pickle.dumps((fn, task))
+        self.sent += len(call)
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        return self.Pending(self, call)
+
+
+def test_any_object_that_submits_is_an_executor(
+    net: Graph, samples: SampleSet, table: CalibrationTable
+) -> None:
+    alone = measure_sensitivity(net, table, samples, settings=SMALL)
+    wire = Elsewhere()
+    assert alone == measure_sensitivity(
+        net, table, samples, settings=SMALL, executor=wire, workers=2
+    )
+    assert (wire.at_once, wire.most) == (0, 3)  # one more waits
+    light = Elsewhere()
+    far = Settings(samples=8, fisher_samples=4, memory=0)  # inputs travel, not what is kept
+    assert alone == measure_sensitivity(
+        net, table, samples, settings=far, executor=light, workers=2
+    )
+
+
+@pytest.mark.slow
+def test_processes(net: Graph, samples: SampleSet, table: CalibrationTable) -> None:
+    alone = measure_sensitivity(net, table, samples, settings=SMALL)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        several = measure_sensitivity(net, table, samples, settings=SMALL, executor=pool, workers=2)
+    assert several == alone
+
+
+def test_large_outputs_are_made_anew_by_each_task(
+    net: Graph, samples: SampleSet, table: CalibrationTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = measure_sensitivity(net, table, samples, settings=SMALL)
+    monkeypatch.setattr(sensitivity, "SMALL_OUTPUTS", 0)
+    anew = measure_sensitivity(net, table, samples, settings=SMALL)
+    for a, b in zip(kept.nodes, anew.nodes, strict=True):
+        assert a.weight["4"].loss == pytest.approx(b.weight["4"].loss, rel=1e-3)
+        assert a.fisher == pytest.approx(b.fisher, rel=1e-3)
+
+
+def test_a_change_that_changes_nothing_costs_nothing(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    w = rng.integers(-7, 8, (6, 4)).astype(np.float32)
+    w[0] = 7  # on a grid of 4 bits, whole as it is
+    graph = load_text("(float[1,6] x) => (float[1,4] y) { h = MatMul(x, w) y = Relu(h) }", w=w)
+    samples = load_samples({"x": rng.standard_normal((8, 6)).astype(np.float32)})
+    ctx = PassContext()
+    ctx.put(CalibrationSet.of(samples, graph))
+    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
+    (found,) = measure_sensitivity(graph, ctx.get(CalibrationTable), samples, settings=SMALL).nodes
+    assert found.weight["4"] == Effect(SQNR_CEILING, 1.0, 0.0, 0.0)
+    assert found.activation["8"].loss > 0
+
+
+def test_sums_of_products(rng: np.random.Generator) -> None:
+    for size in (7, 1024, 5000):
+        a, b = (rng.standard_normal(size).astype(np.float32) for _ in range(2))
+        exact = float((a.astype(np.float64) * b).sum())
+        assert product(a, b) == pytest.approx(exact, abs=1e-6 * size)
+        assert product(a, a) == pytest.approx(float((a.astype(np.float64) ** 2).sum()), rel=1e-6)
+    tiny, huge = np.full(2048, 1e-30, np.float32), np.full(2048, 1e30, np.float32)
+    assert product(tiny, tiny) == pytest.approx(2048e-60, rel=1e-5)
+    assert product(huge, huge) == pytest.approx(2048e60, rel=1e-5)
+
+
+def test_cosine() -> None:
+    sums = Sums()
+    y, z = np.float32([3.0, 4.0]), np.float32([4.0, 3.0])
+    assert sums.add(y, z, product(y, y))
+    assert sums.cosine == pytest.approx(24 / 25)
+    still = Sums()
+    assert not still.add(y, y, product(y, y))
+    assert still.cosine == 1.0
 
 
 def test_it_goes_on_after_an_interruption(
