@@ -51,7 +51,7 @@ def _terms(w: Value) -> list[Array]:
     if isinstance(q.granularity, PerAxis):
         shape[q.granularity.axis] = -1
     rest = w.array().astype(np.int16) - q.zero_point.astype(np.int16).reshape(shape)
-    terms = []
+    terms: list[Array] = []
     while not terms or rest.any():
         term = np.clip(rest, DType.INT8.min, DType.INT8.max).astype(np.int8)
         terms.append(term)

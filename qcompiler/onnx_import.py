@@ -21,8 +21,10 @@ import onnx.reference
 import onnx.shape_inference
 
 from qcompiler import (
+    onnx_import_composed,
     onnx_import_einsum,
     onnx_import_movement,
+    onnx_import_norms,
     onnx_import_ops,
     onnx_import_qdq,
     onnx_import_quantized,
@@ -78,11 +80,13 @@ __all__ = ["ModelSource", "OnnxModel", "input_shapes_of", "load_onnx", "model_di
 
 CONVERTER_MODULES = (
     onnx_import_ops,
+    onnx_import_norms,
     onnx_import_movement,
     onnx_import_qdq,
     onnx_import_quantized,
     onnx_import_einsum,
     onnx_import_recurrent,
+    onnx_import_composed,
 )
 """Modules whose import fills the table of converters."""
 

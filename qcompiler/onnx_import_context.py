@@ -175,21 +175,22 @@ class OpContext:
             raise ModelError(f"operand {i} is missing")
         return v
 
+    def known(self, i: int) -> Array | None:
+        """Return the elements of operand `i`; None where they are computed at run time."""
+        return _stored(self.input(i))
+
     def static(self, i: int, what: str) -> Array:
         """Return the elements of operand `i`, which must be known at compile time.
 
         Raises:
             UnsupportedOpError: It is computed at run time.
         """
-        v = self.input(i)
-        if v.data is None:
-            stored = _stored(v)
-            if stored is None:
-                raise UnsupportedOpError(
-                    f"its {what} is computed at run time; compiling needs it as a constant"
-                )
-            return stored
-        return v.data
+        data = self.known(i)
+        if data is None:
+            raise UnsupportedOpError(
+                f"its {what} is computed at run time; compiling needs it as a constant"
+            )
+        return data
 
     def ints(self, i: int, name: str) -> tuple[int, ...] | None:
         """Return integers given as operand `i` or, in older opsets, as attribute `name`."""
@@ -224,12 +225,16 @@ class OpContext:
 
 
 def _stored(v: Value) -> Array | None:
-    """Return the elements of a dequantized constant, which quantizers make of scalars too."""
+    """Return the elements of a constant that only quantizers have come between, or None."""
+    if v.data is not None:
+        return v.data
     node = v.producer
-    if node is None or node.op.name != "dequantize" or not node.input(0).is_constant:
+    if node is None or node.op.name not in ("quantize", "dequantize"):
         return None
-    context = EvalContext((node.input(0).type,), (v.type,))
-    return node.op.evaluate([node.input(0).array()], node.attrs, context)[0]
+    data = _stored(node.input(0))
+    if data is None:
+        return None
+    return node.op.evaluate([data], node.attrs, EvalContext((node.input(0).type,), (v.type,)))[0]
 
 
 def normal_axis(axis: int, rank: int) -> int:

@@ -17,6 +17,7 @@ import onnx
 import onnx.checker
 import onnx.inliner
 import onnx.shape_inference
+import onnx.version_converter
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 
 from qcompiler.errors import ModelError
@@ -24,6 +25,8 @@ from qcompiler.errors import ModelError
 MIN_OPSET = 7
 MAX_OPSET = 28
 """Opsets of the default domain whose operators the converters know."""
+OLDEST_OPSET = 1
+"""Opsets below MIN_OPSET that ONNX's own converter brings there."""
 MAX_NODES = 500_000
 """Nodes with all functions inlined: a few calls of calls would make billions."""
 
@@ -72,10 +75,28 @@ def read_model(model: str | os.PathLike[str] | onnx.ModelProto) -> OnnxModel:
     _check_header(proto, name)
     if proto.functions:
         proto = _inlined(proto, name)
-    read = OnnxModel(proto, folder, digest, name)
     _check_graph(proto.graph, name)
+    read = OnnxModel(_of_today(proto), folder, digest, name)
     _check_opsets(read)
     return read
+
+
+def _of_today(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model of an old opset (broadcasting by attribute, say) as one of MIN_OPSET.
+
+    What cannot be converted stays as it is, to be refused for its opset.
+    """
+    versions = [int(o.version) for o in proto.opset_import if not normal_domain(o.domain)]
+    stored = any(t.data_location == onnx.TensorProto.EXTERNAL for t in proto.graph.initializer)
+    if len(versions) != 1 or not OLDEST_OPSET <= versions[0] < MIN_OPSET or stored:
+        return proto
+    try:
+        onnx.checker.check_model(proto)
+        made: onnx.ModelProto = onnx.version_converter.convert_version(proto, MIN_OPSET)
+        _check_graph(made.graph, proto.graph.name)
+    except (*_INLINER_ERRORS, onnx.version_converter.ConvertError, ModelError):
+        return proto
+    return made
 
 
 def _read_bytes(path: pathlib.Path) -> bytes:
@@ -215,7 +236,8 @@ def _check_opsets(model: OnnxModel) -> None:
     version = opsets.get("", MAX_OPSET)
     if not MIN_OPSET <= version <= MAX_OPSET:
         raise ModelError(
-            f"{model.name} uses opset {version}; opsets {MIN_OPSET} to {MAX_OPSET} are supported",
+            f"{model.name} uses opset {version}; opsets {MIN_OPSET} to {MAX_OPSET} are supported,"
+            " and older ones where ONNX's own converter takes the model",
             hint="convert it with onnx.version_converter or export it again",
         )
 

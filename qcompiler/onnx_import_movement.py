@@ -9,7 +9,7 @@ time the operator is imported. Source: ONNX operator changelog, opsets 7 to 28.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from qcompiler.onnx_import_context import (
     normal_axis,
     reshape,
 )
+from qcompiler.ops import AttrValue
+from qcompiler.ops._resize import weights
 from qcompiler.types import Array, DType
 
 Results = Sequence[Value] | None
@@ -270,11 +272,15 @@ def _pad(ctx: OpContext) -> Results:
     pads = ctx.ints(1, "pads") or ()
     mode = ctx.attr("mode", "constant") or "constant"
     value: float = 0.0
+    filler: Value | None = None
     if ctx.version < 11:
         value = float(ctx.attr("value", 0.0))
     elif ctx.get(2) is not None:
-        fill = ctx.static(2, "constant_value").reshape(-1)
-        value = fill[0].item() if fill.size else 0.0
+        fill = ctx.known(2)
+        if fill is None:
+            filler = ctx.input(2)
+        elif fill.size:
+            value = fill.reshape(-1)[0].item()
     rank = x.type.rank
     if ctx.get(3) is not None:
         axes = [normal_axis(int(a), rank) for a in ctx.static(3, "axes").reshape(-1)]
@@ -299,7 +305,11 @@ def _pad(ctx: OpContext) -> Results:
         pads = tuple(max(0, p) for p in pads)
     if not any(pads):
         return [x]
-    return [ctx.emit("pad", x, pads=pads, mode=mode, value=float(value))]
+    y = ctx.emit("pad", x, pads=pads, mode=mode, value=float(value))
+    if filler is None or mode != "constant":
+        return [y]
+    inside = np.pad(np.ones(x.shape, bool), list(zip(pads[:rank], pads[rank:], strict=True)))
+    return [ctx.emit("where", ctx.constant(inside), y, reshape(ctx, filler, (1,) * rank))]
 
 
 @converter("CumSum")
@@ -393,21 +403,43 @@ def _resize(ctx: OpContext) -> Results:
     scales, shape = _resize_target(ctx, x, axes)
     if shape == x.shape:
         return [x]
-    return [
-        ctx.emit(
-            "resize",
-            x,
-            mode=str(ctx.attr("mode", "nearest")),
-            coordinate_mode=coordinate_mode,
-            nearest_mode=str(ctx.attr("nearest_mode", "round_prefer_floor")),
-            cubic_coeff_a=float(ctx.attr("cubic_coeff_a", -0.75)),
-            exclude_outside=bool(ctx.attr("exclude_outside", 0)),
-            extrapolation_value=float(ctx.attr("extrapolation_value", 0.0)),
-            antialias=bool(ctx.attr("antialias", 0)),
-            scales=scales,
-            shape=shape,
-        )
-    ]
+    attrs: dict[str, AttrValue] = {
+        "mode": str(ctx.attr("mode", "nearest")),
+        "coordinate_mode": coordinate_mode,
+        "nearest_mode": str(ctx.attr("nearest_mode", "round_prefer_floor")),
+        "cubic_coeff_a": float(ctx.attr("cubic_coeff_a", -0.75)),
+        "exclude_outside": bool(ctx.attr("exclude_outside", 0)),
+        "extrapolation_value": float(ctx.attr("extrapolation_value", 0.0)),
+        "antialias": bool(ctx.attr("antialias", 0)),
+        "scales": scales,
+        "shape": shape,
+    }
+    fractional = any(not float(d * s).is_integer() for d, s in zip(x.shape, scales, strict=True))
+    if coordinate_mode == "align_corners" and fractional and attrs["mode"] != "nearest":
+        return [_resampled(ctx, x, attrs, scales, shape)]
+    return [ctx.emit("resize", x, **attrs)]
+
+
+def _resampled(
+    ctx: OpContext,
+    x: Value,
+    attrs: Mapping[str, AttrValue],
+    scales: Sequence[float],
+    shape: Sequence[int],
+) -> Value:
+    """Resize by a matrix per axis: corners are aligned with a size that is no whole number."""
+    for a, (scale, extent) in enumerate(zip(scales, shape, strict=True)):
+        if scale == 1 and extent == x.shape[a]:
+            continue
+        matrix = weights(x.shape[a], extent, scale, attrs)
+        if x.dtype is not DType.FLOAT32:
+            raise UnsupportedOpError(f"corners of {x.dtype.value} are not aligned")
+        last = x.type.rank - 1
+        order = tuple(last if i == a else a if i == last else i for i in range(last + 1))
+        turned = ctx.emit("transpose", x, perm=order) if a != last else x
+        y = ctx.emit("matmul", turned, ctx.constant(matrix.T.astype(np.float32)))
+        x = ctx.emit("transpose", y, perm=order) if a != last else y
+    return x
 
 
 def _resize_target(

@@ -9,9 +9,11 @@ the loop over time is the operator `lstm`, `gru` or `rnn`, one for each directio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
 
 from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.ir import Value
@@ -128,6 +130,38 @@ def _recurrent(ctx: OpContext) -> Results:
         for k in range(1, len(results[0]))
     ]
     return [out, *last]
+
+
+@converter("DynamicQuantizeLSTM", domain="com.microsoft")
+def _dynamic_lstm(ctx: OpContext) -> Results:
+    """Take the values of the stored weights; what is multiplied by them stays in floats.
+
+    Operands: as LSTM's, with W and R [directions, inner, 4 hidden] in 8 bits, then scale and zero
+    point of each, one or one per column.
+    """
+    given = list(ctx.inputs[:8]) + [None] * (8 - len(ctx.inputs[:8]))
+    for i, at, what in ((1, 8, "W"), (2, 10, "R")):
+        codes = ctx.static(i, what)
+        scale = np.asarray(ctx.static(at, f"scale of {what}"), np.float32)
+        zero = np.asarray(ctx.static(at + 1, f"zero point of {what}"), np.int32)
+        if codes.ndim != 3 or scale.size not in (
+            1,
+            codes.shape[0],
+            codes.shape[0] * codes.shape[2],
+        ):
+            raise ShapeError(f"{scale.size} scales do not fit {what} of {list(codes.shape)}")
+        grid = (-1, 1, scale.size // codes.shape[0] if scale.size > 1 else 1)
+        wide = codes.astype(np.int32) - zero.reshape(-1, 1, 1 if zero.ndim < 2 else zero.shape[1])
+        floats = wide.astype(np.float32) * scale.reshape(grid)
+        given[i] = ctx.constant(np.ascontiguousarray(floats.transpose(0, 2, 1)), what)
+    return _recurrent(replace(ctx, inputs=tuple(given), proto=_renamed(ctx.proto)))
+
+
+def _renamed(proto: onnx.NodeProto) -> onnx.NodeProto:
+    named = onnx.NodeProto()
+    named.CopyFrom(proto)
+    named.op_type = "LSTM"
+    return named
 
 
 def _stacked(ctx: OpContext, parts: Sequence[Value], axis: int) -> Value:

@@ -49,7 +49,9 @@ def source_positions(n: int, out: int, scale: float, mode: str) -> Array:
     """
     i = np.arange(out, dtype=np.float64)
     if mode == "align_corners":
-        return i * (n - 1) / (out - 1) if out > 1 else np.zeros(out)
+        # The size that the scale asks for, before it is rounded; `sizes` give whole ones.
+        length = out if abs(scale * n - out) < 1e-4 else scale * n
+        return i * (n - 1) / (length - 1) if length > 1 else np.zeros(out)
     if mode == "asymmetric":
         return np.asarray(i / scale)
     if mode == "pytorch_half_pixel":
