@@ -387,8 +387,8 @@ def _instance_norm(self: CpuLowering, node: Node) -> KernelCall | None:
 
 _UNARY = (
     "abs", "ceil", "elu", "erf", "exp", "floor", "gelu", "hard_sigmoid", "hard_swish",
-    "leaky_relu", "log", "neg", "reciprocal", "round", "sigmoid", "silu", "softplus", "sqrt",
-    "tanh",
+    "leaky_relu", "log", "mish", "neg", "reciprocal", "round", "sigmoid", "silu", "softplus",
+    "sqrt", "tanh",
 )  # fmt: skip
 
 

@@ -168,8 +168,20 @@ def _elu(x: Expr, alpha: float) -> Expr:
 
 def _softplus(x: Expr) -> Expr:
     x = tir.bind(x)
-    tail = log(_const(1.0, x) + exp(_const(0.0, x) - T.abs(x)))
-    return tir.clamp(x, 0.0, None) + tail
+    return tir.clamp(x, 0.0, None) + _log1p(exp(_const(0.0, x) - T.abs(x)))
+
+
+def _log1p(u: Expr) -> Expr:
+    """log(1 + u) for u >= 0, with the last bits of a small u: adds what 1 + u rounds off."""
+    u = tir.bind(u)
+    w = tir.bind(_const(1.0, u) + u)
+    lost = u - tir.fence(w - _const(1.0, u))
+    return log(w) + lost / w
+
+
+def _mish(x: Expr) -> Expr:
+    x = tir.bind(x)
+    return x * tanh(_softplus(x))
 
 
 FUNCTIONS: Mapping[str, Callable[[Expr, float, float], Expr]] = MappingProxyType(
@@ -186,6 +198,7 @@ FUNCTIONS: Mapping[str, Callable[[Expr, float, float], Expr]] = MappingProxyType
         "hard_swish": lambda x, a, b: _hard_swish(x),
         "leaky_relu": lambda x, a, b: _leaky_relu(x, a),
         "log": lambda x, a, b: log(x),
+        "mish": lambda x, a, b: _mish(x),
         "neg": lambda x, a, b: _const(0.0, x) - x,
         "reciprocal": lambda x, a, b: _const(1.0, x) / x,
         "relu": lambda x, a, b: tir.clamp(x, 0.0, None),

@@ -236,6 +236,7 @@ EXACT = {
     "hard_swish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
     "leaky_relu": lambda x: np.where(x < 0, 0.7 * x, x),
     "log": np.log,
+    "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
     "neg": np.negative,
     "reciprocal": lambda x: 1 / x,
     "relu": lambda x: np.maximum(x, 0),
@@ -246,7 +247,7 @@ EXACT = {
     "sqrt": np.sqrt,
     "tanh": np.tanh,
 }
-ABSOLUTE = {"elu": 3e-7, "gelu": 3e-6, "gelu_tanh": 3e-6, "softplus": 3e-7}
+ABSOLUTE = {"elu": 3e-7, "gelu": 3e-6, "gelu_tanh": 3e-6, "softplus": 3e-7, "mish": 1e-6}
 ABSOLUTE |= {"hard_swish": 1e-6, "hard_sigmoid": 3e-7}
 
 
