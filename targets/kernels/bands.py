@@ -10,6 +10,7 @@ from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
     bind,
+    cast,
     load,
     maximum,
     minimum,
@@ -20,7 +21,14 @@ from qcompiler.targets.kernels.tir import (
     when,
 )
 
-__all__ = ["CHUNK", "PaddedRow", "copy_elements", "copy_padded_row", "fill_elements"]
+__all__ = [
+    "CHUNK",
+    "PaddedRow",
+    "copy_elements",
+    "copy_padded_row",
+    "fill_elements",
+    "widen_elements",
+]
 
 CHUNK = 64
 
@@ -86,6 +94,17 @@ def copy_elements(target: Buffer, to: Expr, source: Buffer, start: Expr, count: 
             piece(chunk * CHUNK, CHUNK)
     for at, size in rest:
         piece(at, size)
+
+
+def widen_elements(target: Buffer, to: Expr, source: Buffer, start: Expr, count: int) -> None:
+    """Copy `count` elements into a wider type."""
+    whole, rest = _chunks(count)
+    if whole:
+        with serial(whole) as chunk:
+            at = chunk * CHUNK
+            store(target, to + at, cast(load(source, start + at, CHUNK), str(target.dtype)))
+    for at, size in rest:
+        store(target, to + at, cast(load(source, start + at, size), str(target.dtype)))
 
 
 def copy_padded_row(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXACT", "TileOrder", "chain_depth", "group_time", "plan_depths"]
+__all__ = ["EXACT", "SECTION_TIME", "TileOrder", "chain_depth", "group_time", "plan_depths"]
 
 Array = npt.NDArray[Any]
 
@@ -32,10 +32,14 @@ EXACT = 0
 _COST = {EXACT: 1.25, 1: 1.0, 2: 0.77, 4: 0.72, 8: 0.67}
 """Time of one K-group by depth, relative to depth 1 (measured on Zen 5: 115, 144, 187, 202, 217
 GMAC/s for a tile of 3 pixels x 2 vectors)."""
-_SECTION = 3.0
+SECTION_TIME = 3.0
 """Time to start one section of a tile's list, in K-groups of depth 1."""
-_DEEP = 1.04
-"""Factor on the time of a tile with deep sums, which has fewer pixels (`params.fitted`)."""
+_DEEP = 1.08
+"""Factor on the time of a tile with deep sums, which has fewer pixels (`params.fitted`); with
+`_FEWER` measured on Sapphire Rapids: a product of 64, 128, 256, 512 and 1024 channels takes 1.15,
+0.97, 1.0, 0.90 and 0.93 of its time at depth 1 with the 7-bit weights of a normal distribution."""
+_FEWER = 2.0
+"""Time that such a tile has more in start and epilogue, for the same pixels, in K-groups."""
 _TABLE = 1.03
 """Factor on the time of a tile that looks its offsets up."""
 _ROUNDS = 4
@@ -57,7 +61,19 @@ class TileOrder:
     @property
     def cost(self) -> float:
         """Estimated time, in K-groups of depth 1."""
-        return sum(groups.size * _COST[depth] + _SECTION for depth, groups in self.blocks.items())
+        return self.time(deep=self.is_deep)
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether sums of several K-groups are added in int16."""
+        return max(self.blocks) > 1
+
+    def time(self, *, deep: bool) -> float:
+        """Estimated time, in a tile of the size that goes with deep sums or without."""
+        time = sum(
+            groups.size * _COST[depth] + SECTION_TIME for depth, groups in self.blocks.items()
+        )
+        return _DEEP * time + _FEWER if deep else time
 
 
 def plan_depths(packed: Array, a_max: int) -> int | list[TileOrder]:
@@ -77,17 +93,23 @@ def plan_depths(packed: Array, a_max: int) -> int | list[TileOrder]:
     high = np.maximum(pairs, 0).sum(-1, dtype=np.int16)
     low = -np.minimum(pairs, 0).sum(-1, dtype=np.int16)
     limits = (32767 // max(a_max, 1), 32768 // max(a_max, 1))
-    plain = 0
+    groups = np.arange(count)[:, None]
+    plain: dict[int, float] = {}
     for depth in (1, 2, 4, 8):
         if not _plain_fits(high, low, limits, depth):
             break
-        plain = depth
-    if plain == 8:
-        return plain
+        plain[depth] = tiles * TileOrder({depth: groups}).cost
+    best = min(plain, key=lambda depth: plain[depth], default=0)
+    if 8 in plain:
+        return best
     orders = [_order(high[t], low[t], limits) for t in range(tiles)]
+    if any(order.is_deep for order in orders):  # then all tiles have the size of deep ones
+        flat = [_order(high[t], low[t], limits, most=1) for t in range(tiles)]
+        if sum(o.cost for o in flat) <= sum(o.time(deep=True) for o in orders):
+            orders = flat
     listed = _TABLE * sum(order.cost for order in orders)
-    if plain and tiles * (count * _COST[plain] + _SECTION) <= listed:
-        return plain
+    if best and plain[best] <= listed:
+        return best
     return orders
 
 
@@ -120,8 +142,8 @@ def _plain_fits(high: Array, low: Array, limits: tuple[int, int], depth: int) ->
     )
 
 
-def _order(high: Array, low: Array, limits: tuple[int, int]) -> TileOrder:
-    """The cheapest order of one tile's K-groups [Q, int16 lanes]."""
+def _order(high: Array, low: Array, limits: tuple[int, int], most: int = 8) -> TileOrder:
+    """The cheapest order of one tile's K-groups [Q, int16 lanes], at most so deep."""
     safe = (high.max(1) <= limits[0]) & (low.max(1) <= limits[1])
     groups = np.arange(len(high))[:, None]
     blocks: dict[int, Array] = {}
@@ -131,10 +153,13 @@ def _order(high: Array, low: Array, limits: tuple[int, int]) -> TileOrder:
     if not len(rest):
         return TileOrder(blocks)
     sums = np.concatenate([high, low], axis=1)[safe]
-    top = np.repeat(np.asarray(limits, np.int16), (high.shape[1], low.shape[1]))
+    most_int16 = np.minimum(limits, 32767).astype(np.int16)
+    top = np.repeat(most_int16, (high.shape[1], low.shape[1]))
     best = TileOrder({**blocks, 1: rest})
     kept = dict(blocks)
     for depth in (1, 2, 4):
+        if 2 * depth > most:
+            break
         left, rest, sums = _merge(rest, sums, top)
         if len(left):
             kept[depth] = left

@@ -32,10 +32,11 @@ from typing import Any
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.bands import CHUNK, PaddedRow, copy_padded_row
+from qcompiler.targets.kernels.bands import CHUNK, PaddedRow, copy_padded_row, widen_elements
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.grouped import grouped_loops
+from qcompiler.targets.kernels.guarded import classify, spread_loop, variants
 from qcompiler.targets.kernels.neon import (
     by_element_loops,
     chain,
@@ -64,6 +65,7 @@ from qcompiler.targets.kernels.tir import (
     serial,
     splat,
     store,
+    when,
 )
 from qcompiler.targets.kernels.unpack import (
     elements_per_lane,
@@ -97,6 +99,13 @@ class Source:
     """Output row that `row_terms` begins with."""
     weight_tile: Expr | None = None
     """Column tile that the weights begin with, where it differs from `first_tile`."""
+    wide: Buffer | None = None
+    """The activations in int16, for K-groups multiplied by int16 pairs (`Facts.wide`)."""
+    wide_from: Expr = 0
+    """Element of `buffer` that `wide` begins with."""
+    ways: Buffer | None = None
+    """The way that each register tile takes (see `guarded`), from `first_row_tile` on."""
+    first_row_tile: Expr = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +137,12 @@ class MacroKernel:
     def emit(self) -> None:
         """The loop over tasks."""
         g, plan = self.geometry, self.plan
-        bands = None
-        if not g.direct and plan.col_blocks > 1:  # tasks of several column blocks share a band
-            bands = self._copy_bands()
+        bands, wide = None, None
+        if plan.col_blocks > 1:  # tasks of several column blocks share a band
+            if not g.direct:
+                bands = self._copy_bands()
+            if self.facts.wide:
+                wide = self._widened_whole(self.a if bands is None else bands)
         with self.task_loop(g.macs) as task:
             block = bind(task % plan.col_blocks)
             outer = bind(task // plan.col_blocks)
@@ -141,10 +153,15 @@ class MacroKernel:
             end = bind(minimum(begin + plan.col_block, plan.tiles))
             if bands is None:
                 source = self._source(image, first)
+                if self.facts.wide:
+                    source = self._with_wide(source, first, wide)
             else:
                 pitch = g.band_width * g.c
                 start = outer * self._band_size - self.first_row_of(first) * (g.sh * pitch)
-                source = Source(bands, bind(start), pitch, image)
+                source = Source(bands, bind(start), pitch, image, wide=wide)
+            if self.facts.dot == "guarded":
+                ways = classify(self, source, (first, last))
+                source = replace(source, ways=ways, first_row_tile=first)
             self.emit_task(source, (first, last), (begin, end))
 
     def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
@@ -153,10 +170,10 @@ class MacroKernel:
             self._emit_unpacked(source, rows, tiles)
         elif self.params.order == "n":
             with serial(*tiles) as tile:
-                for row_tile, size in self._row_tiles(rows):
+                for row_tile, size in self.row_tiles(rows):
                     self._row(source, row_tile, size, (tile, None))
         else:
-            for row_tile, size in self._row_tiles(rows):
+            for row_tile, size in self.row_tiles(rows):
                 self._row(source, row_tile, size, tiles)
 
     def _emit_unpacked(
@@ -176,7 +193,7 @@ class MacroKernel:
             first = bind(tile * (self.geometry.k_groups * packed.weight_elements))
             with own_function(f"{self.name}_unpack"), self._each_group(packed, tile) as (step, k):
                 step.unpack(first + k * step.weight_elements, area, bind(k * plain.weight_elements))
-            for row_tile, size in self._row_tiles(rows):
+            for row_tile, size in self.row_tiles(rows):
                 kernel._row(replace(source, weight_tile=tile), row_tile, size, (tile, None))
 
     def step(self, acc: Accumulators) -> Step:
@@ -199,7 +216,7 @@ class MacroKernel:
             with serial(size) as k:
                 yield replace(step, terms=terms), bind(group * size + k)
 
-    def _row_tiles(self, row_range: tuple[Expr, Expr]) -> list[tuple[tuple[Expr, Expr], int]]:
+    def row_tiles(self, row_range: tuple[Expr, Expr]) -> list[tuple[tuple[Expr, Expr], int]]:
         """The ranges of tile rows of each size."""
         first, last = row_range
         if self.plan.rows.small == 0:
@@ -225,11 +242,15 @@ class MacroKernel:
             for col_from, col_count, cols in plan.cols.kinds:
                 with serial(col_count) as col_tile:
                     col = bind(col_from * plan.cols.size + col_tile * cols)
+                    way = None
+                    if source.ways is not None:
+                        before = (row_tile - source.first_row_tile) * plan.cols.tiles
+                        way = bind(load(source.ways, before + col_from + col_tile, 1))
                     if tiles[1] is None:
-                        self._tile(source, (row, col), (size, cols), tiles[0])
+                        self._tile(source, (row, col), (size, cols), tiles[0], way)
                         continue
                     with serial(*tiles) as tile:
-                        self._tile(source, (row, col), (size, cols), tile)
+                        self._tile(source, (row, col), (size, cols), tile, way)
 
     def first_row_of(self, row_tile: Expr) -> Expr:
         """First output row of a tile row."""
@@ -248,6 +269,37 @@ class MacroKernel:
         with serial(g.band_rows(self.plan.band)) as row:
             self._copy_row(image, first_row, row, band, bind(row * pitch))
         return Source(band, bind(0 - first_row * (g.sh * pitch)), pitch, image)
+
+    def _with_wide(self, source: Source, first: Expr, whole: Buffer | None) -> Source:
+        """The source of a task with its activations in int16 as well."""
+        g = self.geometry
+        if whole is not None:
+            return replace(source, wide=whole)
+        if not g.direct:
+            area = scratch(self._band_size + CHUNK, "int16")
+            widen_elements(area, 0, source.buffer, 0, self._band_size)
+            return replace(source, wide=area)
+        pitch = g.w * g.c
+        row = bind(self.first_row_of(first) * g.sh)
+        most = g.band_rows(self.plan.band)
+        area = scratch(most * pitch + CHUNK, "int16")
+        begin = bind(source.origin + row * pitch)
+        with serial(bind(minimum(most, g.h - row))) as near:
+            widen_elements(area, near * pitch, source.buffer, begin + near * pitch, pitch)
+        return replace(source, wide=area, wide_from=begin)
+
+    def _widened_whole(self, narrow: Buffer) -> Buffer:
+        """All activations in int16."""
+        g = self.geometry
+        if g.direct:
+            pieces, size = g.batch * g.h, g.w * g.c
+        else:
+            pieces, size = g.batch * self.plan.row_blocks, self._band_size
+        area = scratch(pieces * size + CHUNK, "int16")
+        with self.task_loop(g.macs, pieces) as piece:
+            start = bind(piece * size)
+            widen_elements(area, start, narrow, start, size)
+        return area
 
     @property
     def _band_size(self) -> int:
@@ -283,7 +335,12 @@ class MacroKernel:
         copy_padded_row(sizes, image, top, fill, self.a, band, target)
 
     def _tile(
-        self, source: Source, at: tuple[Expr, Expr], extent: tuple[int, int], tile: Expr
+        self,
+        source: Source,
+        at: tuple[Expr, Expr],
+        extent: tuple[int, int],
+        tile: Expr,
+        way: Expr = None,
     ) -> None:
         """One register tile: `extent` pixels from pixel `at`, the vectors of one column tile."""
         g, plan = self.geometry, self.plan
@@ -292,8 +349,13 @@ class MacroKernel:
         if g.groups > 1:
             a_index = a_index + tile // plan.group_tiles * g.cg
         a_index = bind(a_index)
-        with own_function(f"{self.name}_tile"):
-            self._tile_body(source, a_index, at, extent, tile)
+        if way is None:
+            with own_function(f"{self.name}_tile"):
+                self._tile_body(source, a_index, at, extent, tile)
+            return
+        for depth, kernel in variants(self):
+            with when(way == depth), own_function(f"{self.name}_tile{depth}"):
+                kernel._tile_body(source, a_index, at, extent, tile)
 
     def _tile_body(
         self,
@@ -400,6 +462,9 @@ class MacroKernel:
         if self.facts.dot == "mixed":
             self._mixed_loops(source, a_index, a_steps, tile, acc)
             return
+        if self.facts.dot == "spread":
+            spread_loop(self, source, a_index, a_steps, tile, acc)
+            return
         if self.isa.a_dtype == "int8" and self.facts.dot != "float":
             by_element_loops(self, source, a_index, a_steps, tile, acc)
             return
@@ -410,7 +475,8 @@ class MacroKernel:
         def block(step: Step, start: Expr, size: int) -> None:
             at = [start + k for k in range(size)]
             steps = [k * g.k_group if offsets is None else load(offsets, k, 1) for k in at]
-            step.emit(source.buffer, a_index, steps, a_steps, first + start * step.weight_elements)
+            begin = first + start * step.weight_elements
+            step.emit(*self._read_by(step, source, a_index), steps, a_steps, begin)
 
         if depth == 1:
             with self._each_group(step, tile) as (one, k):
@@ -423,6 +489,12 @@ class MacroKernel:
             block(step, k * depth, depth)
         if g.k_groups % depth:
             block(step, g.k_groups // depth * depth, g.k_groups % depth)
+
+    def _read_by(self, step: Step, source: Source, a_index: Expr) -> tuple[Buffer, Expr]:
+        """The activations that a step multiplies, and the index of the first pixel's there."""
+        if source.wide is None or step.kind != "exact":
+            return source.buffer, a_index
+        return source.wide, a_index - source.wide_from
 
     def _mixed_loops(
         self, source: Source, a_index: Expr, a_steps: list[int], tile: Expr, acc: Accumulators
@@ -445,7 +517,7 @@ class MacroKernel:
             with serial(count) as k:
                 steps = [load(offsets, table + k * size + i, 1) for i in range(size)]
                 begin = first + k * (size * step.weight_elements)
-                step.emit(source.buffer, a_index, steps, a_steps, begin)
+                step.emit(*self._read_by(step, source, a_index), steps, a_steps, begin)
             table = bind(table + count * size)
             group = bind(group + count * size)
 
@@ -462,6 +534,11 @@ class Accumulators:
         self.nv, self.lanes = nv, lanes
         self._buffer = registers(rows * nv * lanes, dtype)
         self._narrow = registers(rows * nv * 2 * lanes, "int16") if narrow else None
+        self._rows, self._dtype = rows, dtype
+
+    def of_columns(self, nv: int) -> Accumulators:
+        """A register tile with as many rows and other columns."""
+        return Accumulators(self._rows, nv, self.lanes, self._dtype)
 
     def get(self, m: int, v: int) -> Expr:
         """The vector of row m, column vector v."""
@@ -579,10 +656,17 @@ class Step:
                 position += lanes_of(vector[half])
 
     def _activations(self, source: Buffer, index: Expr) -> list[Expr]:
-        """One activation group in every lane; even and odd bytes apart for int16 pairs."""
+        """One activation group in every lane.
+
+        For int16 pairs in two halves: the first and the last two members of wide activations, else
+        the even and the odd bytes.
+        """
         lanes = self.acc.lanes
         if self.kind == "float":
             return [bind(splat(load(source, index, 1), "float32", lanes))]
+        if self.kind == "exact" and source.dtype == "int16":
+            pairs = [reinterpret(load(source, index + at, 2), "int32", 1) for at in (0, 2)]
+            return [bind(reinterpret(splat(p, "int32", lanes), "int16", 2 * lanes)) for p in pairs]
         quad = splat(reinterpret(load(source, index, 4), "int32", 1), "int32", lanes)
         if self.kind != "exact":
             return [bind(reinterpret(quad, self.isa.a_dtype, 4 * lanes))]

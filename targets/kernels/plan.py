@@ -33,10 +33,22 @@ __all__ = [
 ]
 
 Dot = Literal[
-    "float", "vpdpbusd", "maddubs", "exact", "mixed", "winograd", "smlal", "sdot", "smmla", "tiles"
+    "float",
+    "vpdpbusd",
+    "maddubs",
+    "exact",
+    "mixed",
+    "guarded",
+    "spread",
+    "winograd",
+    "smlal",
+    "sdot",
+    "smmla",
+    "tiles",
 ]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
-"mixed" by a list of K-groups of either kind for each tile, "smlal", "sdot" and "smmla" by those
+"mixed" by a list of K-groups of either kind for each tile, "guarded" as the activations allow
+("spread" being its way for any activations, see `guarded`), "smlal", "sdot" and "smmla" by those
 instructions, "winograd" by transformed operands,
 "tiles" by AMX."""
 
