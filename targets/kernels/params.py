@@ -131,6 +131,8 @@ class _StepCost:
     """Cycles from one addition to an accumulator to the next."""
     held: int = 0
     """Registers for each pixel's activations, held over several K-groups."""
+    alone: float = 0.0
+    """Cycles to narrow a vector of outputs that has no neighbour to be packed with."""
 
 
 def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
@@ -148,7 +150,7 @@ def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
         return _StepCost(0, 2, 1, 1.0, 0.5, 4.0, held=1)
     if isa.dot == "maddubs" and not packs_b:
         # The registers are those of the K-groups that are multiplied by int16 pairs.
-        return _StepCost(2, 4, 3, 1, 1.0, 2.0)
+        return _StepCost(2, 4, 3, 1, 1.0, 2.0, alone=2.0)
     # Two-operand instructions (no FMA means no AVX) need copies.
     return _StepCost(2, 4, 4, 3, 1.0, 2.0) if isa.fma else _StepCost(1, 7, 6, 8, 1.0, 2.0)
 
@@ -179,7 +181,7 @@ def _cost(geometry: Geometry, cost: _StepCost, lanes: int, mt: int, nv: int) -> 
             products = pixels * nv
             issued = products * cost.per_product + pixels * cost.per_pixel + nv + 3
             step = max(products * cost.cycles, issued / 4, cost.latency)
-            epilogue = 25.0 + products * 3.0
+            epilogue = 25.0 + products * 3.0 + pixels * (nv % 2) * cost.alone
             total += row_count * col_count * (step * geometry.k_groups + epilogue)
     return total * plan.tiles * geometry.batch
 

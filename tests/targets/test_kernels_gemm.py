@@ -354,6 +354,33 @@ def test_added_groups_stay_within_int16(a_max: int, largest: int) -> None:
                 assert (high <= 32767 and low >= -32768) == (depth != EXACT)
 
 
+def test_sums_are_deep_only_where_k_is_long_enough() -> None:
+    """A tile of deep sums has fewer pixels, which few K-groups do not pay for."""
+    rng = np.random.default_rng(0)
+    few, many = (
+        plan_depths(np.clip(rng.normal(0, 20, (2, count, 2, 8, 4)), -63, 63).astype(np.int8), 255)
+        for count in (8, 256)
+    )
+    assert few == 1
+    assert not isinstance(many, int)
+    assert all(order.is_deep for order in many)
+
+
+def test_one_tile_with_deep_sums_does_not_make_all_tiles_small() -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (40, 64, 2, 8, 4)).astype(np.int8)
+    weight[0] = rng.integers(-15, 16, weight.shape[1:])
+    alone, among = plan_depths(weight[:1], 255), plan_depths(weight, 255)
+    assert alone == 8
+    assert not isinstance(among, int)
+    assert not any(order.is_deep for order in among)
+
+
+def test_a_column_tile_is_not_one_vector_where_outputs_are_packed_in_pairs() -> None:
+    workload = ConvWorkload(1, 56, 56, 24, 144, 1, 1, Epilogue("uint8"))
+    assert default_params(workload, AVX2).nv == 2
+
+
 def test_narrow_weights_and_activations_accumulate_deeper() -> None:
     workload = ConvWorkload(1, 8, 8, 64, 32, 1, 1, Epilogue("uint8"))
     rng = np.random.default_rng(0)
