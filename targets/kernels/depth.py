@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXACT", "TileOrder", "chain_depth", "group_time", "plan_depths"]
+__all__ = ["EXACT", "SECTION_TIME", "TileOrder", "chain_depth", "group_time", "plan_depths"]
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +32,7 @@ EXACT = 0
 _COST = {EXACT: 1.25, 1: 1.0, 2: 0.77, 4: 0.72, 8: 0.67}
 """Time of one K-group by depth, relative to depth 1 (measured on Zen 5: 115, 144, 187, 202, 217
 GMAC/s for a tile of 3 pixels x 2 vectors)."""
-_SECTION = 3.0
+SECTION_TIME = 3.0
 """Time to start one section of a tile's list, in K-groups of depth 1."""
 _DEEP = 1.08
 """Factor on the time of a tile with deep sums, which has fewer pixels (`params.fitted`); with
@@ -70,7 +70,9 @@ class TileOrder:
 
     def time(self, *, deep: bool) -> float:
         """Estimated time, in a tile of the size that goes with deep sums or without."""
-        time = sum(groups.size * _COST[depth] + _SECTION for depth, groups in self.blocks.items())
+        time = sum(
+            groups.size * _COST[depth] + SECTION_TIME for depth, groups in self.blocks.items()
+        )
         return _DEEP * time + _FEWER if deep else time
 
 
