@@ -11,6 +11,8 @@ from typing import Any
 
 from qcompiler import report_charts as charts
 from qcompiler import svg
+from qcompiler.errors import UsageError
+from qcompiler.metrics import metric_of
 from qcompiler.passes.calibrate import TensorRange
 from qcompiler.passes.sensitivity_report import Effect, NodeSensitivity, SensitivityReport
 from qcompiler.report_html import frame
@@ -26,6 +28,9 @@ _MARKS = {
     "a7": ("activations, 7 bits", PALETTE["w8a7"], "d"),
 }
 _SHOWN = 60
+
+BAD_DROP = 1.0
+"""Points of the metric; a larger drop with everything in 8 bits is shown as bad news."""
 
 
 def effects_of(node: NodeSensitivity) -> dict[str, Effect]:
@@ -71,19 +76,40 @@ def to_html(
 def _summary(report: SensitivityReport) -> str:
     kinds = sorted({_loss_name(k) for k in report.losses.values()})
     lines = [
-        f"{len(report.nodes)} products on {report.samples} samples; at the model's outputs: "
+        f"{len(report.nodes)} products on {report.samples} samples; loss at the model's outputs: "
         f"{' and '.join(kinds)}."
     ]
-    if report.metric is not None and report.score is not None and report.joint_score is not None:
+    tone, joint = "verdict", f"Everything in 8 bits: loss {report.joint_loss:.3g}"
+    drop = joint_drop(report)
+    if drop is not None:
+        joint += f", {report.metric} {report.joint_score:.4g} (float {report.score:.4g}"
+        joint += f", drop {drop:+.2f})"
+        tone = "verdict bad" if drop > BAD_DROP else "verdict good"
+    lines.append(f"{joint}.")
+    levels = {n.node: n.along_sqnr for n in report.nodes if n.along_sqnr is not None}
+    if report.first_jump in levels:
+        before = list(levels)[: list(levels).index(report.first_jump)]
         lines.append(
-            f"{report.metric}: float {report.score:.4g}, everything in 8 bits "
-            f"{report.joint_score:.4g}."
+            f"There the error first jumps at {report.first_jump}: its result is at "
+            f"{levels[report.first_jump]:.1f} dB, nothing before it below "
+            f"{min(levels[n] for n in before):.1f} dB."
         )
-    lines.append(f"Everything in 8 bits: loss {report.joint_loss:.3g}.")
-    if report.first_jump is not None:
-        lines.append(f"The error first jumps at {report.first_jump}.")
-    tone = "verdict" if report.first_jump is None else "verdict bad"
+    worst = next(iter(ranked(report)), None)
+    if worst is not None:
+        key, effect = max(effects_of(worst).items(), key=lambda item: item[1].loss)
+        label = _MARKS[key][0] if key in _MARKS else key
+        lines.append(f"Alone, {worst.node} costs most: {effect.loss:.3g} ({label}).")
     return f'<div class="{tone}">{"<br>".join(map(_e, lines))}</div>'
+
+
+def joint_drop(report: SensitivityReport) -> float | None:
+    """Return by how many points everything in 8 bits is worse than float; None without labels."""
+    if report.metric is None or report.score is None or report.joint_score is None:
+        return None
+    try:
+        return metric_of(report.metric).drop(report.score, report.joint_score)
+    except UsageError:  # a function that only the analysis could import
+        return None
 
 
 def _loss_name(kind: str) -> str:
@@ -137,14 +163,27 @@ def _cost_chart(rows: Sequence[tuple[str, Mapping[str, Effect]]]) -> str:
 
 
 def _along(report: SensitivityReport) -> str:
-    rows = [(n.node, n.along_sqnr) for n in report.nodes]
-    measured = [(n, s) for n, s in rows if s is not None]
+    nodes = [n for n in report.nodes if n.along_sqnr is not None]
+    measured = [(n.node, n.along_sqnr) for n in nodes if n.along_sqnr is not None]
     if not measured:
         return ""
+    chart = charts.error_along(
+        measured, report.first_jump or "", _marked(report), [_own(n) for n in nodes]
+    )
     return (
         "<h2>Float against everything in 8 bits, along the network</h2>"
-        f"{charts.error_along(measured, report.first_jump or '', _marked(report))}"
+        "<p class='faint'>Each result against float. Where the line lies far below a product's own"
+        f" mark, the error came in with what it reads.</p>{chart}"
     )
+
+
+def _own(node: NodeSensitivity) -> float | None:
+    """Return the SQNR of a product's result that its own rounding to 8 bits leaves, in dB."""
+    parts = [e.get("8") for e in (node.weight, node.activation) if e]
+    if not parts or any(e is None for e in parts):
+        return None
+    noise = sum(10 ** (-e.sqnr / 10) for e in parts if e is not None)
+    return -10 * math.log10(noise)
 
 
 def _marked(report: SensitivityReport) -> str:
@@ -198,44 +237,48 @@ def _histogram(t: TensorRange) -> str:
 
 def _table(report: SensitivityReport, latency: Mapping[str, float], target: str | None) -> str:
     labelled = report.metric is not None
-    changes = list(dict.fromkeys(k for n in report.nodes for k in effects_of(n)))
+    columns = ["weights", "Fisher trace"]
+    if latency:
+        columns.append(f"kernel, µs on {target}" if target else "kernel, µs")
+    changes = ["SQNR, dB", "cosine", "MSE", "loss", "expected"]
+    if labelled:
+        changes.append(f"{report.metric} drop, points")
     rows = []
     for n in report.nodes:
         effects = effects_of(n)
-        for i, key in enumerate(changes):
-            if key not in effects:
-                continue
-            e = effects[key]
-            lead = "<td colspan='4'></td>"
-            if i == 0 or key == next(iter(effects)):
-                ms = latency.get(n.node)
-                lead = (
-                    f"<td>{_e(n.node)}<br><span class='faint'>{_e(n.op)}"
-                    f"{_e(' + ' + ', '.join(n.members[1:]) if n.members[1:] else '')}</span></td>"
-                    f"<td class='n'>{n.parameters or '–'}</td>"
-                    f"<td class='n'>{'–' if n.fisher is None else f'{n.fisher:.3g}'}</td>"
-                    f"<td class='n'>{'–' if ms is None else f'{1000 * ms:.3g}'}</td>"
-                )
-            drop = "–" if e.drop is None else f"{e.drop:+.2f}"
-            rows.append(
-                f"<tr>{lead}<td>{key}</td><td class='n'>{e.sqnr:.1f}</td>"
-                f"<td class='n'>{e.cosine:.5f}</td><td class='n'>{e.mse:.3g}</td>"
-                f"<td class='n'>{e.loss:.3g}</td>"
-                + (f"<td class='n'>{drop}</td>" if labelled else "")
-                + "</tr>"
-            )
-    where = f", µs on {_e(target)}" if target else ", µs"
-    head = (
-        f"<tr><th>product<th class='n'>weights<th class='n'>Fisher trace<th class='n'>kernel{where}"
-        "<th>change<th class='n'>SQNR, dB<th class='n'>cosine<th class='n'>MSE<th class='n'>loss"
-        + (f"<th class='n'>{_e(report.metric)} drop, points" if labelled else "")
-        + "</tr>"
+        span = f" rowspan='{len(effects)}'"
+        joined = f"{n.op} + {', '.join(n.members[1:])}" if n.members[1:] else n.op
+        lead = [
+            f"<td{span}>{_e(n.node)}<br><span class='faint'>{_e(joined)}</span></td>",
+            f"<td class='n'{span}>{n.parameters or '–'}</td>",
+            f"<td class='n'{span}>{_figure(n.fisher)}</td>",
+        ]
+        if latency:
+            ms = latency.get(n.node)
+            lead.append(f"<td class='n'{span}>{_figure(None if ms is None else 1000 * ms)}</td>")
+        for i, (key, e) in enumerate(effects.items()):
+            cells = [f"{e.sqnr:.1f}", f"{e.cosine:.5f}", _figure(e.mse), _figure(e.loss)]
+            cells.append(_figure(n.predicted(key[1:]) if key[0] == "w" else None))
+            if labelled:
+                cells.append("–" if e.drop is None else f"{e.drop:+.2f}")
+            figures = "".join(f"<td class='n'>{c}</td>" for c in cells)
+            rows.append(f"<tr>{''.join(lead) if i == 0 else ''}<td>{_e(key)}</td>{figures}</tr>")
+    head = "".join(f"<th class='n'>{_e(c)}" for c in columns)
+    tail = "".join(f"<th class='n'>{_e(c)}" for c in changes)
+    about = (
+        "w: the weights alone are rounded to so many bits; a: what the product reads. SQNR, cosine"
+        " and MSE at the kernel's own result; loss at the model's outputs. Expected: the loss by"
+        " the Fisher trace, half the mean trace times the squared error of the weights."
     )
     return (
-        "<h2>Every product and change</h2><p class='faint'>SQNR, cosine and MSE at the kernel's own"
-        " result; loss at the model's outputs.</p>"
-        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<h2>Every product and change</h2><p class='faint'>{about}</p>"
+        f"<table><thead><tr><th>product{head}<th>change{tail}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _details(report: SensitivityReport) -> str:

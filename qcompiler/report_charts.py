@@ -373,19 +373,25 @@ def _times(drawing: svg.Drawing, product: Product, x: float, y: float, scale: fl
 # ----------------------------------------------------------------------------- along the network
 
 
-def error_along(rows: Sequence[tuple[str, float]], marked: str = "", what: str = "lowest") -> str:
+def error_along(
+    rows: Sequence[tuple[str, float]],
+    marked: str = "",
+    what: str = "lowest",
+    own: Sequence[float | None] = (),
+) -> str:
     """Return the signal-to-noise ratio of each result, in the order of the network.
 
     Args:
         rows: (node that makes it, SQNR in dB).
         marked: Node to point out; default: the one with the least ratio.
         what: What it is pointed out for.
+        own: SQNR of each result where its product alone is rounded, drawn beside; None: unknown.
     """
     left, base, top = 62.0, 220.0, 30.0
     drawing = svg.Drawing(WIDTH, 300, "Signal over error along the network", "error")
     levels = [s for _, s in rows]
     lo = min(0.0, *levels) if min(levels) < 0 else max(0.0, min(levels) - 6)
-    axis = _Axis([lo, max(levels)], base, top, 0.05)
+    axis = _Axis([lo, max([*levels, *(s for s in own if s is not None)])], base, top, 0.05)
     for value in svg.ticks(axis.lo, axis.hi, 6):
         drawing.line(left, axis(value), WIDTH - 10, axis(value), GRID)
         drawing.text(left - 6, axis(value) + 4, svg.number(value), 11, FAINT, "end")
@@ -394,6 +400,13 @@ def error_along(rows: Sequence[tuple[str, float]], marked: str = "", what: str =
     places = [(left + 10 + i * pitch, axis(s)) for i, (_, s) in enumerate(rows)]
     if len(places) > 1:
         drawing.polyline(places, color_of("w8a8"), 1.8)
+    if own:
+        drawing.legend(WIDTH - 330, 14, [("o", color_of("w8a8"), "everything in 8 bits"),
+                                         ("d", FAINT, "this product alone")])  # fmt: skip
+    for (name, _), (x, _), level in zip(rows, places, own, strict=False):
+        if level is not None:
+            hint = f"{name} alone: {level:.1f} dB"
+            drawing.mark("d", x, axis(level), 3, FAINT, hint)
     names = [name for name, _ in rows]
     worst = names.index(marked) if marked in names else levels.index(min(levels))
     for i, ((name, level), (x, y)) in enumerate(zip(rows, places, strict=True)):
