@@ -370,6 +370,9 @@ def run(options: argparse.Namespace, scratch: Path) -> None:
 def main() -> int:
     """Run the benchmark and print tables."""
     options = parsed()
+    # Workers get this path: cuda.py here is not the package of that name that libraries look for.
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if str(Path(entry).resolve()) != here]
     try:
         with tempfile.TemporaryDirectory() as scratch:
             run(options, Path(scratch))
