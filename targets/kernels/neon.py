@@ -15,7 +15,8 @@ to allow (`depth.chain_depth`); `sadalp` then adds neighbours into int32.
 Hot loops as LLVM 22 emits them for sixteen bytes of K:
 
 * `sdot` 5x4: 80 `sdot` by element, 5 `ldr`, 8 `ldp`, 4 of the loop; no vector on the stack;
-* `smmla` 6x4: 48 `smmla`, 6 `ldr`, 6 `zip`, 8 `ldp`, 4 of the loop; no vector on the stack;
+* `smmla` 4x4: 32 `smmla`, 4 `ldr`, 4 `zip`, 8 `ldp`, 3 of the loop; no vector on the stack (6x4 is
+  as fast where it fits, but LLVM spills it with the schedules of half of the processors);
 * `smlal` 3x4, chains of one group: 48 each of `smull`, `smlal` and `sadalp`, 24 `dup`, 3 `ldr`, 16
   `ldp`; two vectors on the stack in some.
 

@@ -9,15 +9,16 @@ import os
 import sys
 from pathlib import Path
 
-if "emulation" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location(
-        "emulation", Path(__file__).with_name("emulation.py")
-    )
-    assert _spec is not None
-    assert _spec.loader is not None
-    emulation = importlib.util.module_from_spec(_spec)
-    sys.modules["emulation"] = emulation
-    _spec.loader.exec_module(emulation)
+for _name in ("emulation", "machine_code"):
+    if _name not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(
+            _name, Path(__file__).with_name(f"{_name}.py")
+        )
+        assert _spec is not None
+        assert _spec.loader is not None
+        _module = importlib.util.module_from_spec(_spec)
+        sys.modules[_name] = _module
+        _spec.loader.exec_module(_module)
 
 if os.environ.get("QCOMPILER_EMULATE"):
     sys.modules["emulation"].emulate_rows(os.environ["QCOMPILER_EMULATE"].split(","))

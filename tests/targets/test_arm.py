@@ -23,6 +23,7 @@ import emulation
 import numpy as np
 import pytest
 import tvm
+from machine_code import innermost_loops, spills
 
 from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
@@ -93,29 +94,6 @@ def compiled(
 def assembly(module: Any) -> str:
     text: str = module.mod.inspect_source("asm")
     return text
-
-
-def innermost_loops(text: str, mnemonic: str) -> list[list[str]]:
-    """Instructions of each loop without inner jumps that holds `mnemonic`."""
-    lines = [
-        line.strip() for line in text.splitlines() if not re.search(r"\.loc\b|Ltmp|\.cfi", line)
-    ]
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.match(r"\.LBB\w+:$", line)}
-    jump = re.compile(r"(?:b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s*(\.LBB\w+)")
-    loops = []
-    for end, line in enumerate(lines):
-        found = jump.match(line)
-        if found is None or labels.get(found.group(1), end) >= end:
-            continue
-        body = lines[labels[found.group(1)] + 1 : end]
-        if not any(jump.match(inner) for inner in body) and any(mnemonic in i for i in body):
-            loops.append(body)
-    return loops
-
-
-def spills(body: list[str]) -> list[str]:
-    """Vector registers that a loop moves to or from the stack."""
-    return [line for line in body if re.match(r"(ldr|str|ldp|stp)\s+[qd]\d+.*\[sp", line)]
 
 
 @pytest.mark.parametrize("shape", CONV)
@@ -197,9 +175,36 @@ def test_a_processor_adds_no_instructions_to_its_row(isa: Isa, mcpu: str) -> Non
     k = tvm.te.reduce_axis((0, 1000))
     total = tvm.te.compute((1,), lambda _: tvm.te.sum(a[k].astype("int32") * b[k], k))
     loops = tvm.compile(tvm.te.create_prim_func([a, b, c, total]), target=target)
-    text = assembly(loops) + assembly(compiled(convolution(CONV["3x3"]), chosen)[0])
-    assert not re.search(BEYOND[isa.name], text)
-    assert not re.search(NEVER, text)
+    kernel = assembly(compiled(convolution(CONV["3x3"]), chosen)[0])
+    assert not re.search(BEYOND[isa.name], assembly(loops) + kernel)
+    assert not re.search(NEVER, assembly(loops) + kernel)
+    assert_no_spills(kernel, isa)
+
+
+def assert_no_spills(text: str, isa: Isa) -> None:
+    # LLVM fills the registers of the smlal chains to the brim: four moves in two hundred.
+    for body in innermost_loops(text, DOT[isa.name]):
+        allowed = 0.025 * len(body) if isa.dot == "smlal" else 0
+        assert len(spills(body)) <= allowed, "\n".join(body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("isa", "mcpu"),
+    [pytest.param(isa, mcpu, id=mcpu) for isa in ROWS for mcpu in isa.mcpus],
+)
+def test_registers_suffice_with_the_schedule_of_every_processor(isa: Isa, mcpu: str) -> None:
+    chosen = with_processor(isa, mcpu)
+    for shape in ("pointwise", "strided"):
+        assert_no_spills(assembly(compiled(convolution(CONV[shape]), chosen)[0]), isa)
+    loops = innermost_loops(
+        assembly(compiled(convolution(CONV["3x3"], "float32"), chosen)[0]), "fmla"
+    )
+    assert loops
+    for body in loops:
+        assert not spills(body)
+        moves = [line for line in body if re.match(r"mov\s+v\d+\.16b", line)]
+        assert len(moves) <= 0.05 * len(body), "\n".join(body)
 
 
 def test_a_processor_of_another_row_is_refused() -> None:
