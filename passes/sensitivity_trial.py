@@ -233,12 +233,12 @@ class _Runner:
     def __init__(self, trial: Trial) -> None:
         suffix = trial.suffix
         self.trial = trial
-        self._kernel = Session(suffix.kernel)
+        self._kernel = suffix.kernel.session()
         # constant weights: the highest level lays them out for its fastest kernels
-        self._tail = None if suffix.tail is None else Session(suffix.tail, optimization="all")
-        self._side = None if suffix.side is None else Session(suffix.side)
+        self._tail = None if suffix.tail is None else suffix.tail.session("all")
+        self._side = None if suffix.side is None else suffix.side.session()
         prefix = next((f.prefix for f in trial.feeds if f.prefix is not None), None)
-        self._prefix = None if prefix is None else Session(prefix)
+        self._prefix = None if prefix is None else prefix.session()
 
     def all(self) -> Iterator[tuple[Feed, Mapping[str, Array]]]:
         """Yield each run with its live values and what follows them without the product."""

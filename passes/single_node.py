@@ -19,7 +19,7 @@ from qcompiler.data import Batch
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.onnx_export import subgraph_to_onnx
 from qcompiler.ops import OpKind
-from qcompiler.ort import Session
+from qcompiler.ort import Optimization, Session
 from qcompiler.passes.regions import analyse
 from qcompiler.plan import integer_obstacle, uniform
 from qcompiler.types import Array
@@ -64,11 +64,28 @@ def units(graph: Graph) -> tuple[Unit, ...]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some nodes of a graph as a model.
+
+    Attributes:
+        model: Serialized ONNX, without the large constants.
+        constants: Those, by name: the graph's own arrays.
+    """
+
+    model: bytes
+    constants: Mapping[str, Array]
+
+    def session(self, optimization: Optimization = "basic") -> Session:
+        """Load it."""
+        return Session(self.model, optimization=optimization, constants=self.constants)
+
+
+@dataclass(frozen=True)
 class Suffix:
     """What follows a cut, as up to three models, so that only what a change reaches runs again.
 
     Attributes:
-        side: Serialized ONNX from live values to what follows the cut without depending on the
+        side: From live values to what follows the cut without depending on the
             product; None where nothing does.
         kernel: From `OPERANDS`, live and side values to the kernel's result.
         tail: From the kernel's result, live and side values to the outputs; None where the result
@@ -80,9 +97,9 @@ class Suffix:
         outputs: (output name of the graph, name in the model) of the outputs that depend on it.
     """
 
-    side: bytes | None
-    kernel: bytes
-    tail: bytes | None
+    side: Part | None
+    kernel: Part
+    tail: Part | None
     live: tuple[str, ...]
     x: str
     w: str | None
@@ -123,9 +140,9 @@ def suffix_of(graph: Graph, unit: Unit) -> Suffix:
     )
     live = (*(n for n in read if n not in OPERANDS), *(n for n in names if n is not None))
     return Suffix(
-        _model(side, list(reached)),
-        subgraph_to_onnx(kernel, outputs=[result]).SerializeToString(),
-        _model(tail, beyond),
+        _part(side, list(reached)) if reached else None,
+        _part(kernel, [result]),
+        _part(tail, beyond) if beyond else None,
         tuple(dict.fromkeys(live)),
         x.name,
         names[1],
@@ -141,11 +158,10 @@ def prefix_model(graph: Graph, wanted: Sequence[Value]) -> bytes:
     return model
 
 
-def _model(nodes: Sequence[Node], wanted: Sequence[Value]) -> bytes | None:
-    if not wanted:
-        return None
-    model: bytes = subgraph_to_onnx(nodes, outputs=wanted).SerializeToString()
-    return model
+def _part(nodes: Sequence[Node], wanted: Sequence[Value]) -> Part:
+    constants: dict[str, Array] = {}
+    model = subgraph_to_onnx(nodes, outputs=wanted, apart=constants)
+    return Part(model.SerializeToString(), constants)
 
 
 def _needed(nodes: Sequence[Node], wanted: Sequence[Value]) -> list[Node]:
@@ -165,14 +181,14 @@ class Feed:
 
     Attributes:
         arrays: Values by name.
-        prefix: Serialized model from the inputs to the live values; None where `arrays` has them.
+        prefix: Model from the inputs to the live values; None where `arrays` has them.
         samples: Samples of the run that are real.
         size: Samples that the arrays have room for.
         outputs: The float model's outputs by name; None where they are too large to keep.
     """
 
     arrays: dict[str, Array]
-    prefix: bytes | None
+    prefix: Part | None
     samples: int
     size: int
     outputs: Mapping[str, Array] | None = None
@@ -223,14 +239,14 @@ class Walker:
         self._advance(index)
         yield from self._kept
         room, kept = self._room(self._largest[index]), len(self._kept)
-        prefix: bytes | None = None
+        prefix: Part | None = None
         session: Session | None = None
         for i, batch in enumerate(self._batches()):
             if i < kept:
                 continue
             if prefix is None:
                 prefix = self._model(0, index)
-                session = None if prefix is None or room <= kept else Session(prefix)
+                session = None if prefix is None or room <= kept else prefix.session()
             given = dict(batch.inputs)
             if session is None or i >= room:
                 yield self._feed(i, batch, given, prefix)
@@ -247,7 +263,7 @@ class Walker:
         return int(self._memory // max(size, 1))
 
     def _feed(
-        self, index: int, batch: Batch, arrays: dict[str, Array], prefix: bytes | None
+        self, index: int, batch: Batch, arrays: dict[str, Array], prefix: Part | None
     ) -> Feed:
         outputs = None if self._outputs is None else self._outputs[index]
         return Feed(arrays, prefix, batch.samples, batch.size, outputs)
@@ -258,19 +274,19 @@ class Walker:
         read = (v for n in self.nodes[index:] for v in n.operands)
         return [v for v in dict.fromkeys(read) if v in before]
 
-    def _model(self, start: int, end: int) -> bytes | None:
+    def _model(self, start: int, end: int) -> Part | None:
         """Return the model of a stretch of nodes that gives what is live after it."""
         stretch = self.nodes[start:end]
         inside = {v for n in stretch for v in n.outputs}
         wanted = [v for v in self._live(end) if v in inside]
-        return _model(_needed(stretch, wanted), wanted)
+        return _part(_needed(stretch, wanted), wanted) if wanted else None
 
     def _advance(self, index: int) -> None:
         if index == self._at or not self._kept:
             self._at = index
             return
         model = self._model(self._at, index)
-        session = None if model is None else Session(model)
+        session = None if model is None else model.session()
         names = {v.name for v in self._live(index)}
         for i, feed in enumerate(self._kept):
             found = dict(feed.arrays)

@@ -19,7 +19,7 @@ from qcompiler.onnx_export_ops import Emitter, opaque_proto
 from qcompiler.onnx_import_model import MAX_OPSET, NodeChecker
 from qcompiler.onnx_import_tensors import make_type
 from qcompiler.ops import Stage
-from qcompiler.types import DType, PerGroup, TensorType
+from qcompiler.types import Array, DType, PerGroup, TensorType
 
 del onnx_export_recurrent
 
@@ -93,6 +93,7 @@ def subgraph_to_onnx(
     outputs: Sequence[Value] | None = None,
     *,
     opset: int | None = None,
+    apart: dict[str, Array] | None = None,
 ) -> onnx.ModelProto:
     """Write a region of a graph (of any stage, float operators only) as a model for TVM.
 
@@ -103,6 +104,8 @@ def subgraph_to_onnx(
         inputs: Values that come from outside; default: all such, in order of first use.
         outputs: Values to return; default: results that something outside reads.
         opset: Opset to write; default: the least that fits.
+        apart: Takes the large constants by name, to be given to `ort.Session` beside the model:
+            nothing is copied.
 
     Raises:
         UnsupportedOpError: An operator without an ONNX form.
@@ -115,13 +118,17 @@ def subgraph_to_onnx(
         inputs = list(dict.fromkeys(found))
     if outputs is None:
         outputs = [v for n in nodes for v in n.outputs if _leaves(v, region)]
-    return _region(nodes, inputs, outputs, _opset(nodes, opset))
+    return _region(nodes, inputs, outputs, _opset(nodes, opset), apart)
 
 
 def _region(
-    nodes: Sequence[Node], inputs: Sequence[Value], outputs: Sequence[Value], opset: int
+    nodes: Sequence[Node],
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    opset: int,
+    apart: dict[str, Array] | None,
 ) -> onnx.ModelProto:
-    e = Emitter(opset, plain=True)
+    e = Emitter(opset, plain=True, apart=apart)
     e.reserve([v.name for n in nodes for v in (*n.operands, *n.outputs)])
     for node in nodes:
         e.write(node)

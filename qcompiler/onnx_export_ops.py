@@ -16,9 +16,12 @@ import onnx
 
 from qcompiler.errors import QCompilerError, UnsupportedOpError
 from qcompiler.ir import Node, Value
-from qcompiler.onnx_import_tensors import elem_type_of, make_tensor
+from qcompiler.onnx_import_tensors import elem_type_of, make_tensor, placeholder
 from qcompiler.ops import _resize as resize_rules
 from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams
+
+APART = 4096
+"""Bytes from which on a constant is held apart, where that is asked for."""
 
 
 class Emitter:
@@ -27,15 +30,20 @@ class Emitter:
     Args:
         opset: Opset of the default domain that is written.
         plain: Write out what TVM's importer refuses or reads differently.
+        apart: Takes the large float32 constants by name, whose elements are then left out of the
+            initializers (`ort.Session(constants=...)` gives them back).
 
     Attributes:
         rename: Names that some values take in the file instead of their own.
         skipped: Names that the written nodes do not read although the graph's nodes do.
     """
 
-    def __init__(self, opset: int, *, plain: bool = False) -> None:
+    def __init__(
+        self, opset: int, *, plain: bool = False, apart: dict[str, Array] | None = None
+    ) -> None:
         self.opset = opset
         self.plain = plain
+        self.apart = apart
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.domains: dict[str, int] = {"": opset}
@@ -62,7 +70,11 @@ class Emitter:
             return ""
         name = self.rename.get(v, v.name)
         if v.data is not None and name not in self.initializers:
-            self.initializers[name] = make_tensor(v.data, v.dtype, name)
+            if self.apart is not None and v.dtype is DType.FLOAT32 and v.data.nbytes >= APART:
+                self.apart[name] = v.data
+                self.initializers[name] = placeholder(v.type, name)
+            else:
+                self.initializers[name] = make_tensor(v.data, v.dtype, name)
         return name
 
     def const(self, data: Array, base: str, dtype: DType | None = None) -> str:

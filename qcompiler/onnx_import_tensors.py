@@ -254,6 +254,16 @@ def make_tensor(data: Array, dtype: DType, name: str) -> TensorProto:
     return TensorProto(name=name, data_type=elem_type_of(dtype), dims=data.shape, raw_data=raw)
 
 
+def placeholder(type: TensorType, name: str) -> TensorProto:
+    """Return an initializer without elements: whoever loads the model brings them."""
+    proto = TensorProto(
+        name=name, data_type=elem_type_of(type.dtype), dims=type.shape,
+        data_location=TensorProto.EXTERNAL,
+    )  # fmt: skip
+    proto.external_data.add(key="location", value="apart")
+    return proto
+
+
 def make_type(type: TensorType) -> onnx.TypeProto:
     """Return the TypeProto of a tensor type (its storage dtype; quantization is not in it)."""
     return onnx.helper.make_tensor_type_proto(elem_type_of(type.dtype), type.shape)

@@ -57,6 +57,7 @@ class Session:
         optimization: Optimization = "basic",
         threads: int = 1,
         extra_outputs: Sequence[str] = (),
+        constants: Mapping[str, Array] | None = None,
     ) -> None:
         """Load a model.
 
@@ -65,6 +66,7 @@ class Session:
             optimization: Graph optimisation level.
             threads: Threads inside an operator; 0 lets ONNX Runtime choose.
             extra_outputs: Inner values to return as well (makes the runtime keep them).
+            constants: Initializers that the model declares without elements, by name.
 
         Raises:
             ModelError: ONNX Runtime refuses the model, or a name in `extra_outputs` is unknown.
@@ -74,6 +76,10 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        if constants:  # read in place, so kept as long as the session
+            self._constants = [np.ascontiguousarray(a) for a in constants.values()]
+            held = [onnxruntime.OrtValue.ortvalue_from_numpy(a) for a in self._constants]
+            options.add_external_initializers(list(constants), held)
         if extra_outputs:
             from qcompiler.onnx_export_node import with_outputs
 

@@ -19,7 +19,6 @@ from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.metrics import SQNR_CEILING
 from qcompiler.numerics import fake_quantize
-from qcompiler.ort import Session
 from qcompiler.passes import sensitivity
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
 from qcompiler.passes.sensitivity import (
@@ -110,7 +109,7 @@ def test_a_suffix_gives_what_the_whole_gives(
         walker = Walker(net, lambda: iter(batches), memory)
         for unit in units(net):
             suffix = suffix_of(net, unit)
-            models = [Session(m) for m in (suffix.side, suffix.kernel, suffix.tail) if m]
+            models = [m.session() for m in (suffix.side, suffix.kernel, suffix.tail) if m]
             node = net.node(unit.node)
             q = weight_grid(node, 4, activation_qparams(node.input(0), table, signed=False))
             changed = net.clone()
@@ -123,7 +122,7 @@ def test_a_suffix_gives_what_the_whole_gives(
             for feed, batch in list(zip(feeds, batches, strict=True))[::5]:
                 live = dict(feed.arrays)
                 if feed.prefix is not None:
-                    live.update(Session(feed.prefix).run(batch.inputs))
+                    live.update(feed.prefix.session().run(batch.inputs))
                 for graph in (net, changed):
                     weight = graph.node(unit.node).input(1).array()
                     got = {**live, OPERANDS[0]: live[suffix.x], OPERANDS[1]: weight}
@@ -140,12 +139,31 @@ def test_only_what_a_change_reaches_runs_again(net: Graph) -> None:
     """The other branch of a sum runs once; an output beside the product is not run."""
     first = suffix_of(net, units(net)[0])  # a: the branch of d and the gate e are beside it
     assert first.side is not None
-    assert set(Session(first.side).output_names) >= {"d", "z"}
-    assert Session(first.kernel).input_names == OPERANDS
+    assert set(first.side.session().output_names) >= {"d", "z"}
+    assert first.kernel.session().input_names == OPERANDS
     assert [name for name, _ in first.outputs] == ["y"]
     last = suffix_of(net, units(net)[-1])
     assert last.side is None
     assert last.tail is None  # its result is the output
+
+
+def test_large_constants_are_not_copied_into_the_models(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    w = rng.standard_normal((64, 64)).astype(np.float32)
+    text = "(float[1,64] x) => (float[1,64] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    graph = load_text(text, w=w, v=w[::-1].copy())
+    first, second = units(graph)
+    tail = suffix_of(graph, first).tail
+    assert tail is not None
+    assert len(tail.model) < 1000
+    (held,) = tail.constants.values()
+    assert held is graph.node(second.node).input(1).data
+    x = rng.standard_normal((1, 64)).astype(np.float32)
+    for level in ("basic", "all"):
+        session = tail.session(level)
+        found = session.run({session.input_names[0]: x})
+        np.testing.assert_allclose(found["y"], x @ held, rtol=1e-4, atol=1e-4)
 
 
 def test_kept_values_stay_within_the_memory_and_join_as_the_network_narrows(
