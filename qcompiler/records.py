@@ -40,7 +40,7 @@ __all__ = [
     "stable_text",
 ]
 
-GENERATOR_VERSION = 3
+GENERATOR_VERSION = 4
 """Raised whenever a kernel generator changes what it emits: older records no longer apply."""
 
 Stage = Literal["trial", "choice", "latency"]

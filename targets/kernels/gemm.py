@@ -31,10 +31,12 @@ from qcompiler.targets.kernels.batched import emit_batched
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Packed, pack_conv, pack_matmul
-from qcompiler.targets.kernels.params import default_params, fitted, space
+from qcompiler.targets.kernels.params import default_params, fitted, plain_weights, space
 from qcompiler.targets.kernels.plan import geometry_of, tile_plan
 from qcompiler.targets.kernels.tir import PrimFuncBuilder, flat
 from qcompiler.targets.kernels.winograd import WinogradKernel
+from qcompiler.targets.kernels.winograd_float import FloatWinogradKernel
+from qcompiler.targets.kernels.winograd_float_plan import float_winograd_plan, is_float_winograd
 from qcompiler.targets.kernels.winograd_plan import winograd_plan
 from qcompiler.targets.kernels.workload import (
     PATCHES,
@@ -92,8 +94,9 @@ def _build(
 ) -> Any:
     geometry = geometry_of(workload, isa)
     params = fitted(workload, isa, params, packed.facts.depths)
+    params = plain_weights(workload, isa, params, packed.facts.storage == "plain")
     plan = tile_plan(geometry, params)
-    epilogue = workload.epilogue
+    epilogue, is_float = workload.epilogue, workload.a_dtype == "float32"
     images = geometry.batch
     if isinstance(workload, MatmulWorkload) and not workload.b_constant:
         images = math.prod(workload.batch_shape)
@@ -137,7 +140,9 @@ def _build(
             name=name,
             tasks=images * plan.row_blocks * plan.col_blocks,
         )
-        if packed.facts.dot == "winograd" and isinstance(workload, ConvWorkload):
+        if is_float_winograd(params) and isinstance(workload, ConvWorkload) and is_float:
+            FloatWinogradKernel(workload, float_winograd_plan(workload, params), kernel).emit()
+        elif packed.facts.dot == "winograd" and isinstance(workload, ConvWorkload):
             rows = params.m_block if params.algorithm in PATCHES else 0
             sizes = winograd_plan(workload, isa, packed.facts.patch, rows)
             WinogradKernel(isa, workload, sizes, flat(a), flats, writer, name).emit()

@@ -35,6 +35,7 @@ from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.bands import CHUNK, PaddedRow, copy_padded_row, widen_elements
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
+from qcompiler.targets.kernels.fetch import Ahead, ahead_of
 from qcompiler.targets.kernels.grouped import grouped_loops
 from qcompiler.targets.kernels.guarded import classify, spread_loop, variants
 from qcompiler.targets.kernels.neon import (
@@ -58,7 +59,6 @@ from qcompiler.targets.kernels.tir import (
     minimum,
     own_function,
     parallel,
-    prefetch,
     registers,
     reinterpret,
     scratch,
@@ -74,9 +74,6 @@ from qcompiler.targets.kernels.unpack import (
     weight_vectors,
 )
 from qcompiler.targets.kernels.workload import GemmParams
-
-_FAR_BYTES = 512 * 1024
-"""Weights of a kernel from which they are fetched ahead."""
 
 __all__ = ["MacroKernel", "Source", "Step"]
 
@@ -396,8 +393,9 @@ class MacroKernel:
         starts, valid = self.columns(tile)
         base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
         lane = bind(tile * plan.nt)
-        ahead = self._ahead(at, len(pixels), weight_tile)
         if totals is acc:
+            outputs = [base + start for start in starts] if valid == lanes else []
+            ahead = ahead_of(self, source, a_index, at, len(pixels), weight_tile, outputs)
             self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
         else:
             grouped_loops(self, source, a_index, a_steps, (weight_tile, tile), (acc, totals))
@@ -424,29 +422,6 @@ class MacroKernel:
         within = tile % plan.group_tiles
         return [bind(group * g.n + minimum(within * nt, g.n - nt))], lanes
 
-    def _ahead(
-        self, at: tuple[Expr, Expr], pixels: int, tile: Expr
-    ) -> tuple[Expr, list[int], int] | None:
-        """What to fetch of the next column tile's weights: (first element, further ones, step).
-
-        Large weights come from level 3 or memory, once for each column tile.  Fetched evenly by all
-        register tiles of the column tile before, they arrive while others are multiplied.
-        """
-        g = self.geometry
-        per_group = self.plan.nt * (1 if self.facts.dot == "float" else 4)
-        line = 64 // (4 if self.facts.dot == "float" else 1)
-        panel = g.k_groups * per_group
-        far = panel * self.plan.tiles // line * 64 >= _FAR_BYTES
-        known = self.facts.dot in ("float", "vpdpbusd") and self.facts.storage == "plain"
-        wide = self.isa.vector_bits == 512
-        if not (far and known and wide and self.params.order == "n") or pixels >= g.oh * g.ow:
-            return None
-        share = -(-panel // (g.oh * g.ow))  # of one pixel
-        step = -(-pixels * share // g.k_groups)
-        row, col = at
-        first = bind((tile + 1) * panel + (row * g.ow + col) * share)
-        return first, list(range(0, min(step, 4 * line), line)), step
-
     def _k_loops(
         self,
         source: Source,
@@ -454,7 +429,7 @@ class MacroKernel:
         a_steps: list[int],
         tile: Expr,
         acc: Accumulators,
-        ahead: tuple[Expr, list[int], int] | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         """Accumulate over all of K."""
         g = self.geometry
@@ -479,11 +454,24 @@ class MacroKernel:
             step.emit(*self._read_by(step, source, a_index), steps, a_steps, begin)
 
         if depth == 1:
-            with self._each_group(step, tile) as (one, k):
+
+            def group(one: Step, k: Expr) -> None:
                 if ahead is not None:
-                    for line in ahead[1]:
-                        prefetch(self.constants["weight"], ahead[0] + (k * ahead[2] + line))
+                    ahead.operands(k)
                 block(one, k, 1)
+
+            if ahead is None or not ahead.groups:
+                with self._each_group(step, tile) as (one, k):
+                    group(one, k)
+                return
+            with serial(ahead.pixels) as pixel:
+                ahead.results(pixel)
+                start = bind(pixel * ahead.groups)
+                with serial(ahead.groups) as k:
+                    group(step, bind(start + k))
+            if g.k_groups % ahead.pixels:
+                with serial(ahead.pixels * ahead.groups, g.k_groups) as k:
+                    group(step, k)
             return
         with serial(g.k_groups // depth) as k:
             block(step, k * depth, depth)

@@ -52,6 +52,7 @@ from qcompiler.targets.kernels.depth import (
     group_time,
     plan_depths,
 )
+from qcompiler.targets.kernels.params import plain_weights
 from qcompiler.targets.kernels.plan import (
     Dot,
     Geometry,
@@ -69,6 +70,12 @@ from qcompiler.targets.kernels.weight_forms import (
     float_weights,
     laid_out,
     nibbles,
+)
+from qcompiler.targets.kernels.winograd_float_plan import (
+    float_winograd_plan,
+    is_float_winograd,
+    takes_float_winograd,
+    transform_float_weights,
 )
 from qcompiler.targets.kernels.winograd_plan import (
     NV,
@@ -176,6 +183,8 @@ def pack_conv(
             f"{workload.weight_shape}"
         )
     geometry = geometry_of(workload, isa)
+    plain = isinstance(weight, np.ndarray) and weight.dtype == np.float32
+    params = plain_weights(workload, isa, params, plain)
     runs = (geometry.groups, geometry.n, geometry.k_rows * geometry.k_cols, geometry.run)
 
     def layout(w: Array) -> Array:
@@ -184,6 +193,8 @@ def pack_conv(
     ohwi = laid_out(weight, layout)
     if workload.epilogue.group:
         return _pack(geometry, workload.epilogue, isa, params, ohwi, _grouped(values, layout))
+    if workload.a_dtype == "float32" and is_float_winograd(params):
+        return _pack_float_winograd(workload, isa, params, weight, values)
     asked = PATCHES.get(params.algorithm)
     if asked is not None:
         if isinstance(weight, GroupedWeights) or not applies(workload, isa):
@@ -202,6 +213,22 @@ def pack_conv(
             return packed
     natural = replace(params, lanes=isa.lanes(), nv=NV)
     return _pack(geometry, workload.epilogue, isa, natural, ohwi, values, transformed)
+
+
+def _pack_float_winograd(
+    workload: ConvWorkload, isa: Isa, params: GemmParams, weight: Any, values: GemmValues
+) -> Packed:
+    """The constants of a float32 kernel with transformed weights."""
+    if not takes_float_winograd(workload, isa):
+        raise CodegenError(f"no Winograd kernel for {workload} on {isa.name}")
+    geometry = geometry_of(workload, isa)
+    columns = column_index(geometry.n, params.lanes, params.nv)
+    plan = float_winograd_plan(workload, params)
+    transformed = transform_float_weights(weight, plan, columns)
+    packed = _float_constants(geometry, None, columns, values)
+    keep = [(n, a) for n, a in zip(packed.names, packed.arrays, strict=True) if n != "offsets"]
+    names, arrays = zip(*keep, strict=True)
+    return Packed((transformed, *arrays), ("weight", *names), packed.facts)
 
 
 def _transformed(

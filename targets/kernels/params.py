@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels import amx_plan
+from qcompiler.targets.kernels import amx_plan, winograd_float_plan
 from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
 from qcompiler.targets.kernels.winograd_plan import applies
 from qcompiler.targets.kernels.workload import (
@@ -24,12 +24,14 @@ from qcompiler.targets.kernels.workload import (
     MatmulWorkload,
 )
 
-__all__ = ["default_params", "fitted", "space"]
+__all__ = ["default_params", "fitted", "plain_weights", "space"]
 
 _L2_BYTES = 256 * 1024
 """Half of the level-2 cache of the smallest machines we expect (Zen 3: 512 KiB)."""
 _FAR_BYTES = 4 * _L2_BYTES
 """Constants that no level 2 keeps from one use to the next."""
+_GAIN = 0.95
+"""Share of the direct kernel's time that a Winograd kernel must stay within to be the default."""
 _TASKS = 32
 """Tasks wanted, so that up to 16 threads share them evenly."""
 
@@ -38,7 +40,11 @@ def default_params(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> GemmPar
     """The tiling used without tuning."""
     if amx_plan.worthwhile(workload, isa):
         return amx_plan.candidates(workload, isa)[0]
-    return _tilings(workload, isa)[0]
+    direct = _tilings(workload, isa)[0]
+    transformed = _transformed(workload, isa)
+    if transformed and transformed[0][0] < _GAIN * _direct_cycles(workload, isa, direct):
+        return transformed[0][1]
+    return direct
 
 
 def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams, ...]:
@@ -56,6 +62,11 @@ def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams
         for m_block in (base.m_block // 2, base.m_block * 2, rows):
             for order in orders:
                 found[replace(base, m_block=max(1, min(m_block, rows)), order=order)] = None
+    if transformed := _transformed(workload, isa):
+        best = [params for _, params in transformed[:8]]
+        for algorithm in PATCHES:
+            best += [p for _, p in transformed if p.algorithm == algorithm][:4]
+        return tuple(dict.fromkeys([default_params(workload, isa), *best, *found]))
     if isinstance(workload, ConvWorkload) and applies(workload, isa):
         base, *others = found
         patches = [replace(base, algorithm=name, m_block=0) for name in PATCHES]
@@ -88,6 +99,38 @@ def fitted(
     rows = tile_plan(geometry, smaller).rows
     blocks = -(-before.rows.tiles // before.row_block)
     return replace(smaller, m_block=-(-rows.tiles // blocks))
+
+
+def plain_weights(
+    workload: ConvWorkload | MatmulWorkload, isa: Isa, params: GemmParams, plain: bool
+) -> GemmParams:
+    """The parameters to pack with: weights in fewer bits than float32 are never transformed."""
+    if plain or not winograd_float_plan.is_float_winograd(params):
+        return params
+    return _tilings(workload, isa)[0] if workload.a_dtype == "float32" else params
+
+
+def _transformed(
+    workload: ConvWorkload | MatmulWorkload, isa: Isa
+) -> list[tuple[float, GemmParams]]:
+    """(cycles, parameters) of float32 Winograd kernels, the best first."""
+    if not isinstance(workload, ConvWorkload) or workload.a_dtype != "float32":
+        return []
+    geometry = geometry_of(workload, isa)
+    registers = _register_tiles(geometry, isa, _step_cost(geometry, isa, packs_b=False))
+    return winograd_float_plan.candidates(workload, isa, registers)
+
+
+def _direct_cycles(workload: ConvWorkload, isa: Isa, params: GemmParams) -> float:
+    """Estimated cycles of a direct float32 kernel, with those in which weights stream by."""
+    geometry = geometry_of(workload, isa)
+    cost = _step_cost(geometry, isa, packs_b=False)
+    cycles = _cost(geometry, cost, params.lanes, params.mt, params.nv)
+    plan = tile_plan(geometry, params)
+    weights = 4 * geometry.k_groups * plan.nt * plan.tiles
+    again = plan.row_blocks - 1 if weights > winograd_float_plan.NEAR_BYTES else 0
+    far = weights / winograd_float_plan.FAR_RATE * (1 + 0.5 * again)
+    return cycles + far * geometry.batch
 
 
 def _tilings(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> list[GemmParams]:

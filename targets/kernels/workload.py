@@ -298,5 +298,6 @@ class GemmParams:
     """How a convolution is computed; "auto" leaves it to packing, which knows the weights.
     "winograd-4x4" computes patches of 4 x 4 outputs where the weights are proved exact for that
     (else 2 x 2), `m_block` rows of patches in a task, or as many as fit the caches if that is 0;
-    it ignores the other fields.  "tiles" (AMX, matrix products too) counts `mt` in tiles of 16
-    pixels and `m_block` in output rows."""
+    it ignores the other fields.  In float32 patches are 2 x 2 or 4 x 4, `mt` counts them, and no
+    field is ignored.  "tiles" (AMX, matrix products too) counts `mt` in tiles of 16 pixels and
+    `m_block` in output rows."""
