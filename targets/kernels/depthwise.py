@@ -8,10 +8,11 @@ residual where the epilogue has one, `Packed.arrays`, the output.
 
 How it runs.  A vector register holds one byte of V channels.  The taps along one axis (rows, or
 columns where that is cheaper: the *gathered* axis) of a few neighbouring outputs are interleaved
-byte by byte, four (`vpdpbusd`, `sdot`) or two (`vpmaddwd`, widened) to a group, by unpack
-instructions, and kept in a work area of one strip.  Each group is made once and serves every tap
-along the other (*strip*) axis and every output of the tile: outputs at different positions of the
-gathered axis differ only in their weights, which are packed with zeros where a row is not theirs.
+byte by byte, four (`vpdpbusd`, `sdot`, and `vpmaddubsw` where it cannot saturate) or two
+(`vpmaddwd`, widened) to a group, by unpack instructions, and kept in a work area of one strip.
+Each group is made once and serves every tap along the other (*strip*) axis and every output of the
+tile: outputs at different positions of the gathered axis differ only in their weights, which are
+packed with zeros where a row is not theirs.
 Padding is written to the work area as the zero point, so the inner loop has no borders and the zero
 point's share is a constant in the bias.
 
@@ -106,7 +107,8 @@ def build_depthwise(
         elif is_plain(workload, isa, params):
             PlainKernel(workload, isa, packed.facts, buffers).emit()
         else:
-            _Kernel(Plan(workload, isa, params), packed.facts, buffers).emit()
+            plan = Plan(workload, isa, params, by_bytes=packed.facts.dot == "maddubs")
+            _Kernel(plan, packed.facts, buffers).emit()
     return builder.finish()
 
 
@@ -290,7 +292,6 @@ class _Block:
         accs = {(r, c): bias for c in range(plan.cols) for r in range(plan.rows)}
         loaded: dict[tuple[int, int], Expr] = {}
         width = self.lanes if plan.group == 4 else self.lanes // 2
-        bits = self.lanes * 8
         data_dtype = plan.isa.a_dtype if plan.group == 4 else "int16"
         for s, (k, row, g) in enumerate(plan.steps):
             weight = tir.bind(
@@ -302,16 +303,24 @@ class _Block:
                     offset = (column + source[0]) * (plan.groups * self.lanes)
                     value = tir.load(self.area, offset + (g * 4 + part) * quarter, quarter)
                     loaded[source] = tir.bind(tir.reinterpret(value, data_dtype, width))
-                acc, data = accs[row, col], loaded[source]
-                dtype = tir.vector("int32", quarter)
-                if plan.group == 4:
-                    name = plan.isa.intrinsic(plan.isa.dot_operation, bits)
-                    total = tir.intrinsic(dtype, str(name), acc, data, weight)
-                else:
-                    name = plan.isa.intrinsic("madd_i16", bits)
-                    total = acc + tir.intrinsic(dtype, str(name), data, weight)
-                accs[row, col] = tir.bind(total)
+                accs[row, col] = self._added(accs[row, col], loaded[source], weight)
         return accs
+
+    def _added(self, acc: Expr, data: Expr, weight: Expr) -> Expr:
+        """`acc` plus the products of one group."""
+        plan = self.plan
+        bits = self.lanes * 8
+        dtype = tir.vector("int32", self.lanes // 4)
+        if plan.isa.adds_to_int32:
+            name = plan.isa.intrinsic(plan.isa.dot_operation, bits)
+            return tir.bind(tir.intrinsic(dtype, str(name), acc, data, weight))
+        if plan.by_bytes:
+            name = plan.isa.intrinsic("madd_u8s8", bits)
+            half = tir.vector("int16", self.lanes // 2)
+            data = tir.intrinsic(half, str(name), data, weight)
+            weight = tir.splat(1, "int16", self.lanes // 2)
+        name = plan.isa.intrinsic("madd_i16", bits)
+        return tir.bind(acc + tir.intrinsic(dtype, str(name), data, weight))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ Layouts (B vectors of V channels, S steps: `Plan.steps`): `weight` `[B, S, 4, V]
 rows make a group, or int16 `[B, S, 4, V / 2]` where two do; `bias` int32 and `multiplier` float32
 `[B * V]` in packed order (`lanes.lane_channels`); eight `scalars` (`packing.SCALARS`).  The plain
 form takes int16 `[KH * KW, CO]`, and bias and multipliers in the order of the channels.
+
+`vpmaddubsw` adds two products with saturation to int16: it multiplies, groups of four, where no two
+of them can leave int16 (`_pairs_fit`), which all weights of 7 bits promise.
 """
 
 from __future__ import annotations
@@ -80,11 +83,18 @@ class Plan:
     workload: ConvWorkload
     isa: Isa
     params: DepthwiseParams
+    by_bytes: bool = False
+    """Whether `vpmaddubsw` multiplies, on a row that cannot add products to int32."""
 
     @cached_property
     def group(self) -> int:
         """Rows interleaved in one 32-bit lane."""
-        return 4 if self.isa.adds_to_int32 else 2
+        return 4 if self.isa.adds_to_int32 or self.by_bytes else 2
+
+    @cached_property
+    def per_product(self) -> int:
+        """Instructions to multiply a group and add it."""
+        return 1 if self.isa.adds_to_int32 else 3 if self.by_bytes else 2
 
     @cached_property
     def multiplier(self) -> int:
@@ -180,7 +190,7 @@ class Plan:
     def cost(self) -> float:
         """Estimated instructions for one tile column of V channels, for each output."""
         b = self.axes[1]
-        products = len(self.steps) * 4 * (1 if self.group == 4 else 2)
+        products = len(self.steps) * 4 * self.per_product
         fill = len(self.offsets) + self.groups * (12 if self.group == 4 else 10)
         columns = self.columns(self.strip) / self.strip if b.kernel > b.stride else b.kernel
         loads = self.groups * 4 * self.columns(self.cols) / self.cols
@@ -247,7 +257,7 @@ def default_params(workload: ConvWorkload, isa: Isa) -> DepthwiseParams:
         if one.group == 4 and max(a.kernel, b.kernel) <= 3:
             tiles = [(2 if a.stride == 1 else 1, 1)]
         else:
-            tiles = [(2, 2), (1, 2)]
+            tiles = [(2, 2), (1, 2)] if a.stride == 1 else [(1, 2)]
         for rows, cols in [*tiles, (1, 1)]:
             params = DepthwiseParams(gather, min(rows, a.out), min(cols, b.out))
             plan = Plan(workload, isa, params)
@@ -285,7 +295,7 @@ def pack_depthwise(
             f"int8{workload.weight_shape}"
         )
     count = workload.co
-    plain = is_plain(workload, isa, params)
+    plain, by_bytes = is_plain(workload, isa, params), False
     # The plain form reads all bytes as uint8, the others as the dot instruction wants them.
     multiplied = "uint8" if plain else isa.a_dtype
     zero = values.a_zero_point + operand_shift(workload.a_dtype, multiplied)
@@ -307,7 +317,12 @@ def pack_depthwise(
         arrays["corrected"] = _wrapped(bias - zero * flat.sum(1))
         corrected, order = bias, np.arange(count)
     else:
-        plan = Plan(workload, isa, params)
+        top = LIMITS[workload.a_dtype][1] if values.a_qmax is None else values.a_qmax
+        top += operand_shift(workload.a_dtype, multiplied)
+        plan = Plan(workload, isa, params, by_bytes=isa.dot == "maddubs")
+        if plan.by_bytes and not _pairs_fit(plan, weight[:, 0], top):
+            plan = Plan(workload, isa, params)
+        by_bytes = plan.by_bytes
         arrays = {"weight": _pack_weights(plan, weight[:, 0])}
         corrected = bias - zero * flat.sum(1)
         order = np.concatenate(
@@ -316,7 +331,7 @@ def pack_depthwise(
     arrays["bias"] = _wrapped(corrected[order])
     arrays["multiplier"] = np.ascontiguousarray(multiplier[order])
     arrays["scalars"] = scalars
-    dot: Dot = "exact"
+    dot: Dot = "maddubs" if by_bytes else "exact"
     if isa.adds_to_int32 and not plain:
         dot = "vpdpbusd" if isa.dot == "vpdpbusd" else "sdot"
     depths: tuple[int, ...] = (1,)
@@ -355,6 +370,28 @@ def _scalars(
     scalars[1:4] = values.zero_point, qmin - values.zero_point, qmax - values.zero_point
     scalars[4:6] = values.residual_multiplier, values.residual_zero_point
     return scalars, fits and (qmin, qmax) == (low, high)
+
+
+def _pairs_fit(plan: Plan, weight: Array, largest: int) -> bool:
+    """Whether no two neighbouring products of a group can leave int16 together.
+
+    Args:
+        plan: The plan with groups of four.
+        weight: `[CO, KH, KW]`.
+        largest: The largest activation as it is multiplied, 0 to 255.
+    """
+    taps = weight.astype(np.int64)
+    if plan.params.gather == "w":
+        taps = taps.transpose(0, 2, 1)
+    for k, row, g in plan.steps:
+        for first in (0, 2):
+            found = [plan.tap(row, g * plan.group + first + member) for member in (0, 1)]
+            pair = [taps[:, tap, k] for tap in found if tap is not None]
+            high = sum(np.maximum(values, 0) for values in pair)
+            low = sum(np.minimum(values, 0) for values in pair)
+            if pair and (np.max(high) * largest > 32767 or np.min(low) * largest < -32768):
+                return False
+    return True
 
 
 def _pack_weights(plan: Plan, weight: Array) -> Array:

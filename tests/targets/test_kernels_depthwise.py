@@ -81,7 +81,9 @@ def workloads(draw: st.DrawFn) -> ConvWorkload:
     )  # fmt: skip
 
 
-def check(w: ConvWorkload, isa, params: DepthwiseParams, seed: int, *, extreme: bool) -> None:
+def check(
+    w: ConvWorkload, isa, params: DepthwiseParams, seed: int, *, extreme: bool, bits: int = 8
+) -> None:
     rng = np.random.default_rng(seed)
     low, high = LIMITS[w.a_dtype]
     x = rng.integers(low, high, w.a_shape, endpoint=True).astype(w.a_dtype)
@@ -89,6 +91,7 @@ def check(w: ConvWorkload, isa, params: DepthwiseParams, seed: int, *, extreme: 
     if extreme:  # the largest sums, of either sign
         x[:] = low if seed % 2 else high
         weight[:] = np.where(np.arange(w.co) % 2, -128, 127).reshape(-1, 1, 1, 1)
+    weight >>= 8 - bits
     dtype = w.epilogue.out_dtype
     bounds = LIMITS.get(dtype, (0, 0))
     reach = w.kh * w.kw * 1000
@@ -123,11 +126,12 @@ def check(w: ConvWorkload, isa, params: DepthwiseParams, seed: int, *, extreme: 
     seed=st.integers(0, 2**31),
     choice=st.integers(0, 100),
     extreme=st.sampled_from([False, False, True]),
+    bits=st.sampled_from([7, 8]),
 )
-def test_depthwise_equals_the_definition(isa, w, seed, choice, extreme):
+def test_depthwise_equals_the_definition(isa, w, seed, choice, extreme, bits):
     options = space(w, isa)
     params = options[0] if choice < 50 else options[choice % len(options)]
-    check(w, isa, params, seed, extreme=extreme)
+    check(w, isa, params, seed, extreme=extreme, bits=bits)
 
 
 MOBILENET = [
@@ -144,7 +148,28 @@ def test_depthwise_of_mobilenet(isa, size, channels, stride):
         groups=channels,
     )  # fmt: skip
     assert not is_plain(w, isa, default_params(w, isa))
-    check(w, isa, default_params(w, isa), size, extreme=False)
+    for bits in (7, 8):
+        check(w, isa, default_params(w, isa), size, extreme=False, bits=bits)
+
+
+def test_bytes_are_multiplied_where_no_pair_can_leave_int16():
+    """On both sides of the limit: 255 * (64 + 64) fits int16, 255 * (65 + 64) does not."""
+    isa = ISA_TABLE["x86-avx2"]
+    w = ConvWorkload(1, 9, 9, 32, 32, 3, 3, Epilogue("int32"), pads=(1, 1, 1, 1), groups=32)
+    params = default_params(w, isa)
+    x = np.full(w.a_shape, 255, np.uint8)
+    for largest, a_qmax, dot in ((64, 255, "maddubs"), (65, 255, "exact"), (127, 127, "maddubs")):
+        weight = np.full(w.weight_shape, 64, np.int8)
+        weight[5] = largest
+        values = GemmValues(a_zero_point=7, a_qmax=a_qmax, bias=np.zeros(32, np.int32))
+        packed = pack_depthwise(w, isa, params, weight, values)
+        assert packed.facts.dot == dot
+        if not runnable(isa):
+            continue
+        filled = np.minimum(x, a_qmax)
+        library = build(build_depthwise(w, isa, params, packed), isa)
+        got = run(library, filled, *packed.arrays, shape=w.out_shape, dtype="int32")
+        np.testing.assert_array_equal(got, reference(w, filled, weight, values, None))
 
 
 @rows
