@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ITERATIONS = 200
 _MULTIPLY = re.compile(r"(sdot|smmla|smlal2?|smull2?|fmla)\s+v\d+\.(\w+), v\d+\.(\w+)")
+_UNIT = re.compile(r"^.*Unit|[^A-Za-z0-9]")
 _PRODUCTS = {"sdot": 16, "smmla": 32, "8h": 8, "4s": 4}
 _NEWEST = (21, 20, 19, 18, 17)
 
@@ -151,17 +152,18 @@ def model(body: list[str], isa: Isa, mca: str) -> Loop:
     alone = _modelled([line for line in body if products(line)], isa, mca)
     summary = whole["CodeRegions"][0]["SummaryView"]
     names = whole["TargetInfo"]["Resources"]
-    usage: dict[str, float] = {}
+    usage: dict[int, float] = {}
     for entry in whole["CodeRegions"][0]["ResourcePressureView"]["ResourcePressureInfo"]:
         if entry["InstructionIndex"] == len(body):
-            name = names[entry["ResourceIndex"]].replace("\0", "")
-            usage[name] = usage.get(name, 0.0) + entry["ResourceUsage"]
+            index = entry["ResourceIndex"]
+            usage[index] = usage.get(index, 0.0) + entry["ResourceUsage"]
+    busy = sorted(usage.items(), key=lambda item: -item[1])
     return Loop(
         len(body),
         counted,
         summary["TotalCycles"] / ITERATIONS,
         float(alone["CodeRegions"][0]["SummaryView"]["BlockRThroughput"]),
-        tuple(sorted(usage.items(), key=lambda item: -item[1])),
+        tuple((_UNIT.sub("", names[index]), cycles) for index, cycles in busy),
     )
 
 

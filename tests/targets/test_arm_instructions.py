@@ -53,11 +53,12 @@ def test_counts_repeat_and_know_dot_products(tmp_path: Path) -> None:
         (name,) = model.inputs
         feeds = {name: calibration[name][: model.inputs[name].shape[0]]}
         outputs = {o: s.dtype.numpy for o, s in model.outputs.items()}
-        counts = [counter.count(str(path), feeds, outputs) for _ in range(2)]  # type: ignore[attr-defined]
-        # The program's own strings and hash tables move with the environment: a few instructions.
-        assert counts[0].instructions == pytest.approx(counts[1].instructions, rel=0.01)
-        assert counts[0].dots == counts[1].dots
-        found[target] = counts[0]
+        found[target] = counter.count(str(path), feeds, outputs)  # type: ignore[attr-defined]
+        if target == TARGET:
+            again = counter.count(str(path), feeds, outputs)  # type: ignore[attr-defined]
+            # Allocators and hash tables depend on addresses: a few instructions.
+            assert again.instructions == pytest.approx(found[target].instructions, rel=0.01)
+            assert again.dots == found[target].dots
     assert found["arm-neon"].dots == 0
     assert 0 < found[TARGET].dots < found[TARGET].instructions < found["arm-neon"].instructions
     for left, right in zip(
