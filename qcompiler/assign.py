@@ -101,10 +101,12 @@ class Moment:
     Attributes:
         held: Item -> option -> what it then holds.
         base: What is held whatever is chosen.
+        casts: Key of a conversion -> what its result holds where it is needed.
     """
 
     held: Mapping[str, Mapping[str, float]]
     base: float = 0.0
+    casts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +232,12 @@ def totals(problem: Problem, choices: Mapping[str, str]) -> Solution:
             raise AssignmentError(f"item {item.name!r} has no valid choice", node=item.name)
         picked.append(option)
     casts = {c.key: c.latency for c in problem.casts if _needed(c, choices)}
-    moments = (m.base + math.fsum(h[choices[n]] for n, h in m.held.items() if choices[n] in h)
-               for m in problem.moments)  # fmt: skip
+    moments = (
+        m.base
+        + math.fsum(h[choices[n]] for n, h in m.held.items() if choices[n] in h)
+        + math.fsum(v for key, v in m.casts.items() if key in casts)
+        for m in problem.moments
+    )
     return Solution(
         {i.name: choices[i.name] for i in problem.items},
         math.fsum(o.latency for o in picked) + math.fsum(casts.values()),
@@ -395,8 +401,12 @@ class _Program:
         }
         self.moment = self.binary + len(self.casts)  # the greatest moment, in units of `peak`
         self.count = self.moment + (1 if problem.moments else 0)
-        held = (m.base + sum(max(h.values(), default=0.0) for h in m.held.values())
-                for m in problem.moments)  # fmt: skip
+        held = (
+            m.base
+            + sum(max(h.values(), default=0.0) for h in m.held.values())
+            + sum(m.casts.values())
+            for m in problem.moments
+        )
         self.peak = max(held, default=0.0) or 1.0
         self.rows: list[dict[int, float]] = []
         self.low: list[float] = []
@@ -485,6 +495,9 @@ class _Program:
                 for option, value in held.items():
                     for i in self._of(name, [option]):
                         row[i] = row.get(i, 0.0) + value / self.peak
+            for key, value in moment.casts.items():
+                if key in self.casts:
+                    row[self.casts[key]] = value / self.peak
             self._row(row, -np.inf, -moment.base / self.peak)
 
     def _bounds(self, limits: Limits) -> list[tuple[npt.NDArray[np.float64], float, float]]:

@@ -167,12 +167,19 @@ def moments_of(network: Network) -> tuple[Moment, ...]:
     """Return what is held between kernels after each of them, by the choices of their items.
 
     A value takes a byte per element where its maker computes in integers and four where in float;
-    it is held from its kernel to the last one that reads it. Values inside a kernel and arguments
-    of the model take nothing; views share what they are views of.
+    it is held from the start of its kernel to the end of the last one that reads it, and so is what
+    a conversion makes of it. Values inside a kernel and arguments of the model take nothing; views
+    share what they are views of.
     """
     graph = network.graph
     regions = analyse(graph, uniform(graph))
     order = {n: i for i, n in enumerate(graph.nodes)}
+    place = {n.name: i for n, i in order.items()}
+    first, final = dict(order), dict(order)
+    for members in (*network.products.values(), *network.followers.values()):
+        inside = [place[m] for m in members]
+        for m in members:
+            first[graph.node(m)], final[graph.node(m)] = min(inside), max(inside)
     end = len(order)
     last: dict[Value, int] = {}
     for v in graph.values():
@@ -187,15 +194,24 @@ def moments_of(network: Network) -> tuple[Moment, ...]:
             root = root.producer.input(0)
         if root.producer is None or root.is_constant:
             continue
-        until = max((order[n] for n in v.users), default=order[root.producer])
+        until = max((final[n] for n in v.users), default=final[root.producer])
         last[root] = max(last.get(root, 0), end if graph.is_output(v) else until)
-    moments: dict[tuple[Value, ...], Moment] = {}
+    named = {v.name: v for v in graph.values()}
+    copies = []  # first and last moment of each conversion's result, its key and bytes
+    for key, (name, _, to) in network.casts.items():
+        v = named[name]
+        start = 0 if v.producer is None else first[v.producer]
+        until = end if graph.is_output(v) else max((final[n] for n in v.users), default=start)
+        size = float(v.type.size * (4 if to == FLOAT else 1))
+        copies.append((start, until, key, size))
+    moments: dict[tuple[object, ...], Moment] = {}
     for node in graph.nodes:
         at = order[node]
+        made = {key: size for start, until, key, size in copies if start <= at <= until}
         live = tuple(
-            v for v, until in last.items() if v.producer and order[v.producer] <= at <= until
+            v for v, until in last.items() if v.producer and first[v.producer] <= at <= until
         )
-        if live in moments:
+        if (*live, *made) in moments:
             continue
         held: dict[str, dict[str, float]] = {}
         base = 0.0
@@ -211,7 +227,7 @@ def moments_of(network: Network) -> tuple[Moment, ...]:
             for name in network.problem.item(owner).options:
                 size = narrow if Precision.parse(name).is_integer else wide
                 options[name] = options.get(name, 0.0) + size
-        moments[live] = Moment(held, base)
+        moments[(*live, *made)] = Moment(held, base, made)
     return tuple(moments.values())
 
 

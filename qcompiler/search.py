@@ -249,7 +249,8 @@ class Search:
         regions = self.measured(trial, choices, kept)
         learned = self.regional.learn(regions, solution) or why
         kept = kept and not self.regional.broken(regions)
-        self.note_memory(trial, choices)
+        if "max_memory_mb" in trial.figures.broken(self.budget):
+            self.note_memory(trial, choices)
         made = Round(dict(choices), predicted, trial.figures, kept, learned, trial, regions)
         self.rounds.append(made)
         self.by_choice[key] = made
@@ -443,7 +444,8 @@ def search(
             work.network = work.network.with_rates({**work.network.rates, precision: rate})
     for precision, trial in uniform.items():
         choices = work.network.choices(trial.plan)
-        work.note_memory(trial, choices)
+        if precision in (FLOAT, INTEGER):
+            work.note_memory(trial, choices)
         if any(choices[n] != o for n, o in network.problem.fixed.items()):
             continue
         key = tuple(sorted(choices.items()))

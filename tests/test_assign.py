@@ -88,7 +88,12 @@ def problems(draw: st.DrawFn) -> Problem:
         name, st.fixed_dictionaries({f: st.integers(0, 50).map(float) for f in FORMS}), max_size=3
     )
     moments = tuple(
-        Moment(draw(held), float(draw(st.integers(0, 9)))) for _ in range(draw(st.integers(0, 3)))
+        Moment(
+            draw(held),
+            float(draw(st.integers(0, 9))),
+            draw(st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 50).map(float))),
+        )
+        for _ in range(draw(st.integers(0, 3)))
     )
     groups = {
         "some": Group(draw(st.frozensets(name)), draw(st.frozensets(st.sampled_from(["a", "b"]))))

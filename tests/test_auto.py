@@ -378,7 +378,8 @@ def test_an_interrupted_search_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert second.log["uniform"]["w8a8"]["loss"] == first.log["uniform"]["w8a8"]["loss"]
 
 
-def test_another_target_reuses_the_sensitivities(tmp_path: Path) -> None:
+def test_another_target_reuses_the_sensitivities(compiled: qcompiler.CompiledModel) -> None:
+    del compiled  # it was searched for: its sensitivities are in the cache
     stages: list[str] = []
     choose(
         MODEL, get_target("x86-64"), calibration=CALIBRATION,
@@ -481,6 +482,8 @@ def test_memory_can_bind(compiled: qcompiler.CompiledModel) -> None:
     assert found.log["kept"], found.log["infeasible"]
     assert found.log["objective"] == "loss"  # without the limit everything would be float
     assert integers / 2 < found.log["measured"]["memory_bytes"] <= limit * 1e6
+    predicted = found.log["predicted"]["memory_bytes"]
+    assert predicted == pytest.approx(found.log["measured"]["memory_bytes"], rel=0.5)
     assert found.plan.has_integers
     assert f"at most {limit:g} MB of memory" in found.log["statement"]
 

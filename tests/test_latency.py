@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qcompiler import benchmark
 from qcompiler.assign import solve, totals
 from qcompiler.cpu import host_cpu
 from qcompiler.decisions import FLOAT, INTEGER, Network, network_of
@@ -205,3 +209,23 @@ def test_the_curve_never_falls_and_inverts() -> None:
 
 def test_kernel_times_are_plain() -> None:
     assert KernelTime(1.0) == KernelTime(1.0, 0.0)
+
+
+def test_runners_are_timed_in_turn() -> None:
+    calls: list[str] = []
+
+    def runner(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls.append(name)
+            time.sleep(seconds)
+
+        return run
+
+    found = benchmark.in_turn({"a": runner("a", 1e-3), "b": runner("b", 2e-3)}, rounds=3, runs=4)
+    assert found["a"].runs >= 12
+    assert 1 <= found["a"].min_ms <= found["a"].median_ms
+    assert found["b"].min_ms >= 2
+    blocks = [name for name, _ in itertools.groupby(calls)]
+    assert blocks == ["a", "b"] * 4  # once to see how many runs a block has, then three rounds
+    late = benchmark.in_turn({"a": runner("a", 1e-3)}, rounds=50, runs=3, seconds=0.0)
+    assert late["a"].runs == 2 * 3  # two rounds in any case, no more
