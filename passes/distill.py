@@ -58,8 +58,8 @@ class Distill(Pass):
     runs: int = 192  # calibration runs to learn from, at most
     batch: int = 8  # runs per step
     code_rate: float = 1e-2  # first step of Adam on the numbers behind the codes, in codes
-    scale_rate: float = 1e-3  # the same on scales, as a share
-    bias_rate: float = 2e-4  # the same on biases, as a share of the sum of the weights' magnitudes
+    scale_rate: float = 2e-4  # the same on scales, as a share
+    bias_rate: float = 2e-5  # the same on biases, as a share of the sum of the weights' magnitudes
     inner: float = 1.0  # what the blocks' results count, all together; the outputs count 1
     mirror: bool = True  # pictures (inputs [N, 3, H, W]) are also learned from in a mirror
     seconds: float | None = None  # time limit; the rates fall with the time that is left

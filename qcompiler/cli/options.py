@@ -104,8 +104,8 @@ MethodsOption = Annotated[
     typer.Option(
         "--methods",
         metavar="M,M",
-        help="Post-training methods that keep accuracy: equalize, smooth, gptq, brecq, adaround, "
-        "correct_bias; options in braces, as in adaround{iterations=2000}. "
+        help="Post-training methods that keep accuracy: equalize, smooth, gptq, brecq, distill, "
+        "adaround, correct_bias; options in braces, as in adaround{iterations=2000}. "
         "Default: equalize,gptq for 4-bit weights, else none.",
     ),
 ]

@@ -253,7 +253,7 @@ def test_a_lesson(net: Graph, samples: dict[str, Array]) -> None:
 
 # ------------------------------------------------------------------------------------------ pass
 
-SHORT = Distill(epochs=20, batch=4)
+SHORT = Distill(epochs=20, batch=4, scale_rate=1e-3, bias_rate=2e-4)
 
 
 def errors(graph: Graph, after: Graph, ctx: PassContext) -> tuple[float, float]:
