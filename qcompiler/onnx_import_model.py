@@ -21,6 +21,7 @@ import onnx.version_converter
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 
 from qcompiler.errors import ModelError
+from qcompiler.onnx_import_tensors import file_inside
 
 MIN_OPSET = 7
 MAX_OPSET = 28
@@ -129,8 +130,8 @@ def stored_bytes(model: str | os.PathLike[str]) -> int:
         for e in t.external_data
         if e.key == "location"
     }
-    beside = [path.parent / name for name in named]
-    return sum(f.stat().st_size for f in (path, *beside) if f.is_file())
+    beside = [file_inside(path.parent.resolve(), name) for name in named]
+    return sum(f.stat().st_size for f in (path, *beside) if f is not None and f.is_file())
 
 
 def _parse(data: bytes, path: pathlib.Path) -> onnx.ModelProto:

@@ -192,7 +192,7 @@ def _encoded(data: Array, dtype: DType) -> bytes:
     return (flat[0::2] | (flat[1::2] << 4)).tobytes()
 
 
-def _inside(root: pathlib.Path, location: str) -> pathlib.Path | None:
+def file_inside(root: pathlib.Path, location: str) -> pathlib.Path | None:
     """Return the path of a file in a folder, or None where the location leads elsewhere."""
     if not location or "\0" in location or pathlib.PurePath(location).is_absolute():
         return None
@@ -215,7 +215,7 @@ def _external(tensor: TensorProto, folder: pathlib.Path | None, nbytes: int, wha
             hint="give the path of the .onnx file instead",
         )
     root = folder.resolve()
-    path = _inside(root, location)
+    path = file_inside(root, location)
     if path is None:
         raise ModelError(
             f"{what} names the external file {location!r}, which is not inside the model's folder"
