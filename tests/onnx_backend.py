@@ -15,11 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,14 +29,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-NOTES = (
-    "# Known as wrong: Mish and Softplus lose relative precision near 0 (log(1 + exp x) in TVM);",
-    "# align_corners with a size that scales do not divide evenly, where ONNX takes the fractional",
-    "# size and this compiler the rounded one.",
-)
-
 STATUSES = ("pass", "refused", "wrong", "error", "crash", "hang", "excluded")
 TIMEOUT_S = 60.0
+PATIENCE = 20
+"""How many times as long a case may take on a machine that does something else."""
+
+_NOISE = "the expected values hold rounding errors of 2e-7 where the exact ones are 0"
+TOLERANCES = dict.fromkeys(("test_dft_inverse", "test_dft_inverse_opset19"), (1e-6, _NOISE))
+"""Absolute tolerances other than the suite's, and why (as ONNX's own runner takes them)."""
 
 SHAPE_OPERANDS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("Reshape", "Expand", "Tile", "Squeeze", "Unsqueeze", "Split"), (1,)),
@@ -79,10 +80,7 @@ _FORWARDS = frozenset(
         *("Ceil", "Relu"),
     }
 )
-_EXCLUDED_OPS = re.compile(
-    r"Sequence|Optional|String|Regex|Tokenizer|TfIdfVectorizer|ConcatFromSequence|LabelEncoder"
-    r"|ImageDecoder"
-)
+_EXCLUDED_OPS = re.compile(r"Sequence|Optional|String|Regex|Tokenizer")
 _EXCLUDED_DOMAINS = re.compile("training|preview")
 
 
@@ -101,7 +99,11 @@ class Outcome:
     seconds: float = 0.0
 
 
-def load_cases(kinds: Iterable[str] = ("node", "simple")) -> dict[str, Any]:
+KINDS = ("node", "simple", "pytorch-converted", "pytorch-operator")
+"""Kinds of cases; all of `real` are downloads."""
+
+
+def load_cases(kinds: Iterable[str] = KINDS) -> dict[str, Any]:
     """Return the suite's cases by name; those that need a download are not among them."""
     from onnx.backend.test.loader import load_model_tests
 
@@ -125,20 +127,35 @@ def _data_sets(case: Any, model: onnx.ModelProto) -> Iterator[tuple[list[Any], l
     if case.data_sets is not None:
         yield from case.data_sets
         return
+    stored = {t.name for t in model.graph.initializer}
     for folder in sorted(Path(case.model_dir).glob("test_data_set_*")):
         found: list[list[Any]] = []
         for what, infos in (("input", model.graph.input), ("output", model.graph.output)):
             arrays = []
             for i in range(len(infos)):
+                if what == "input" and infos[i].name in stored:
+                    continue  # old models list their weights among the inputs
                 tensor = onnx.TensorProto()
-                tensor.ParseFromString((folder / f"{what}_{i}.pb").read_bytes())
+                number = len(arrays)
+                tensor.ParseFromString((folder / f"{what}_{number}.pb").read_bytes())
                 arrays.append(onnx.numpy_helper.to_array(tensor))
             found.append(arrays)
         yield found[0], found[1]
 
 
-def excluded(model: onnx.ModelProto) -> str:
-    """Return which feature takes the case out of the count, or an empty text."""
+def _inputs(model: onnx.ModelProto) -> list[str]:
+    """Return the inputs that data comes for."""
+    stored = {t.name for t in model.graph.initializer}
+    return [i.name for i in model.graph.input if i.name not in stored]
+
+
+def excluded(model: onnx.ModelProto, data: Mapping[str, Any] | None = None) -> str:
+    """Return which feature takes the case out of the count, or an empty text.
+
+    Args:
+        model: The case's model.
+        data: Its inputs by name.
+    """
     for info in (*model.graph.input, *model.graph.output):
         kind = info.type.WhichOneof("value")
         if kind != "tensor_type":
@@ -151,6 +168,8 @@ def excluded(model: onnx.ModelProto) -> str:
         if _EXCLUDED_OPS.search(node.op_type):
             return f"operator {node.op_type}"
         if any(a.name == "training_mode" and a.i for a in node.attribute):
+            return "training mode"
+        if node.op_type == "Dropout" and np.any((data or {}).get("".join(node.input[2:3]), False)):
             return "training mode"
         for a in node.attribute:
             if a.name == "to" and a.i == onnx.TensorProto.STRING:
@@ -213,7 +232,7 @@ def shape_inputs(model: onnx.ModelProto) -> list[str]:
         if t.elem_type not in integers or len(t.shape.dim) > 1:
             continue
         if t.elem_type == onnx.TensorProto.FLOAT and not any(
-            n.op_type in ("Resize", "Upsample", "Range", "MelWeightMatrix")
+            n.op_type in ("Resize", "Upsample", "Range", "MelWeightMatrix", "OneHot")
             for n in _nodes(model.graph)
         ):
             continue
@@ -242,10 +261,10 @@ def run_case(case: Any, target: str = "host") -> Outcome:
 
     try:
         model = _model(case)
-        feature = excluded(model)
-        if feature:
-            return done("excluded", feature)
         for inputs, outputs in _data_sets(case, model):
+            feature = excluded(model, dict(zip(_inputs(model), inputs, strict=False)))
+            if feature:
+                return done("excluded", feature)
             problem = _compare(case, model, inputs, outputs, target)
             if problem:
                 return done("wrong", problem)
@@ -257,7 +276,20 @@ def run_case(case: Any, target: str = "host") -> Outcome:
         return done("error", f"{type(error).__name__}: {error.message}")
     except Exception as error:  # whatever it is, it is a finding
         return done("error", f"{type(error).__name__}: {error}")
-    return done("pass")
+    names = ", ".join(_frozen_floats(model))
+    return done("pass", f"freezes {names}" if names else "")
+
+
+def _frozen_floats(model: onnx.ModelProto) -> list[str]:
+    """Return the inputs that are frozen though they are no integers (and more than a dtype)."""
+    integers = {onnx.TensorProto.INT64, onnx.TensorProto.INT32}
+    fixed = set(shape_inputs(model))
+    read = {n for node in model.graph.node if node.op_type != "CastLike" for n in node.input}
+    return [
+        i.name
+        for i in model.graph.input
+        if i.name in fixed & read and i.type.tensor_type.elem_type not in integers
+    ]
 
 
 def _compare(
@@ -266,7 +298,7 @@ def _compare(
     from qcompiler.driver import assemble, build_graph, quantize_model
     from qcompiler.registry import get_target
 
-    names = [i.name for i in model.graph.input]
+    names = _inputs(model)
     fixed = set(shape_inputs(model))
     data = dict(zip(names, inputs, strict=False))
     freeze = {n: _held(a) for n, a in data.items() if n in fixed}
@@ -291,7 +323,8 @@ def _compare(
             have, wanted = (f"{a.dtype}{list(a.shape)}" for a in (got, expected))
             return f"{info.name}: {have} instead of {wanted}"
         try:
-            np.testing.assert_allclose(got, expected, rtol=case.rtol, atol=case.atol)
+            atol = max(case.atol, TOLERANCES.get(case.name, (0.0, ""))[0])
+            np.testing.assert_allclose(got, expected, rtol=case.rtol, atol=atol)
         except AssertionError as error:
             return f"{info.name}: {error}"
     return ""
@@ -328,9 +361,14 @@ class Worker:
         """Run one case."""
         try:
             self.pipe.send(name)
-            if self.pipe.poll(timeout):
-                outcome: Outcome = self.pipe.recv()
-                return outcome
+            end = self._seconds() + timeout
+            # Of processor time: on a busy machine a case may take long without hanging.
+            for _ in range(int(PATIENCE)):
+                if self.pipe.poll(timeout):
+                    outcome: Outcome = self.pipe.recv()
+                    return outcome
+                if self._seconds() > end:
+                    break
             outcome = Outcome("hang", f"no result after {timeout:g} s", timeout)
         except (EOFError, OSError):
             self.process.join()
@@ -339,6 +377,11 @@ class Worker:
         self.process.join()
         self._start()
         return outcome
+
+    def _seconds(self) -> float:
+        """Return the processor time that the process has taken."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End the process."""
@@ -350,14 +393,18 @@ def table(outcomes: dict[str, Outcome]) -> str:
     """Return the committed text: counts, then one line per case that does not pass."""
     counts = {s: sum(o.status == s for o in outcomes.values()) for s in STATUSES}
     counted = len(outcomes) - counts["excluded"]
+    floats = sum("freezes" in o.reason for o in outcomes.values() if o.status == "pass")
     lines = [
-        "# ONNX backend tests (onnx.backend.test node and simple cases), target host, fp32.",
+        "# ONNX backend tests (onnx.backend.test), target host, fp32.",
         "# Written by: python tests/onnx_backend.py --table tests/onnx_backend_table.txt",
         f"# onnx {onnx.__version__}: {len(outcomes)} cases, {counts['excluded']} excluded"
         f" (sequence, optional, string, training, preview), {counted} counted:",
         f"# {counts['pass']} pass ({100 * counts['pass'] / max(counted, 1):.1f} %), "
         + ", ".join(f"{counts[s]} {s}" for s in STATUSES[1:-1]),
-        *NOTES,
+        "# Kinds: node, simple, pytorch-converted, pytorch-operator; all of `real` are downloads.",
+        "# Shapes and counts that a test gives as inputs are frozen; frozen inputs that are floats",
+        f"# or conditions of loops are named in the line: {floats} of those that pass.",
+        *(f"# {name}: atol {atol:g}, because {why}." for name, (atol, why) in TOLERANCES.items()),
     ]
     for status in STATUSES:
         names = sorted(n for n, o in outcomes.items() if o.status == status)
