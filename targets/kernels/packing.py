@@ -17,8 +17,9 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
   in the int16 weights);
 * guarded: int8 `[T, Q, V, L, G]`, and `guard` int8 `[K]` (see `guarded`);
-* winograd: int16 `[blocks, positions, C / 2, V, L, 2]` (see `winograd_plan`), and the bias times
-  the power of two by which the kernel shifts the sums right;
+* winograd: int16 `[blocks, positions, C / 2, V, L, 2]`, or int8 where the kernel transforms them
+  (see `winograd_plan.Transformed`), and the bias times the power of two by which the kernel shifts
+  the sums right;
 * weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`);
 * the same in groups along K: `group_start` int32 and `group_scale` float32 `[T, Q / group, V * L]`
   (the zero point's share and the multiplier of each run of K-groups); `bias` is then float32;
@@ -105,8 +106,8 @@ point; the clamp of the requantized value before the zero point is added (or of 
 the residual's multiplier and zero point."""
 
 _SMALL = 0.75
-"""Factor on the time of a kernel whose weights are 4 bits wide: Winograd's take 28 bits for each,
-and are not worth that for a few percent."""
+"""Factor on the time of a kernel whose weights are 4 bits wide: Winograd holds 8 to 64 bits for
+each, and is not worth that for a few percent."""
 
 _WIDE_TILES = 4
 """Column tiles from which activations are widened once, not in every tile (10 to 14 % faster)."""
@@ -244,7 +245,7 @@ def _transformed(
     a_range = min(low, 0), max(high, 0)
     exact = (patch for patch in patches if proved(weight, bias, a_range, patch))
     patch = next(exact, None)
-    return None if patch is None else transform_weights(weight, isa, patch)
+    return None if patch is None else transform_weights(workload, isa, weight, patch)
 
 
 def _time(packed: Packed) -> float:

@@ -20,6 +20,10 @@ of 36, and `vpmaddwd` does 16 in one instruction (`vpdpwssd` adds them too).  `s
 does four: as many products in a count of instructions as chains of 8-bit `smlal`, and so the same
 gain.
 
+Transformed weights take 3.6 to 8 times the bytes of int8.  Where they are too large for that the
+kernel holds int8 and transforms as it goes (`_multiply_late`): a tenth to a third slower alone in
+the cache, as fast in a model, whose weights come from memory.
+
 A task (some rows of patches) copies its input rows, padded with the zero point, into a work area,
 transforms them to V, then for each 16 output channels multiplies into M and transforms back,
 straight into the epilogue.  V of a task stays within level 2, M of 16 channels within level 1.
@@ -37,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.bands import PaddedRow, copy_padded_row
+from qcompiler.targets.kernels.bands import PaddedRow, copy_padded_row, fill_elements
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import Accumulators
 from qcompiler.targets.kernels.tir import (
@@ -98,15 +102,15 @@ class WinogradKernel:
             v = scratch(plan.positions * plan.v_step, "int16")
             self._transform_inputs(self._copy_band(image, first, rows), v, rows)
             m = scratch(plan.positions * plan.m_step, "int32")
+            u = scratch(plan.u_size, "int16") if plan.late else self.constants["weight"]
             with serial(part, minimum(part + plan.blocks, w.co // plan.columns)) as block:
-                with serial(plan.positions) as position:
-                    for start, count, size in plan.tiles.kinds:
-                        # The last task may have fewer patches, and so fewer tiles.
-                        left = rows * plan.patch_cols - start * plan.tiles.size
-                        tiles = bind(minimum(count, (maximum(left, 0) + (size - 1)) // size))
-                        with serial(tiles) as tile, own_function(f"{self.name}_tile{size}"):
-                            patch = bind(start * plan.tiles.size + tile * size)
-                            self._multiply(v, m, block, position, start + tile, patch, size)
+                if plan.late:
+                    self._multiply_late(v, u, m, block, rows)
+                else:
+                    with serial(plan.positions) as position:
+                        w_index = bind((block * plan.positions + position) * plan.u_step)
+                        at = bind(position * plan.v_step), w_index, position
+                        self._multiply_all(v, u, m, at, rows)
                 with (
                     serial(rows) as row,
                     serial(plan.patch_cols) as col,
@@ -152,41 +156,109 @@ class WinogradKernel:
                 for j, value in enumerate(_input_transform([column[i] for column in columns])):
                     store(v, target + (i * (width + 2) + j) * plan.v_step, value)
 
-    def _multiply(
-        self, v: Buffer, m: Buffer, block: Expr, position: Expr, tile: Expr, patch: Expr, mt: int
+    def _multiply_late(self, v: Buffer, u: Buffer, m: Buffer, block: Expr, rows: Expr) -> None:
+        """M of all positions and the columns of a block, with filters transformed on the way.
+
+        One row of positions and a chunk of channels at a time: these filters stay in level 1, where
+        a whole block's would go through level 2 and back.
+        """
+        plan = self.plan
+        across = plan.patch[1] + 2
+        fill_elements(m, 0, splat(0, "int32", 1), plan.positions * plan.m_step)
+        for row in range(plan.patch[0] + 2):
+            with serial(plan.channels // plan.chunk) as chunk:
+                first_channel = bind(chunk * plan.chunk)
+                self._transform_filters(u, block, first_channel, row)
+                with serial(across) as col:
+                    position = bind(row * across + col)
+                    a_index = bind(position * plan.v_step + first_channel)
+                    at = a_index, bind(col * plan.u_step), position
+                    self._multiply_all(v, u, m, at, rows)
+
+    def _transform_filters(self, u: Buffer, block: Expr, first_channel: Expr, row: int) -> None:
+        """A row of U = G g Gt, of the columns of a block and a chunk of channels."""
+        plan = self.plan
+        weight, words = self.constants["weight"], 2 * plan.lanes
+        height, width = plan.patch
+        first = bind((block * plan.channels + first_channel) * (9 * plan.columns))
+        with own_function(f"{self.name}_filters{row}"), serial(plan.chunk // 2 * NV) as vector:
+            start = bind(first + vector * (9 * words))
+            g = [bind(cast(load(weight, start + k * words, words), "int16")) for k in range(9)]
+            columns = [_filter_transform(g[j::3], height)[row] for j in range(3)]
+            for j, value in enumerate(_filter_transform(columns, width)):
+                store(u, vector * words + j * plan.u_step, value)
+
+    def _multiply_all(
+        self, v: Buffer, u: Buffer, m: Buffer, at: tuple[Expr, Expr, Expr], rows: Expr
     ) -> None:
-        """M of a tile: of `mt` patches from `patch`, the columns of a block, at one position."""
+        """M of all tiles of a task, at one position."""
+        plan = self.plan
+        for start, count, size in plan.tiles.kinds:
+            # The last task may have fewer patches, and so fewer tiles.
+            left = rows * plan.patch_cols - start * plan.tiles.size
+            tiles = bind(minimum(count, (maximum(left, 0) + (size - 1)) // size))
+            with serial(tiles) as tile, own_function(f"{self.name}_tile{size}"):
+                patch = bind(start * plan.tiles.size + tile * size)
+                self._multiply(v, u, m, at, start + tile, patch, size)
+
+    def _multiply(
+        self,
+        v: Buffer,
+        u: Buffer,
+        m: Buffer,
+        at: tuple[Expr, Expr, Expr],
+        tile: Expr,
+        patch: Expr,
+        mt: int,
+    ) -> None:
+        """M of a tile: of `mt` patches from `patch`, the columns of a block, at one position.
+
+        Args:
+            v: Transformed inputs.
+            u: Transformed filters.
+            m: Products.
+            at: Where the position's inputs and filters start, and the position.
+            tile: Which tile of the task it is.
+            patch: Its first patch.
+            mt: Its patches.
+        """
         w, plan = self.workload, self.plan
         lanes = plan.lanes
+        a_index, w_index, position = at
+        a_index = bind(a_index + patch * w.c)
+        target = bind(position * plan.m_step + patch * plan.columns)
         acc = Accumulators(mt, NV, lanes, "int32")
         for i in range(mt):
             for n in range(NV):
-                acc.put(i, n, splat(0, "int32", lanes))
-        words = NV * lanes
-        a_index = bind(position * plan.v_step + patch * w.c)
-        w_index = bind((block * plan.positions + position) * (w.c * words))
+                place = target + (i * plan.columns + n * lanes)
+                acc.put(i, n, load(m, place, lanes) if plan.late else splat(0, "int32", lanes))
         if takes_pairs(self.isa):
-            self._by_pairs(acc, v, a_index, w_index, tile, mt)
+            self._by_pairs(acc, v, u, a_index, w_index, tile, mt)
         else:
-            self._by_element(acc, v, a_index, w_index, mt)
-        target = bind(position * plan.m_step + patch * plan.columns)
+            self._by_element(acc, v, u, a_index, w_index, mt)
         for i in range(mt):
             for n in range(NV):
                 store(m, target + (i * plan.columns + n * lanes), acc.get(i, n))
 
     def _by_pairs(
-        self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr, tile: Expr, mt: int
+        self,
+        acc: Accumulators,
+        v: Buffer,
+        u: Buffer,
+        a_index: Expr,
+        w_index: Expr,
+        tile: Expr,
+        mt: int,
     ) -> None:
         """Products of pairs of channels, each pair in every lane."""
-        w, lanes = self.workload, self.plan.lanes
-        weight, words = self.constants["weight"], NV * 2 * lanes
+        w, plan, lanes = self.workload, self.plan, self.plan.lanes
+        words = NV * 2 * lanes
         madd = str(self.isa.intrinsic("madd_i16", 32 * lanes))
-        with serial(w.c // 2) as pair:
-            if self.plan.far:
+        with serial(plan.chunk // 2) as pair:
+            if plan.far and not plan.late:
                 self._fetch_ahead(w_index, pair, tile)
             filters = [
-                bind(load(weight, w_index + pair * words + n * 2 * lanes, 2 * lanes))
-                for n in range(NV)
+                bind(load(u, w_index + pair * words + n * 2 * lanes, 2 * lanes)) for n in range(NV)
             ]
             for i in range(mt):
                 both = reinterpret(load(v, a_index + pair * 2 + i * w.c, 2), "int32", 1)
@@ -198,8 +270,8 @@ class WinogradKernel:
     def _fetch_ahead(self, w_index: Expr, pair: Expr, tile: Expr) -> None:
         """Ask for the next position's weights, each tile for its share, evenly over its loop.
 
-        Weights that come from beyond level 2 then arrive while those of a position are multiplied:
-        on 7x7x512 (Golden Cove, one core) 2x4 patches gain a factor of 2.5, on 14x14x256 4x4 12 %.
+        Weights that come from beyond level 2 then arrive while those of a position are multiplied
+        (12 % on 14x14x256, Golden Cove).
         """
         panel = self.workload.c * self.plan.columns
         share = panel // self.plan.tiles.tiles
@@ -209,17 +281,17 @@ class WinogradKernel:
             prefetch(self.constants["weight"], at + line)
 
     def _by_element(
-        self, acc: Accumulators, v: Buffer, a_index: Expr, w_index: Expr, mt: int
+        self, acc: Accumulators, v: Buffer, u: Buffer, a_index: Expr, w_index: Expr, mt: int
     ) -> None:
         """Products of one channel at a time, which is one element of a register of eight."""
         w, lanes = self.workload, self.plan.lanes
-        weight, words = self.constants["weight"], NV * lanes
+        words = NV * lanes
         mul = str(self.isa.intrinsic("mul_s16", 32 * lanes))
         with serial(w.c // 8) as block:
             values = [bind(load(v, a_index + block * 8 + i * w.c, 8)) for i in range(mt)]
             for k in range(8):
                 at = w_index + (block * 8 + k) * words
-                filters = [bind(load(weight, at + n * lanes, lanes)) for n in range(NV)]
+                filters = [bind(load(u, at + n * lanes, lanes)) for n in range(NV)]
                 for i in range(mt):
                     element = bind(shuffle([values[i]], [k] * lanes))
                     for n in range(NV):
@@ -291,8 +363,8 @@ def _input_transform(d: Sequence[Expr]) -> list[Expr]:
     if len(d) == 4:
         return [bind(d[0] - d[2]), bind(d[1] + d[2]), bind(d[2] - d[1]), bind(d[1] - d[3])]
     far = bind(d[4] - d[2])
-    even = bind(d[4] - _times(d[2], 2))
-    odd = bind(d[3] - _times(d[1], 2))
+    even = bind(_times(d[2], 2) - d[4])
+    odd = bind(_times(d[1], 2) - d[3])
     twice = _times(bind(d[3] - d[1]), 1)
     return [
         bind(_times(bind(d[0] - d[2]), 2) + far),
@@ -301,6 +373,28 @@ def _input_transform(d: Sequence[Expr]) -> list[Expr]:
         bind(far + twice),
         bind(far - twice),
         bind(bind(d[5] - d[3]) - _times(twice, 1)),
+    ]
+
+
+def _filter_transform(g: Sequence[Expr], outputs: int) -> list[Expr]:
+    """G of the weights of a filter along one dimension, as `winograd_plan.FILTERS`."""
+    sum_ends = bind(g[0] + g[2])
+    if outputs == 2:
+        ends = [_times(g[0], 1), _times(g[2], 1)]
+        return [ends[0], bind(sum_ends + g[1]), bind(sum_ends - g[1]), ends[1]]
+    near, near_odd = _times(sum_ends, 2), _times(g[1], 2)
+    far, far_odd = bind(g[0] + _times(g[2], 2)), _times(g[1], 1)
+
+    def scaled(value: Expr, factor: int) -> Expr:
+        return bind(value * splat(factor, dtype_of(value), lanes_of(value)))
+
+    return [
+        scaled(g[0], 6),
+        bind(near + near_odd),
+        bind(near - near_odd),
+        bind(far + far_odd),
+        bind(far - far_odd),
+        scaled(g[2], 12),
     ]
 
 

@@ -49,14 +49,20 @@ _NEAR_BYTES = 512 * 1024
 """Weights that level 2 keeps from one inference to the next."""
 _FAR_RATE = 6.0
 """Bytes of far weights that arrive in a cycle (7.3 measured from a large level 3)."""
+_STORED_BYTES = 2 * 1024 * 1024
+"""Transformed weights that are worth their memory: larger ones are transformed by the kernel."""
+_U_BYTES = 24 * 1024
+"""Most bytes of a row of transformed weights: half of level 1."""
+_CALL = 15.0
+"""Cycles of a register tile beside its products."""
+_MARGIN = 1.05
+"""How much faster an estimate must be than the direct kernel's."""
 LINE = 64
 """Bytes of a cache line."""
 
 FILTERS: dict[int, Array] = {
     2: np.asarray([[2, 0, 0], [1, 1, 1], [1, -1, 1], [0, 0, 2]], np.int32),
-    4: np.asarray(
-        [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 12]], np.int32
-    ),
+    4: np.asarray([[6, 0, 0], [4, 4, 4], [4, -4, 4], [1, 2, 4], [1, -2, 4], [0, 0, 12]], np.int32),
 }
 """The filter transform G of F(m, 3) in integers: G times `scale_of(m)`, except that the last row
 of F(4, 3) has half of that.  So all products of two rows with int8 weights fit int16 (12 * 12 *
@@ -87,7 +93,11 @@ class WinogradPlan:
     blocks: int
     """Blocks of output channels of one part."""
     far: bool
-    """Whether the weights come from beyond level 2."""
+    """Whether the transformed weights would come from beyond level 2."""
+    late: bool
+    """Whether the kernel transforms the weights, which are then held as they are."""
+    chunk: int
+    """Input channels that are multiplied at a time: all, or as many as `late` transforms."""
 
     @property
     def positions(self) -> int:
@@ -127,6 +137,16 @@ class WinogradPlan:
         sets of the cache; and so for the products.
         """
         return self.patches * self.channels + LINE // 2
+
+    @property
+    def u_step(self) -> int:
+        """int16 elements of the transformed weights from one position to the next."""
+        return self.chunk * self.columns + (LINE // 2 if self.late else 0)
+
+    @property
+    def u_size(self) -> int:
+        """int16 elements of the weights that are transformed at a time: a row of positions."""
+        return (self.patch[1] + 2) * self.u_step
 
     @property
     def m_step(self) -> int:
@@ -208,6 +228,8 @@ def winograd_plan(workload: ConvWorkload, isa: Isa, patch: Patch, rows: int = 0)
     blocks = workload.co // (NV * lanes)
     splits = min(max(1, workload.co // _LEAST_COLUMNS), -(-_TASKS // (workload.n * tasks)))
     part = -(-blocks // splits)
+    size = _weight_bytes(workload, patch)
+    late = size > _STORED_BYTES and takes_pairs(isa)
     return WinogradPlan(
         patch=patch,
         channels=workload.c,
@@ -218,7 +240,9 @@ def winograd_plan(workload: ConvWorkload, isa: Isa, patch: Patch, rows: int = 0)
         patch_cols=patch_cols,
         splits=-(-blocks // part),
         blocks=part,
-        far=_weight_bytes(workload, patch) > _NEAR_BYTES,
+        far=size > _NEAR_BYTES,
+        late=late,
+        chunk=_chunk(workload.c, (patch[1] + 2) * NV * lanes * 2) if late else workload.c,
     )
 
 
@@ -228,7 +252,8 @@ class Transformed:
 
     weight: Array
     """int16 `[blocks, positions, C / 2, NV, lanes, 2]` (channel pairs last), or without pairs
-    `[blocks, positions, C, NV, lanes]`."""
+    `[blocks, positions, C, NV, lanes]`; for the kernel to transform, int8 `[blocks, C / 2, NV, 9,
+    lanes, 2]`."""
     patch: Patch
 
     @property
@@ -237,10 +262,15 @@ class Transformed:
         return shift_of(self.patch)
 
 
-def transform_weights(weight: npt.NDArray[np.int8], isa: Isa, patch: Patch) -> Transformed:
-    """Transform OIHW weights."""
+def transform_weights(
+    workload: ConvWorkload, isa: Isa, weight: npt.NDArray[np.int8], patch: Patch
+) -> Transformed:
+    """Transform OIHW weights, or lay them out for a kernel that does."""
     co, c = weight.shape[:2]
     lanes = isa.lanes()
+    if winograd_plan(workload, isa, patch).late:
+        split = weight.reshape(co // (NV * lanes), NV, lanes, c // 2, 2, 9)
+        return Transformed(np.ascontiguousarray(split.transpose(0, 3, 1, 5, 2, 4)), patch)
     rows, cols = FILTERS[patch[0]], FILTERS[patch[1]]
     wide = weight.astype(np.int32)
     u = np.einsum("ai,ocij,bj->oabc", rows, wide, cols, optimize=True).astype(np.int16)
@@ -261,6 +291,12 @@ _OUTPUT = {2: 4, 4: 14}
 """Additions and shifts of the one-dimensional transforms."""
 
 
+def _chunk(channels: int, step: int) -> int:
+    """Input channels, of `step` bytes, to transform at a time: a divisor of all of them."""
+    sizes = range(_CHANNELS, max(_CHANNELS, _U_BYTES // step) + 1, _CHANNELS)
+    return max(size for size in sizes if channels % size == 0)
+
+
 def _weight_bytes(workload: ConvWorkload, patch: Patch) -> int:
     return (patch[0] + 2) * (patch[1] + 2) * workload.c * workload.co * 2
 
@@ -271,14 +307,19 @@ def _time(workload: ConvWorkload, isa: Isa, patch: Patch) -> float:
     c, co = workload.c, workload.co
     (m, n), positions = patch, plan.positions
     vectors = isa.vector_bits / 256
-    tiles = sum(count * size for _, count, size in plan.tiles.kinds) * plan.tasks
-    products = tiles * positions * c * co / 16 * _product(isa) / vectors
-    streamed = _weight_bytes(workload, patch) / _FAR_RATE if plan.far else 0.0
+    ports = 2 if vectors > 1 else 3
+    multiplied = sum(count * size for _, count, size in plan.tiles.kinds)
+    products = multiplied * positions * c * co / 16 * _product(isa) / vectors
+    calls = plan.tiles.tiles * positions * (c // plan.chunk) * (co // plan.columns)
+    tiles = plan.tasks * (products + calls * (_CALL + 2 * NV * plan.tiles.size))
+    streamed = _weight_bytes(workload, patch) / _FAR_RATE if plan.far and not plan.late else 0.0
+    patches = plan.patch_rows * plan.patch_cols
     inputs = (n + 2) * _INPUT[m] + (m + 2) * _INPUT[n] + 2 * positions
     outputs = (n + 2) * _OUTPUT[m] + m * _OUTPUT[n] + positions + 12 * m * n
-    patches = plan.patch_rows * plan.patch_cols
-    transforms = patches * (inputs * c / 16 * plan.splits + outputs * co / 8) / 3 / vectors
-    return workload.n * (max(products, streamed) + transforms)
+    operations = patches * (inputs * c / 16 * plan.splits + outputs * co / 8)
+    if plan.late:
+        operations += plan.tasks * c * co / 16 * (m + 2) * (21 + 3 * n + (n + 2))
+    return workload.n * (max(tiles, streamed) + operations / ports / vectors)
 
 
 def patches_by_time(workload: ConvWorkload, isa: Isa, direct: float) -> tuple[Patch, ...]:
@@ -293,8 +334,11 @@ def patches_by_time(workload: ConvWorkload, isa: Isa, direct: float) -> tuple[Pa
     if not applies(workload, isa):
         return ()
     c, co = workload.c, workload.co
-    step = 0.5 if isa.dot == "vpdpbusd" else 1.0
+    vectors = isa.vector_bits / 256
+    step = 1.0
+    if isa.dot == "vpdpbusd":  # wider vectors leave more time for loads
+        step = 0.5 if vectors > 1 else 0.58
     pixels = workload.n * workload.oh * workload.ow
-    limit = pixels * co * (c * 9 / 32 * step * direct + 1 / 3) / (isa.vector_bits / 256)
-    times = sorted((1.05 * _time(workload, isa, patch), patch) for patch in PATCHES.values())
+    limit = pixels * co * (c * 9 / 32 * step * direct + 0.6) / vectors
+    times = sorted((_MARGIN * _time(workload, isa, patch), patch) for patch in PATCHES.values())
     return tuple(patch for time, patch in times if time < limit)
