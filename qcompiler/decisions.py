@@ -207,11 +207,12 @@ def moments_of(network: Network) -> tuple[Moment, ...]:
     moments: dict[tuple[object, ...], Moment] = {}
     for node in graph.nodes:
         at = order[node]
-        made = {key: size for start, until, key, size in copies if start <= at <= until}
+        converted = {copy: size for start, until, copy, size in copies if start <= at <= until}
         live = tuple(
             v for v, until in last.items() if v.producer and first[v.producer] <= at <= until
         )
-        if (*live, *made) in moments:
+        present = (*live, *converted)
+        if present in moments:
             continue
         held: dict[str, dict[str, float]] = {}
         base = 0.0
@@ -227,7 +228,7 @@ def moments_of(network: Network) -> tuple[Moment, ...]:
             for name in network.problem.item(owner).options:
                 size = narrow if Precision.parse(name).is_integer else wide
                 options[name] = options.get(name, 0.0) + size
-        moments[(*live, *made)] = Moment(held, base, made)
+        moments[present] = Moment(held, base, converted)
     return tuple(moments.values())
 
 

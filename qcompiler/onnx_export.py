@@ -83,7 +83,7 @@ def node_to_onnx(node: Node, *, opset: int | None = None) -> onnx.ModelProto:
         opset = max(LEAST_OPSET, int(node.attr("opset")))
         opset = opset if _keeps_meaning(node, opset) else int(node.attr("opset"))
         given = list(dict.fromkeys(v for v in node.operands if not v.is_constant))
-        return _region([node], given, node.outputs, opset)
+        return _region([node], given, node.outputs, opset, None)
     return subgraph_to_onnx([node], outputs=node.outputs, opset=opset)
 
 

@@ -167,7 +167,7 @@ def latency(
     from qcompiler.cli.bench import measure
     from qcompiler.peers import OURS
 
-    outcomes = measure(compiled, artifact, model, ("onnxruntime",), threads, 50, None, bars)
+    outcomes, _ = measure(compiled, artifact, model, ("onnxruntime",), threads, 50, None, bars)
     ours, theirs = outcomes[OURS].timing, outcomes["onnxruntime"].timing
     if ours is None or theirs is None:
         problem = outcomes[OURS].problem or outcomes["onnxruntime"].problem

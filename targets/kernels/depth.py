@@ -29,9 +29,10 @@ Array = npt.NDArray[Any]
 EXACT = 0
 """The depth class of K-groups that could saturate by themselves: int16 pairs multiply them."""
 
-_COST = {EXACT: 1.25, 1: 1.0, 2: 0.77, 4: 0.72, 8: 0.67}
+_COST = {EXACT: 1.4, 1: 1.0, 2: 0.77, 4: 0.72, 8: 0.67}
 """Time of one K-group by depth, relative to depth 1 (measured on Zen 5: 115, 144, 187, 202, 217
-GMAC/s for a tile of 3 pixels x 2 vectors)."""
+GMAC/s for a tile of 3 pixels x 2 vectors; on Sapphire Rapids, with three ports for vectors, the
+first two are 79 and 115)."""
 SECTION_TIME = 3.0
 """Time to start one section of a tile's list, in K-groups of depth 1."""
 _DEEP = 1.08

@@ -20,7 +20,8 @@ Which way is taken changes the time, never the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.targets.kernels.depth import group_time
-from qcompiler.targets.kernels.plan import Dot, Geometry
+from qcompiler.targets.kernels.plan import Geometry
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
@@ -37,6 +38,7 @@ from qcompiler.targets.kernels.tir import (
     intrinsic,
     load,
     maximum,
+    minimum,
     own_function,
     registers,
     reinterpret,
@@ -45,17 +47,29 @@ from qcompiler.targets.kernels.tir import (
     shuffle,
     splat,
     store,
+    when,
 )
 
 if TYPE_CHECKING:
     from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source
 
-__all__ = ["DEPTHS", "applies", "classify", "expected_time", "guard_row", "spread_loop", "variants"]
+__all__ = [
+    "DEPTHS",
+    "applies",
+    "classify",
+    "expected_time",
+    "guard_row",
+    "guarded_loops",
+    "ways_of_block",
+    "ways_of_tile",
+]
 
 Array = npt.NDArray[Any]
 
 DEPTHS = (2, 1, 0)
 """The ways a register tile may take, by depth."""
+_SEGMENT = 256
+"""Activations of a pixel that take a way together: one large one slows down no more of K."""
 _BYTES = 32
 _LANES = 16
 _TOP = 32767
@@ -117,36 +131,70 @@ def expected_time(row: Array, zero_point: int, largest: int) -> float:
     return two * group_time(2) + (one - two) * group_time(1) + (1 - one) * _SPREAD_TIME
 
 
-def classify(kernel: MacroKernel, source: Source, rows: tuple[Expr, Expr]) -> Buffer:
-    """The way that each register tile of a task's tile rows takes, as int32.
+def ways_of_tile(geometry: Geometry) -> int:
+    """Ways of a register tile: 2 where all of K may go two deep, then that of each segment."""
+    return 1 + -(-geometry.run // _SEGMENT)
+
+
+def ways_of_block(kernel: MacroKernel) -> int:
+    """Ways that the register tiles of a block of tile rows take."""
+    plan = kernel.plan
+    return plan.row_block * plan.cols.tiles * ways_of_tile(kernel.geometry)
+
+
+def classify(
+    kernel: MacroKernel,
+    source: Source,
+    rows: tuple[Expr, Expr],
+    to: tuple[Buffer, Expr] | None = None,
+) -> Buffer:
+    """The ways (`ways_of_tile`) of each register tile of some tile rows, as int32.
 
     Args:
         kernel: The kernel under construction.
-        source: The task's activations.
-        rows: The task's tile rows, half-open.
+        source: The activations.
+        rows: The tile rows, half-open.
+        to: Where the ways go, and the first element there; by default a new work area.
     """
     g, plan = kernel.geometry, kernel.plan
-    ways = scratch(plan.row_block * plan.cols.tiles, "int32")
+    ways, start = to or (scratch(ways_of_block(kernel), "int32"), 0)
+    count = ways_of_tile(g)
     for (first, last), size in kernel.row_tiles(rows):
         with serial(first, last) as row_tile:
             row = bind(kernel.first_row_of(row_tile))
-            for col_from, count, cols in plan.cols.kinds:
-                with serial(count) as col_tile:
+            for col_from, tiles, cols in plan.cols.kinds:
+                with serial(tiles) as col_tile:
                     col = bind(col_from * plan.cols.size + col_tile * cols)
                     a_index = bind(source.origin + row * (g.sh * source.pitch) + col * (g.sw * g.c))
-                    at = bind((row_tile - rows[0]) * plan.cols.tiles + col_from + col_tile)
+                    tile = (row_tile - rows[0]) * plan.cols.tiles + col_from + col_tile
+                    at = bind(start + tile * count)
                     steps = [
                         r * g.sh * source.pitch + c * g.sw * g.c
                         for r in range(size)
                         for c in range(cols)
                     ]
                     with own_function(f"{kernel.name}_guard"):
-                        store(ways, at, _way(kernel, source.buffer, a_index, steps))
+                        store(ways, at, splat(2, "int32", 1))
+                        for begin, many, length in _parts(g.run):
+                            with serial(many) as part:
+                                k = bind(begin + part * length)
+                                way = bind(_way(kernel, source.buffer, a_index, steps, k, length))
+                                store(ways, at + (1 + begin // _SEGMENT + part), way)
+                                store(ways, at, minimum(load(ways, at, 1), way))
     return ways
 
 
-def _way(kernel: MacroKernel, a: Buffer, a_index: Expr, steps: Sequence[int]) -> Expr:
-    """The way of the pixels that begin `steps` elements after `a_index`."""
+def _parts(run: int) -> list[tuple[int, int, int]]:
+    """(first element, segments, length of each) of whole segments and of a shorter last one."""
+    whole = run // _SEGMENT
+    parts = [(0, whole, _SEGMENT), (whole * _SEGMENT, 1, run % _SEGMENT)]
+    return [part for part in parts if part[1] and part[2]]
+
+
+def _way(
+    kernel: MacroKernel, a: Buffer, a_index: Expr, steps: Sequence[int], begin: Expr, length: int
+) -> Expr:
+    """The way of `length` activations from `begin` of pixels at `steps` from `a_index`."""
     guard = kernel.constants["guard"]
     madd = _instruction(kernel, "madd_u8s8", 8 * _BYTES)
     lanes = f"int16x{_LANES}"
@@ -165,11 +213,11 @@ def _way(kernel: MacroKernel, a: Buffer, a_index: Expr, steps: Sequence[int]) ->
                 at = depth * _LANES
                 store(tops, at, maximum(load(tops, at, _LANES), bound))
 
-    k_elements = kernel.geometry.run
-    with serial(k_elements // _BYTES) as chunk:
-        raise_tops(bind(chunk * _BYTES))
-    if k_elements % _BYTES:
-        raise_tops(k_elements - _BYTES)  # again in part; blocks of 8 stay whole
+    if length >= _BYTES:
+        with serial(length // _BYTES) as chunk:
+            raise_tops(bind(begin + chunk * _BYTES))
+    if length % _BYTES:
+        raise_tops(begin + length - _BYTES)  # others in part again; blocks of 8 stay whole
     one, two = (_largest(load(tops, depth * _LANES, _LANES)) for depth in range(2))
     return cast(one < _TOP, "int32") + cast(two < _TOP, "int32")
 
@@ -191,23 +239,18 @@ def _largest(vector: Expr) -> Expr:
     return bind(vector)
 
 
-def variants(kernel: MacroKernel) -> Iterator[tuple[int, MacroKernel]]:
-    """(way, the kernel that takes it) of each way."""
-    for way in DEPTHS:
-        dot: Dot = "maddubs" if way else "spread"
-        facts = replace(kernel.facts, dot=dot, depths=(max(way, 1),))
-        yield way, replace(kernel, facts=facts)
-
-
-def spread_loop(
+def guarded_loops(
     kernel: MacroKernel,
     source: Source,
     a_index: Expr,
     a_steps: Sequence[int],
     tile: Expr,
     acc: Accumulators,
+    way_at: Expr,
 ) -> None:
-    """Accumulate over all of K by `vpmaddwd`, whatever the activations are.
+    """Accumulate over all of K, each segment widened at once or by `vpmaddwd`.
+
+    Two deep by segments, the loops would share registers and spill.
 
     Args:
         kernel: The kernel under construction.
@@ -216,29 +259,58 @@ def spread_loop(
         a_steps: Offset of each pixel from the first.
         tile: Column tile in the weights.
         acc: The register tile to add to.
+        way_at: Element of `source.ways` of the tile's ways.
+    """
+    groups = kernel.geometry.k_groups
+    step = replace(kernel.step(acc), kind="maddubs")
+    size = step.weight_elements
+    first = bind(tile * (groups * size))
+    most = _SEGMENT // 4
+    with serial(ways_of_tile(kernel.geometry) - 1) as segment:
+        way = bind(load(source.ways, way_at + 1 + segment, 1))
+        begin = bind(segment * most)
+        count = bind(minimum(most, groups - begin))
+        with when(way > 0), serial(count) as group:
+            k = bind(begin + group)
+            step.emit(source.buffer, a_index, [k * 4], a_steps, first + k * size)
+        with when(way == 0):
+            a = bind(a_index + begin * 4)
+            _spread_loop(kernel, source.buffer, a, a_steps, bind(first + begin * size), count, acc)
+
+
+def _spread_loop(
+    kernel: MacroKernel,
+    a: Buffer,
+    a_index: Expr,
+    a_steps: Sequence[int],
+    first: Expr,
+    count: Expr,
+    acc: Accumulators,
+) -> None:
+    """Add `count` K-groups by `vpmaddwd`, whatever the activations are.
+
+    Weights begin at element `first`.
     """
     lanes, weight = acc.lanes, kernel.constants["weight"]
-    halves = acc.of_columns(2 * acc.nv)
     group = 4 * acc.nv * lanes
-    first = bind(tile * (kernel.geometry.k_groups * group))
-    for m in range(len(a_steps)):
-        for h in range(2 * acc.nv):
-            halves.put(m, h, splat(0, "int32", lanes))
     name = _instruction(kernel, "madd_i16", 32 * lanes)
-    with serial(kernel.geometry.k_groups) as k:
-        pixels = []
-        for step in a_steps:
-            quad = load(source.buffer, a_index + k * 4 + step, 4)
-            words = splat(reinterpret(cast(quad, "int16"), "int64", 1), "int64", lanes // 2)
-            pixels.append(bind(reinterpret(words, "int16", 2 * lanes)))
-        for h in range(2 * acc.nv):
-            part = load(weight, first + k * group + h * 2 * lanes, 2 * lanes)
-            wide = bind(cast(part, "int16"))
-            for m, pixel in enumerate(pixels):
-                products = intrinsic(f"int32x{lanes}", name, pixel, wide)
-                halves.put(m, h, halves.get(m, h) + products)
-    for m in range(len(a_steps)):
-        for v in range(acc.nv):
-            both = [bind(halves.get(m, 2 * v + h)) for h in range(2)]
+    for v in range(acc.nv):  # one after the other: twice the accumulators would not fit
+        halves = acc.of_columns(2)
+        for m, h in itertools.product(range(len(a_steps)), range(2)):
+            halves.put(m, h, splat(0, "int32", lanes))
+        with serial(count) as k:
+            parts = []
+            for h in range(2):
+                part = load(weight, first + k * group + (2 * v + h) * 2 * lanes, 2 * lanes)
+                parts.append(bind(cast(part, "int16")))
+            for m, step in enumerate(a_steps):
+                quad = cast(load(a, a_index + k * 4 + step, 4), "int16")
+                words = splat(reinterpret(quad, "int64", 1), "int64", lanes // 2)
+                pixel = bind(reinterpret(words, "int16", 2 * lanes))
+                for h, part in enumerate(parts):
+                    products = intrinsic(f"int32x{lanes}", name, pixel, part)
+                    halves.put(m, h, halves.get(m, h) + products)
+        for m in range(len(a_steps)):
+            both = [bind(halves.get(m, h)) for h in range(2)]
             even, odd = (shuffle(both, range(at, 2 * lanes, 2)) for at in range(2))
             acc.put(m, v, acc.get(m, v) + even + odd)

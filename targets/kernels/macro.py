@@ -37,7 +37,12 @@ from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.fetch import Ahead, ahead_of
 from qcompiler.targets.kernels.grouped import grouped_loops
-from qcompiler.targets.kernels.guarded import classify, spread_loop, variants
+from qcompiler.targets.kernels.guarded import (
+    classify,
+    guarded_loops,
+    ways_of_block,
+    ways_of_tile,
+)
 from qcompiler.targets.kernels.neon import (
     by_element_loops,
     chain,
@@ -101,7 +106,9 @@ class Source:
     wide_from: Expr = 0
     """Element of `buffer` that `wide` begins with."""
     ways: Buffer | None = None
-    """The way that each register tile takes (see `guarded`), from `first_row_tile` on."""
+    """The ways that register tiles take (see `guarded`), from tile row `first_row_tile` on."""
+    ways_from: Expr = 0
+    """Element of `ways` that they begin with."""
     first_row_tile: Expr = 0
 
 
@@ -134,12 +141,14 @@ class MacroKernel:
     def emit(self) -> None:
         """The loop over tasks."""
         g, plan = self.geometry, self.plan
-        bands, wide = None, None
+        bands, wide, ways = None, None, None
         if plan.col_blocks > 1:  # tasks of several column blocks share a band
             if not g.direct:
                 bands = self._copy_bands()
             if self.facts.wide:
                 wide = self._widened_whole(self.a if bands is None else bands)
+            if self.facts.dot == "guarded":
+                ways = self._ways_of_all()
         with self.task_loop(g.macs) as task:
             block = bind(task % plan.col_blocks)
             outer = bind(task // plan.col_blocks)
@@ -157,8 +166,9 @@ class MacroKernel:
                 start = outer * self._band_size - self.first_row_of(first) * (g.sh * pitch)
                 source = Source(bands, bind(start), pitch, image, wide=wide)
             if self.facts.dot == "guarded":
-                ways = classify(self, source, (first, last))
-                source = replace(source, ways=ways, first_row_tile=first)
+                mine = classify(self, source, (first, last)) if ways is None else ways
+                start = 0 if ways is None else bind(outer * ways_of_block(self))
+                source = replace(source, ways=mine, ways_from=start, first_row_tile=first)
             self.emit_task(source, (first, last), (begin, end))
 
     def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
@@ -242,7 +252,8 @@ class MacroKernel:
                     way = None
                     if source.ways is not None:
                         before = (row_tile - source.first_row_tile) * plan.cols.tiles
-                        way = bind(load(source.ways, before + col_from + col_tile, 1))
+                        before = (before + col_from + col_tile) * ways_of_tile(self.geometry)
+                        way = bind(source.ways_from + before)
                     if tiles[1] is None:
                         self._tile(source, (row, col), (size, cols), tiles[0], way)
                         continue
@@ -284,6 +295,18 @@ class MacroKernel:
         with serial(bind(minimum(most, g.h - row))) as near:
             widen_elements(area, near * pitch, source.buffer, begin + near * pitch, pitch)
         return replace(source, wide=area, wide_from=begin)
+
+    def _ways_of_all(self) -> Buffer:
+        """The ways of all blocks of tile rows, one after the other."""
+        g, plan = self.geometry, self.plan
+        count, size = g.batch * plan.row_blocks, ways_of_block(self)
+        ways = scratch(count * size, "int32")
+        with self.task_loop(g.macs, count) as index:
+            first = bind(index % plan.row_blocks * plan.row_block)
+            last = bind(minimum(first + plan.row_block, plan.rows.tiles))
+            source = self._source(bind(index // plan.row_blocks), first)
+            classify(self, source, (first, last), (ways, bind(index * size)))
+        return ways
 
     def _widened_whole(self, narrow: Buffer) -> Buffer:
         """All activations in int16."""
@@ -350,9 +373,12 @@ class MacroKernel:
             with own_function(f"{self.name}_tile"):
                 self._tile_body(source, a_index, at, extent, tile)
             return
-        for depth, kernel in variants(self):
-            with when(way == depth), own_function(f"{self.name}_tile{depth}"):
-                kernel._tile_body(source, a_index, at, extent, tile)
+        deep = bind(load(source.ways, way, 1))
+        facts = replace(self.facts, dot="maddubs", depths=(2,))
+        with when(deep == 2), own_function(f"{self.name}_tile"):
+            replace(self, facts=facts)._tile_body(source, a_index, at, extent, tile)
+        with when(deep != 2), own_function(f"{self.name}_tile"):
+            self._tile_body(source, a_index, at, extent, tile, way)
 
     def _tile_body(
         self,
@@ -361,6 +387,7 @@ class MacroKernel:
         at: tuple[Expr, Expr],
         extent: tuple[int, int],
         tile: Expr,
+        way: Expr = None,
     ) -> None:
         g, plan = self.geometry, self.plan
         lanes, nv = plan.lanes, plan.nv
@@ -393,7 +420,9 @@ class MacroKernel:
         starts, valid = self.columns(tile)
         base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
         lane = bind(tile * plan.nt)
-        if totals is acc:
+        if way is not None:
+            guarded_loops(self, source, a_index, a_steps, weight_tile, acc, way)
+        elif totals is acc:
             outputs = [base + start for start in starts] if valid == lanes else []
             ahead = ahead_of(self, source, a_index, at, len(pixels), weight_tile, outputs)
             self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
@@ -436,9 +465,6 @@ class MacroKernel:
         offsets = self.constants.get("offsets")
         if self.facts.dot == "mixed":
             self._mixed_loops(source, a_index, a_steps, tile, acc)
-            return
-        if self.facts.dot == "spread":
-            spread_loop(self, source, a_index, a_steps, tile, acc)
             return
         if self.isa.a_dtype == "int8" and self.facts.dot != "float":
             by_element_loops(self, source, a_index, a_steps, tile, acc)

@@ -42,6 +42,8 @@ def default_params(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> GemmPar
         return amx_plan.candidates(workload, isa)[0]
     direct = _tilings(workload, isa)[0]
     transformed = _transformed(workload, isa)
+    if not isinstance(workload, ConvWorkload):
+        return direct
     if transformed and transformed[0][0] < _GAIN * _direct_cycles(workload, isa, direct):
         return transformed[0][1]
     return direct

@@ -39,7 +39,6 @@ Dot = Literal[
     "exact",
     "mixed",
     "guarded",
-    "spread",
     "winograd",
     "smlal",
     "sdot",
@@ -47,8 +46,8 @@ Dot = Literal[
     "tiles",
 ]
 """How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
-"mixed" by a list of K-groups of either kind for each tile, "guarded" as the activations allow
-("spread" being its way for any activations, see `guarded`), "smlal", "sdot" and "smmla" by those
+"mixed" by a list of K-groups of either kind for each tile, "guarded" as the activations allow,
+"smlal", "sdot" and "smmla" by those
 instructions, "winograd" by transformed operands,
 "tiles" by AMX."""
 
