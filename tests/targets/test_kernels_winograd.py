@@ -78,7 +78,7 @@ def winograd(
     extreme=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_winograd_is_exact(
     algorithm: Algorithm,
     height: int,
