@@ -562,8 +562,8 @@ def _resize(e: Emitter, node: Node) -> None:
     if node.attr("antialias"):
         attrs["antialias"] = 1
     # Sizes say the extents exactly. Scales are needed where they are not the quotient of extents
-    # (7 * 1.5 gives 10 cells that lie 1 / 1.5 apart).
-    if exact:
+    # (7 * 1.5 gives 10 cells that lie 1 / 1.5 apart); aligned corners do not read them.
+    if exact or node.attr("coordinate_mode") == "align_corners":
         steering = ["", "", e.ints(y.shape, f"{node.name}/sizes")]
     else:
         steering = ["", e.const(scales, f"{node.name}/scales")]

@@ -414,7 +414,8 @@ def _resize(ctx: OpContext) -> Results:
         "scales": scales,
         "shape": shape,
     }
-    fractional = any(not float(d * s).is_integer() for d, s in zip(x.shape, scales, strict=True))
+    wanted = (d * s for d, s in zip(x.shape, scales, strict=True))
+    fractional = any(abs(w - n) > 1e-4 for w, n in zip(wanted, shape, strict=True))
     if coordinate_mode == "align_corners" and fractional and attrs["mode"] != "nearest":
         return [_resampled(ctx, x, attrs, scales, shape)]
     return [ctx.emit("resize", x, **attrs)]
@@ -431,7 +432,7 @@ def _resampled(
     for a, (scale, extent) in enumerate(zip(scales, shape, strict=True)):
         if scale == 1 and extent == x.shape[a]:
             continue
-        matrix = weights(x.shape[a], extent, scale, attrs)
+        matrix = weights(x.shape[a], extent, scale, attrs, scale * x.shape[a])
         if x.dtype is not DType.FLOAT32:
             raise UnsupportedOpError(f"corners of {x.dtype.value} are not aligned")
         last = x.type.rank - 1

@@ -41,6 +41,7 @@ SLOW_TOTAL_SECONDS = 10.0
 """How long all measured runs of such a runner take together, 3 runs at least."""
 
 _PR_SET_PDEATHSIG = 1
+_STOP_SECONDS = 1.0
 
 _BOOT = (
     "import json, sys; first = json.loads(sys.stdin.readline()); sys.path[:] = first['path']; "
@@ -225,6 +226,15 @@ class _Worker:
     def stop(self) -> None:
         """Stop all threads of the worker until `resume`, where the system can."""
         self._signal("SIGSTOP")
+        if not hasattr(os, "waitid") or self.process.poll() is not None:
+            return
+        # The signal is only sent by now: the last thread may stop milliseconds later.
+        options = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+        deadline = time.monotonic() + _STOP_SECONDS
+        while os.waitid(os.P_PID, self.process.pid, options) is None:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.0001)
 
     def resume(self) -> None:
         """Let the worker's threads go on."""

@@ -339,6 +339,9 @@ class VmExecutor:
 def _aligned(array: Array) -> Array:
     """Return the array, or a copy of it, as kernels need it: row-major, aligned, writeable."""
     flags = array.flags
+    if not array.size:  # numpy takes extents of 0 for 1 in strides, TVM does not
+        steps = np.cumprod((array.itemsize, *array.shape[:0:-1]))[::-1]
+        return np.lib.stride_tricks.as_strided(array, array.shape, steps.tolist())
     if (
         flags.c_contiguous
         and flags.writeable  # numpy before 2.1 exports no read-only memory

@@ -162,7 +162,7 @@ class _Emitter:
         relax = self.relax
         for name, v in self.graph.outputs:
             # TVM takes the strides of arrays without elements for wrong ones beyond one axis.
-            if v.type.size == 0 and not (v.is_constant and v.type.rank <= 1):
+            if v.type.size == 0 and not v.is_constant:
                 raise UnsupportedByTargetError(
                     f"the output {name!r} of shape {list(v.shape)} has no elements"
                 )

@@ -194,10 +194,6 @@ def _wrong_form(node: Node) -> str:
     x = node.operands[0] if node.operands else None
     if x is None:
         return ""
-    if node.op.name == "resize" and node.attr("coordinate_mode") == "align_corners":
-        pairs = zip(x.shape, node.attr("scales"), strict=True)
-        if any(d * s != int(d * s) for d, s in pairs):
-            return "TVM rounds the size that align_corners resizes to"
     if node.op.name != "opaque":
         return ""
     from qcompiler.onnx_export_ops import opaque_proto

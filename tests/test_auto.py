@@ -587,10 +587,10 @@ def test_which_precisions_are_worth_a_build() -> None:
 
 def test_products_that_gain_by_scales_at_run_time_get_them() -> None:
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((32, 64, 128)).astype(np.float32)
+    x = rng.standard_normal((32, 64, 512)).astype(np.float32)
     x *= np.exp2(rng.integers(-6, 6, (32, 64, 1))).astype(np.float32)  # rows of different ranges
     parts = [
-        numpy_helper.from_array((rng.standard_normal((128, 128)) / 11).astype(np.float32), f"w{i}")
+        numpy_helper.from_array((rng.standard_normal((512, 512)) / 22).astype(np.float32), f"w{i}")
         for i in range(2)
     ]
     nodes = [
@@ -598,7 +598,7 @@ def test_products_that_gain_by_scales_at_run_time_get_them() -> None:
         helper.make_node("Tanh", ["a"], ["b"]),
         helper.make_node("MatMul", ["b", "w1"], ["y"], name="second"),
     ]
-    shape = [1, 64, 128]
+    shape = [1, 64, 512]
     graph = helper.make_graph(
         nodes, "rows", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)], parts,

@@ -38,7 +38,9 @@ def problem(attrs: Attrs) -> str | None:
     return None
 
 
-def source_positions(n: int, out: int, scale: float, mode: str) -> Array:
+def source_positions(
+    n: int, out: int, scale: float, mode: str, length: float | None = None
+) -> Array:
     """Return the real position in the input of each of `out` results (float64).
 
     Args:
@@ -46,12 +48,12 @@ def source_positions(n: int, out: int, scale: float, mode: str) -> Array:
         out: Extent of the result.
         scale: Result extent per input extent, as the model states it.
         mode: Coordinate transformation of ONNX Resize.
+        length: Extent between whose corners `align_corners` aligns; `out` by default.
     """
     i = np.arange(out, dtype=np.float64)
     if mode == "align_corners":
-        # The size that the scale asks for, before it is rounded; `sizes` give whole ones.
-        length = out if abs(scale * n - out) < 1e-4 else scale * n
-        return i * (n - 1) / (length - 1) if length > 1 else np.zeros(out)
+        corners = out if length is None else length
+        return i * (n - 1) / (corners - 1) if corners > 1 else np.zeros(out)
     if mode == "asymmetric":
         return np.asarray(i / scale)
     if mode == "pytorch_half_pixel":
@@ -86,11 +88,14 @@ def _cubic(t: Array, a: float) -> Array:
     return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
 
 
-def weights(n: int, out: int, scale: float, attrs: Attrs) -> Array:
-    """Return the interpolation matrix [out, n] (float64) of one axis."""
+def weights(n: int, out: int, scale: float, attrs: Attrs, length: float | None = None) -> Array:
+    """Return the interpolation matrix [out, n] (float64) of one axis.
+
+    Takes the arguments of `source_positions`.
+    """
     mode: Any = attrs["mode"]
     coeff: Any = attrs["cubic_coeff_a"]
-    positions = source_positions(n, out, scale, str(attrs["coordinate_mode"]))
+    positions = source_positions(n, out, scale, str(attrs["coordinate_mode"]), length)
     stretch = min(1.0, scale) if attrs["antialias"] else 1.0
     support = (1 if mode == "linear" else 2) / stretch
     matrix = np.zeros((out, n))

@@ -51,6 +51,7 @@ from qcompiler.targets.kernels.tir import (
 )
 
 if TYPE_CHECKING:
+    from qcompiler.targets.isa import Isa
     from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source
 
 __all__ = [
@@ -71,6 +72,7 @@ DEPTHS = (2, 1, 0)
 _SEGMENT = 256
 """Activations of a pixel that take a way together: one large one slows down no more of K."""
 _BYTES = 32
+_OPERATIONS = ("madd_u8s8", "madd_i16")
 _LANES = 16
 _TOP = 32767
 _SPREAD_TIME = 1.7
@@ -84,18 +86,21 @@ _PIXELS, _TILES = 3, 48
 """Size and number of the tiles that `expected_time` draws."""
 
 
-def applies(geometry: Geometry, weight: Array) -> bool:
+def applies(isa: Isa, geometry: Geometry, weight: Array) -> bool:
     """Whether the kernel exists and may be worth it.
 
     It takes one run of whole blocks, read in place, and weights from -127.  Weights of 7 bits are
     proved to go two deep nearly always.
 
     Args:
+        isa: The row; the kernel needs its instructions on vectors of 256 bits.
         geometry: The convolution or matrix product.
         weight: Its int8 weights.
     """
     one_run = geometry.k_rows * geometry.k_cols == 1 and geometry.groups == 1 and geometry.direct
     whole = geometry.run % 8 == 0 and geometry.run >= _BYTES
+    if isa.dot != "maddubs" or not all(isa.intrinsic(op, 8 * _BYTES) for op in _OPERATIONS):
+        return False
     if not (one_run and whole and geometry.dot_dtype == "uint8"):
         return False
     return int(weight.min()) > -128 and int(guard_row(weight).max()) > _SEVEN_BITS
@@ -224,7 +229,7 @@ def _way(
 
 def _instruction(kernel: MacroKernel, operation: str, bits: int) -> str:
     name = kernel.isa.intrinsic(operation, bits)
-    assert name is not None  # packing asks for this kernel on rows with `vpmaddubsw` only
+    assert name is not None  # see `applies`
     return name
 
 

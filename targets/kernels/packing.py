@@ -345,7 +345,7 @@ def _pack(
             arrays["weight"] = tile_nibbles(arrays["weight"])
     else:
         tiles = _tiles(geometry, plan, weight, columns)
-        asks = isa.dot == "maddubs" and not epilogue.group and guarded.applies(geometry, weight)
+        asks = not epilogue.group and guarded.applies(isa, geometry, weight)
         guard = guarded.guard_row(weight) if asks else None
         dot, depths = _pack_weights(geometry, isa, tiles, (a_zero_point, largest), arrays, guard)
         if dot != "mixed" and fits_int4(weight):
