@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 #   make demo    install into .venv, compile a bundled trained model, print float against int8
-#   make test    install into .venv and run the tests against the installed package
+#   make test    install into .venv and run the tests against the installed package, JOBS at once
 #
 # Both do all their set-up. They need Python 3.10 to 3.13 with venv, and a C compiler (for linking).
-# Useful variables: PYTHON=python3.12  VENV=/some/where  PYTEST_ARGS="-k report"
+# Useful variables: PYTHON=python3.12  VENV=/some/where  PYTEST_ARGS="-k report"  JOBS=1
 
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_OUT ?= demo
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SHELL := /bin/bash
 
 BIN := $(abspath $(VENV))/bin
@@ -61,8 +62,10 @@ demo: $(STAMPS)/install
 
 # `pytest` as a script and not `python -m pytest`: the latter puts this folder on sys.path, where the
 # source folder qcompiler/ would hide the installed package (tests/conftest.py guards that as well).
+# Tests that decide by times they measure run afterwards, alone. pytest exits with 5 if none is asked for.
 test: $(STAMPS)/dev
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) -m 'not slow and not timed' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'timed and not slow' $(PYTEST_ARGS) || [ $$? = 5 ]
 
 test-slow: $(STAMPS)/dev
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

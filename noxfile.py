@@ -38,7 +38,8 @@ def type_check(session: nox.Session) -> None:
 def test(session: nox.Session) -> None:
     """Run the default test suite against the installed package."""
     _install(session)
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "-n", "auto", "-m", "not slow and not timed", *session.posargs)
+    session.run("pytest", "-m", "timed and not slow", *session.posargs, success_codes=[0, 5])
 
 
 @nox.session

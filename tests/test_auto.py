@@ -29,7 +29,7 @@ from qcompiler.errors import (
 from qcompiler.plan import PrecisionPlan
 from qcompiler.registry import get_target
 
-pytestmark = pytest.mark.isa("x86-avx2")
+pytestmark = [pytest.mark.timed, pytest.mark.isa("x86-avx2")]
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn"
 MODEL = DIGITS / "model.onnx"

@@ -15,7 +15,7 @@ from qcompiler.errors import UsageError
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn"
 BASE = ("compile", DIGITS / "model.onnx", "--calibration", DIGITS / "calib.npz")
-pytestmark = pytest.mark.isa("x86-avx2")
+pytestmark = [pytest.mark.timed, pytest.mark.isa("x86-avx2")]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ import qcompiler
 from qcompiler.cli import main
 from qcompiler.cli.shell import ProgressBars
 
+pytestmark = pytest.mark.timed
+
 DIGITS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 MODEL, CALIBRATION = DIGITS / "model.onnx", DIGITS / "calib.npz"
 TARGET = "x86-avx2"

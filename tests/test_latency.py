@@ -25,7 +25,7 @@ from qcompiler.search import Curve
 from qcompiler.types import Precision
 from qcompiler.workshop import Workshop, prepare
 
-pytestmark = pytest.mark.isa("x86-avx2")
+pytestmark = [pytest.mark.timed, pytest.mark.isa("x86-avx2")]
 
 HYBRID = Path(__file__).parents[1] / "models" / "digits_hybrid"
 BOTH = [Precision.W8A8, Precision.W8A7, Precision.FP32]

@@ -16,6 +16,8 @@ from qcompiler.interpreter import run
 from qcompiler.numerics import dequantize
 from qcompiler.registry import get_target
 
+pytestmark = pytest.mark.timed
+
 MODELS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 MODEL, CALIBRATION = MODELS / "model.onnx", MODELS / "calib.npz"
 

@@ -13,6 +13,8 @@ from qcompiler import peers
 from qcompiler.errors import QCompilerError, UsageError
 from qcompiler.side_by_side import measure
 
+pytestmark = pytest.mark.timed
+
 MODELS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 
 

@@ -17,6 +17,8 @@ from qcompiler.cpu import allowed_cpus
 from qcompiler.errors import UsageError
 from qcompiler.side_by_side import Runner, measure, pick_cpus
 
+pytestmark = pytest.mark.timed
+
 FACTORIES = """
     import os
     import sys

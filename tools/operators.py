@@ -35,8 +35,9 @@ What is refused on purpose: results whose shape depends on data (`NonZero`, `Uni
 8-bit floats, 4-bit floats and 2-bit integers. `tests/onnx_backend_table.txt` says what comes of
 every one of ONNX's own backend tests, with the reason of each refusal: {summary}.
 
-`Resize` with `align_corners`, `linear` or `cubic`, and scales that give no whole size follows ONNX's
-formula, where ONNX Runtime (and PyTorch) take the rounded size; models with `sizes` do not differ.
+`Resize` with `align_corners`, `linear` or `cubic`, and scales that give no whole size follows
+ONNX's formula, where ONNX Runtime (and PyTorch) take the rounded size; models with `sizes` do not
+differ.
 
 ## Converters
 """

@@ -23,6 +23,8 @@ from qcompiler.errors import TuningError, UsageError
 from qcompiler.records import RecordFile
 from qcompiler.tuning import Tuning, tracker_address
 
+pytestmark = pytest.mark.timed
+
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado ([tune])")
 pytest.importorskip("psutil", reason="TVM's servers need psutil ([tune])")
 pytest.importorskip("cloudpickle", reason="TVM's servers need cloudpickle ([tune])")

@@ -43,6 +43,8 @@ from qcompiler.targets.tvm_lower import lower_graph
 from qcompiler.targets.tvm_tune import collect_tasks, neighbours, shares_evenly, tune_graph
 from qcompiler.tuning import Tuning, TuningOutcome
 
+pytestmark = pytest.mark.timed
+
 MODELS = Path(__file__).parents[2] / "models"
 ISA = isa_named("x86-avx2")
 
