@@ -21,12 +21,8 @@ from dataclasses import replace
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.bands import copy_elements
-from qcompiler.targets.kernels.macro import (
-    Accumulators,
-    MacroKernel,
-    Source,
-    Step,
-)
+from qcompiler.targets.kernels.macro import MacroKernel, Source
+from qcompiler.targets.kernels.register_tile import Accumulators, Step
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,

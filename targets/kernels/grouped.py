@@ -15,7 +15,8 @@ from qcompiler.targets.kernels.neon import run_of_elements
 from qcompiler.targets.kernels.tir import Expr, bind, cast, fence, load, serial
 
 if TYPE_CHECKING:
-    from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source
+    from qcompiler.targets.kernels.macro import MacroKernel, Source
+    from qcompiler.targets.kernels.register_tile import Accumulators
 
 __all__ = ["grouped_loops"]
 

@@ -52,7 +52,8 @@ from qcompiler.targets.kernels.tir import (
 
 if TYPE_CHECKING:
     from qcompiler.targets.isa import Isa
-    from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source
+    from qcompiler.targets.kernels.macro import MacroKernel, Source
+    from qcompiler.targets.kernels.register_tile import Accumulators
 
 __all__ = [
     "DEPTHS",

@@ -45,8 +45,9 @@ from qcompiler.targets.kernels.tir import (
 from qcompiler.targets.kernels.unpack import weight_vectors
 
 if TYPE_CHECKING:
-    from qcompiler.targets.kernels.macro import Accumulators, MacroKernel, Source, Step
+    from qcompiler.targets.kernels.macro import MacroKernel, Source
     from qcompiler.targets.kernels.packing import Facts
+    from qcompiler.targets.kernels.register_tile import Accumulators, Step
 
 __all__ = ["by_element_loops", "chain", "paired_weights", "rows_of_tile", "run_of_elements"]
 
@@ -70,7 +71,7 @@ def by_element_loops(
     acc: Accumulators,
 ) -> None:
     """Accumulate a register tile over all of K; arguments as `MacroKernel._k_loops`."""
-    from qcompiler.targets.kernels.macro import Step
+    from qcompiler.targets.kernels.register_tile import Step
 
     g = kernel.geometry
     offsets = kernel.constants.get("offsets")

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.bands import PaddedRow, copy_padded_row, fill_elements
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
-from qcompiler.targets.kernels.macro import Accumulators
+from qcompiler.targets.kernels.register_tile import Accumulators
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,

@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from tvm.script.ir_builder import tirx as T  # noqa: N812 (the name TVM's own scripts use)
 
 from qcompiler.targets.kernels.fetch import FAR_BYTES, NEAR_GROUPS
-from qcompiler.targets.kernels.macro import Accumulators, MacroKernel
+from qcompiler.targets.kernels.macro import MacroKernel
+from qcompiler.targets.kernels.register_tile import Accumulators
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
