@@ -33,7 +33,6 @@ same shape, and eight `scalars` (see `SCALARS`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,14 +44,7 @@ from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import guarded
 from qcompiler.targets.kernels.amx_plan import tile_nibbles, tiles_constants
-from qcompiler.targets.kernels.depth import (
-    EXACT,
-    SECTION_TIME,
-    TileOrder,
-    chain_depth,
-    group_time,
-    plan_depths,
-)
+from qcompiler.targets.kernels.depth import EXACT, group_time
 from qcompiler.targets.kernels.params import plain_weights
 from qcompiler.targets.kernels.plan import (
     Dot,
@@ -72,6 +64,7 @@ from qcompiler.targets.kernels.weight_forms import (
     laid_out,
     nibbles,
 )
+from qcompiler.targets.kernels.weight_order import is_wide, k_offsets, pack_weights
 from qcompiler.targets.kernels.winograd_float_plan import (
     float_winograd_plan,
     is_float_winograd,
@@ -108,9 +101,6 @@ the residual's multiplier and zero point."""
 _SMALL = 0.75
 """Factor on the time of a kernel whose weights are 4 bits wide: Winograd holds 8 to 64 bits for
 each, and is not worth that for a few percent."""
-
-_WIDE_TILES = 4
-"""Column tiles from which activations are widened once, not in every tile (10 to 14 % faster)."""
 
 LIMITS = {"uint8": (0, 255), "int8": (-128, 127), "int16": (-32768, 32767)}
 
@@ -347,7 +337,7 @@ def _pack(
         tiles = _tiles(geometry, plan, weight, columns)
         asks = not epilogue.group and guarded.applies(isa, geometry, weight)
         guard = guarded.guard_row(weight) if asks else None
-        dot, depths = _pack_weights(geometry, isa, tiles, (a_zero_point, largest), arrays, guard)
+        dot, depths = pack_weights(geometry, isa, tiles, (a_zero_point, largest), arrays, guard)
         if dot != "mixed" and fits_int4(weight):
             storage = "int4"
             groups = tiles.transpose(0, 3, 1, 2, 4)
@@ -362,7 +352,7 @@ def _pack(
         scales = _tiles(geometry, plan, values.group_multiplier, columns)
         arrays |= _group_terms(tiles, scales, group, a_zero_point)
     if dot not in ("mixed", "winograd", "tiles") and geometry.k_rows * geometry.k_cols > 1:
-        arrays["offsets"] = _offsets(geometry).astype(np.int32)
+        arrays["offsets"] = k_offsets(geometry).astype(np.int32)
     if group:
         addend = np.zeros(count, np.float32) if values.addend is None else values.addend
         arrays["bias"] = _per_column(addend, geometry, columns)
@@ -388,7 +378,7 @@ def _pack(
         storage=storage,
         group=group,
         patch=(1, 1) if transformed is None else transformed.patch,
-        wide=isa.dot == "maddubs" and _uses_pairs(dot, depths) and plan.tiles >= _WIDE_TILES,
+        wide=isa.dot == "maddubs" and _uses_pairs(dot, depths) and is_wide(plan.tiles),
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 
@@ -527,118 +517,8 @@ def _float_constants(
         "scalars": scalars,
     }
     if geometry.k_rows * geometry.k_cols > 1:
-        arrays["offsets"] = _offsets(geometry).astype(np.int32)
+        arrays["offsets"] = k_offsets(geometry).astype(np.int32)
     facts = Facts("float", saturating=False, zero_point=False, clip=clip)
     if weights is not None:
         facts = replace(facts, storage=weights.storage, group=weights.group)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
-
-
-def _pack_weights(
-    geometry: Geometry,
-    isa: Isa,
-    tiles: Array,
-    stored: tuple[int, int],
-    arrays: dict[str, Array],
-    guard: Array | None = None,
-) -> tuple[Dot, tuple[int, ...]]:
-    """Put the weights of `[T, V, L, Q, G]` tiles in `arrays`.
-
-    Args:
-        geometry: The product.
-        isa: The instruction set's row.
-        tiles: The weights.
-        stored: Zero point and largest of the stored activations.
-        arrays: Where the packed weights go.
-        guard: `guarded.guard_row`, where that kernel applies.
-
-    Returns:
-        How they will be multiplied, and to which depths.
-    """
-    groups = tiles.transpose(0, 3, 1, 2, 4)  # [T, Q, V, L, G]
-    if isa.dot in ("vpdpbusd", "sdot", "smmla"):
-        arrays["weight"] = np.ascontiguousarray(groups)
-        return isa.dot, (1,)
-    if isa.dot == "none":
-        arrays["weight"] = _even_odd(groups)
-        return "exact", (1,)
-    if isa.dot == "smlal":
-        arrays["weight"] = _halves(groups)
-        depth = chain_depth(groups, stored[1])
-        return ("smlal", (depth,)) if depth else ("exact", (1,))
-    orders = plan_depths(groups, stored[1])
-    if guard is not None:
-        if isinstance(orders, int):
-            time = group_time(orders)
-        else:
-            time = sum(order.cost for order in orders) / math.prod(groups.shape[:2])
-        if guarded.expected_time(guard, *stored) + SECTION_TIME / groups.shape[1] < time:
-            arrays["weight"] = np.ascontiguousarray(groups)
-            arrays["guard"] = guard
-            return "guarded", guarded.DEPTHS
-    if isinstance(orders, int):
-        arrays["weight"] = np.ascontiguousarray(groups)
-        return "maddubs", (orders,)
-    depths = sorted({depth for order in orders for depth in order.blocks}, reverse=True)
-    if depths == [EXACT]:
-        arrays["weight"] = _int16_pairs(groups, _wide(groups))
-        return "exact", (1,)
-    _pack_lists(geometry, groups, orders, depths, arrays)
-    return "mixed", tuple(depths)
-
-
-def _pack_lists(
-    geometry: Geometry,
-    groups: Array,
-    orders: list[TileOrder],
-    depths: list[int],
-    arrays: dict[str, Array],
-) -> None:
-    """Put weights `[T, Q, V, L, G]` in `arrays` in each tile's order, with its offsets and spans.
-
-    `depths` lists the sections: from the deepest to `EXACT`, if present.
-    """
-    none = np.empty((0, 1), np.int64)
-    lists = [[order.blocks.get(depth, none) for depth in depths] for order in orders]
-    flat = [np.concatenate([section.reshape(-1) for section in sections]) for sections in lists]
-    exact = [order.blocks.get(EXACT, none).size for order in orders]
-    safe = [len(order) - count for order, count in zip(flat, exact, strict=True)]
-    every = range(len(orders))
-    arrays["weight"] = np.concatenate([groups[t, flat[t][: safe[t]]] for t in every])
-    if EXACT in depths:
-        unsafe = np.concatenate([groups[t, flat[t][safe[t] :]] for t in every])
-        arrays["weight_exact"] = _int16_pairs(unsafe, _wide(groups))
-    arrays["offsets"] = _offsets(geometry)[np.stack(flat)].astype(np.int32)
-    counts = np.asarray([[len(section) for section in sections] for sections in lists])
-    first = np.stack([np.cumsum(safe) - safe, np.cumsum(exact) - exact], axis=1)
-    arrays["spans"] = np.concatenate([counts, first], axis=1).astype(np.int32)
-
-
-def _wide(groups: Array) -> bool:
-    """Whether it pays to widen activations ahead: for weights `[T, ...]` of enough column tiles."""
-    return len(groups) >= _WIDE_TILES
-
-
-def _int16_pairs(groups: Array, wide: bool) -> Array:
-    """int8 `[..., V, L, 4]` as int16 `[..., 2, V, L, 2]`, for `wide` activations or others."""
-    return _halves(groups).astype(np.int16) if wide else _even_odd(groups)
-
-
-def _halves(groups: Array) -> Array:
-    """int8 `[..., V, L, 4]` as `[..., 2, V, L, 2]`: members 0 and 1, then 2 and 3."""
-    return np.ascontiguousarray(np.moveaxis(groups.reshape(*groups.shape[:-1], 2, 2), -2, -4))
-
-
-def _even_odd(groups: Array) -> Array:
-    """int8 `[..., V, L, 4]` as int16 `[..., 2, V, L, 2]`: members 0 and 2, then 1 and 3."""
-    pairs = groups.reshape(*groups.shape[:-1], 2, 2).astype(np.int16)
-    return np.ascontiguousarray(np.moveaxis(pairs, -1, -4))
-
-
-def _offsets(geometry: Geometry) -> Array:
-    """Offset of each K-group's activations from a pixel's first, in elements, [Q]."""
-    width = geometry.w if geometry.direct else geometry.band_width
-    row = np.arange(geometry.k_rows) * geometry.dh * width * geometry.c
-    col = np.arange(geometry.k_cols) * geometry.dw * geometry.c
-    step = np.arange(geometry.run_groups) * geometry.k_group
-    return (row[:, None, None] + col[:, None] + step).reshape(-1)
