@@ -169,7 +169,9 @@ def test_what_is_expected_of_the_activations() -> None:
     assert 0.77 < guarded.expected_time(row, 0, 255) < 1.1
     # Right at the bound.
     geometry = geometry_of(MatmulWorkload((8, 256), (256, 8), Epilogue("int32")), AVX2)
-    assert guarded.applies(geometry, np.full((8, 1, 256), 127, np.int8))
+    weight = np.full((8, 1, 256), 127, np.int8)
+    assert guarded.applies(AVX2, geometry, weight)
+    assert not guarded.applies(replace(AVX2, intrinsics={}), geometry, weight)
     assert guarded.guard_row(np.asarray([[[3, -127]], [[-4, 126]]], np.int8)).tolist() == [4, 127]
 
 
