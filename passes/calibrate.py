@@ -66,7 +66,7 @@ class CalibrationSet:
             CalibrationError: Missing or misnamed inputs, wrong shape or dtype, NaN or infinity, an
                 empty set.
         """
-        inputs = InputSpec.of({v.name: v for v in graph.inputs})
+        inputs = InputSpec.of_graph(graph)
         runs = count = 0
         for batch in samples.batches(inputs, CalibrationError):
             runs += 1

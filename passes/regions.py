@@ -13,6 +13,7 @@ import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from qcompiler.infinite import mask_values
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.ops import OpKind
 from qcompiler.plan import INTEGER_BINARY, PrecisionPlan, integer_obstacle
@@ -110,6 +111,7 @@ class _Analysis:
         self.out = Regions()
         self.order = {n: i for i, n in enumerate(graph.nodes)}
         self.candidates: set[Node] = set()
+        self.masks = mask_values(graph)
         self.base: dict[Value, Value] = {}
         self.requests: dict[Value, set[Kind]] = {}
 
@@ -172,6 +174,8 @@ class _Analysis:
         operands = [v for _, v in integer_operands(node) if not v.is_constant]
         if why is None and not operands:
             why = "it reads no activation"
+        if why is None and not self.masks.isdisjoint(node.outputs):
+            why = "it may hold infinities, as a mask of softmax does"
         if why is None and node.op.name != "softmax":
             for v in operands:
                 if v.producer not in self.candidates and v not in anyway:

@@ -260,7 +260,7 @@ class _Data:
     ) -> None:
         self.samples = samples if evaluation is None else load_samples(evaluation.samples)
         self.metric: Metric | None = None if evaluation is None else metric_of(evaluation.metric)
-        self.inputs = InputSpec.of({v.name: v for v in graph.inputs})
+        self.inputs = InputSpec.of_graph(graph)
         self.most = most
         self.stacked = {name: v.batch_axis != 0 for name, v in graph.outputs}
         self.count = sum(b.samples for b in self.batches())

@@ -443,7 +443,7 @@ def _seconds_of_a_run(prepared: Prepared) -> float:
     assert prepared.samples is not None
     graph = prepared.graph
     session = Session(to_onnx(graph).SerializeToString())
-    specs = InputSpec.of({v.name: v for v in graph.inputs})
+    specs = InputSpec.of_graph(graph)
     batch = next(prepared.samples.batches(specs))
     times = benchmark.block(lambda: session.run(dict(batch.inputs)), runs=2, warmup=1)
     return min(times) / max(batch.samples, 1)

@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from qcompiler.errors import DataError, UsageError
 from qcompiler.metrics import Metric, labels_of, metric_of
 from qcompiler.slices import MINIMUM, check_slices, score_slices, worst
 from qcompiler.types import Array, DType, Shape
+
+if TYPE_CHECKING:
+    from qcompiler.ir import Graph
 
 Chunk = Mapping[str, Array]
 
@@ -52,17 +55,31 @@ class _Input(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """Name, compiled shape, dtype and batch axis of a model input."""
+    """Name, compiled shape, dtype and batch axis of a model input; whether it takes infinities."""
 
     name: str
     shape: Shape
     dtype: DType
     batch_axis: int | None = 0
+    infinite: bool = False
 
     @classmethod
     def of(cls, inputs: Mapping[str, _Input]) -> tuple[InputSpec, ...]:
-        """Return the specs of named graph inputs or of a compiled model's `inputs`."""
-        return tuple(cls(n, v.shape, v.dtype, v.batch_axis) for n, v in inputs.items())
+        """Return the specs of a compiled model's `inputs`."""
+        return tuple(
+            cls(n, v.shape, v.dtype, v.batch_axis, getattr(v, "infinite", False))
+            for n, v in inputs.items()
+        )
+
+    @classmethod
+    def of_graph(cls, graph: Graph) -> tuple[InputSpec, ...]:
+        """Return the specs of a FLOAT graph's inputs; those that are masks take infinities."""
+        from qcompiler.infinite import mask_values, names_of
+
+        masks = names_of(mask_values(graph), graph)
+        return tuple(
+            cls(v.name, v.shape, v.dtype, v.batch_axis, v.name in masks) for v in graph.inputs
+        )
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype.value}{list(self.shape)}"
@@ -317,7 +334,10 @@ def _feed(spec: InputSpec, array: Array, origin: str, error: type[DataError]) ->
 
 
 def _typed(spec: InputSpec, array: Array, origin: str, error: type[DataError]) -> Array:
-    """Return the array in the input's dtype where that changes no value; reject NaN and Inf."""
+    """Return the array in the input's dtype where that changes no value.
+
+    NaN is rejected, and infinities too where the input is no mask.
+    """
     want = spec.dtype.numpy
     kinds = (array.dtype.kind, want.kind)
     if array.dtype != want:
@@ -329,11 +349,14 @@ def _typed(spec: InputSpec, array: Array, origin: str, error: type[DataError]) -
                 hint="convert and scale it as in training; nothing is converted silently",
             )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        where = np.argwhere(~np.isfinite(array))[0]
-        raise error(
-            f"{origin}: {spec.name!r} holds NaN or infinity, first at index {where.tolist()}",
-            value=spec.name,
-        )
+        bad = np.isnan(array) if spec.infinite else ~np.isfinite(array)
+        if bad.any():
+            kinds_found = "NaN" if spec.infinite else "NaN or infinity"
+            where = np.argwhere(bad)[0].tolist()
+            raise error(
+                f"{origin}: {spec.name!r} holds {kinds_found}, first at index {where}",
+                value=spec.name,
+            )
     return array.astype(want, copy=False)
 
 

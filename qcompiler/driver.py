@@ -36,6 +36,7 @@ from qcompiler.errors import (
     UnsupportedByTargetError,
     UsageError,
 )
+from qcompiler.infinite import takes_infinity
 from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
 from qcompiler.limits import check_budget, check_measurable
@@ -353,7 +354,7 @@ def quantize_model(
     graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze, sample_shapes=shapes)
     sources = {"model": model_digest(model)}
     if evaluate is not None:
-        check_evaluation(evaluate, InputSpec.of({v.name: v for v in graph.inputs}))
+        check_evaluation(evaluate, InputSpec.of_graph(graph))
     progress("import", 1, 1)
     ctx = PassContext(seed=seed, progress=progress)
     imported_qdq = graph.stage is Stage.QDQ
@@ -541,6 +542,7 @@ def assemble(
         sources["records"] = built.records
     lock = None if decided is None else dataclasses.replace(decided, digests=sources).to_json()
     names = _distinct(built.parameter_names)
+    infinite = takes_infinity(graph)
     artifact = Artifact(
         target=TargetInfo(
             name=spec.name,
@@ -551,7 +553,8 @@ def assemble(
             mcpu=spec.mcpu or "",
         ),
         inputs={
-            v.name: TensorSpec(v.shape, v.dtype, v.batch_axis, v.qparams) for v in graph.inputs
+            v.name: TensorSpec(v.shape, v.dtype, v.batch_axis, v.qparams, v.name in infinite)
+            for v in graph.inputs
         },
         outputs={
             name: TensorSpec(v.shape, v.dtype, v.batch_axis, v.qparams) for name, v in graph.outputs

@@ -73,6 +73,7 @@ _TENSORS: dict[str, Any] = {
             "dtype": {"type": "string", "enum": _DTYPES},
             "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}},
             "batch_axis": {"type": ["integer", "null"], "enum": [0, None]},
+            "infinite": {"type": "boolean"},
             "qparams": _QPARAMS,
         },
     },
@@ -220,12 +221,14 @@ class TensorSpec:
         dtype: Element type.
         batch_axis: 0 where axis 0 counts samples; None where the first axis is something else.
         qparams: How stored integers map to reals, for a quantized tensor.
+        infinite: Whether an input may hold infinities, as an attention mask does.
     """
 
     shape: Shape
     dtype: DType
     batch_axis: int | None = None
     qparams: QuantParams | None = None
+    infinite: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(int(d) for d in self.shape))
@@ -315,6 +318,7 @@ def tensors_to_json(specs: Mapping[str, TensorSpec]) -> list[dict[str, Any]]:
             "shape": list(spec.shape),
             "batch_axis": spec.batch_axis,
             "qparams": None if spec.qparams is None else _qparams_to_json(spec.qparams),
+            **({"infinite": True} if spec.infinite else {}),
         }
         for name, spec in specs.items()
     ]
@@ -334,7 +338,11 @@ def tensors_from_json(data: Sequence[Mapping[str, Any]], where: str) -> dict[str
         try:
             qparams = None if entry["qparams"] is None else _qparams_from_json(entry["qparams"])
             specs[name] = TensorSpec(
-                tuple(entry["shape"]), DType(entry["dtype"]), entry["batch_axis"], qparams
+                tuple(entry["shape"]),
+                DType(entry["dtype"]),
+                entry["batch_axis"],
+                qparams,
+                entry.get("infinite", False),
             )
         except (UsageError, ValueError, KeyError, OverflowError) as error:
             raise ArtifactError(f"{where}: tensor {name!r}: {error}", value=name) from error

@@ -108,10 +108,10 @@ class CompiledModel:
         if len(sizes) > 1 or 0 in sizes:
             raise UsageError(f"batch axes must have one size of at least 1, got {sorted(sizes)}")
         self._batch = sizes.pop() if sizes else 1
-        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] | None = None
+        self._shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any], bool]] | None = None
         if artifact.dynamic is None:
             inputs = artifact.inputs.items()
-            self._shapes = {name: (spec.shape, spec.dtype.numpy) for name, spec in inputs}
+            self._shapes = {n: (s.shape, s.dtype.numpy, s.infinite) for n, s in inputs}
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -198,11 +198,11 @@ class CompiledModel:
         if self._shapes is None or not isinstance(inputs, dict) or len(inputs) != len(self._shapes):
             return None
         arrays: list[Array] = []
-        for name, (shape, dtype) in self._shapes.items():
+        for name, (shape, dtype, infinite) in self._shapes.items():
             array = inputs.get(name)
             if type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
                 return None
-            if dtype.kind == "f" and not _surely_finite(array):
+            if dtype.kind == "f" and not _surely_sound(array, infinite):
                 return None
             arrays.append(array)
         return arrays
@@ -406,6 +406,12 @@ def _wanted(spec: TensorSpec) -> str:
     return f"{shape}, or one more axis in front with one whole input per entry"
 
 
+_ONLY_MASKS = (
+    "infinities are taken where only a softmax or a comparison reads them in the end, as of an "
+    "attention mask"
+)
+
+
 def _converted(name: str, array: Array, spec: TensorSpec) -> Array:
     """Return the array in the input's dtype; no value ever changes.
 
@@ -439,22 +445,26 @@ def _converted(name: str, array: Array, spec: TensorSpec) -> Array:
             # A sum is faster than isfinite; it may overflow where every value is finite.
             suspicious = not np.isfinite(array.sum(dtype=max(wanted, np.dtype(np.float32))))
         if suspicious and not np.isfinite(array).all():
-            bad = np.argwhere(~np.isfinite(array))
-            where = [int(i) for i in bad[0]]
-            raise DataError(
-                f"input {name!r} holds {len(bad)} values that are NaN or infinite, the first at "
-                f"index {where}",
-                value=name,
-            )
+            bad = np.argwhere(np.isnan(array) if spec.infinite else ~np.isfinite(array))
+            if len(bad):
+                kinds = "NaN" if spec.infinite else "NaN or infinite"
+                raise DataError(
+                    f"input {name!r} holds {len(bad)} values that are {kinds}, the first at "
+                    f"index {[int(i) for i in bad[0]]}",
+                    value=name,
+                    hint=None if spec.infinite else _ONLY_MASKS,
+                )
     return array
 
 
-def _surely_finite(array: Array) -> bool:
-    """Whether no value is NaN or infinite; False also where that takes a closer look."""
+def _surely_sound(array: Array, infinite: bool) -> bool:
+    """Whether no value is NaN or, unless it may be, infinite; False also where that is not sure."""
     if array.dtype == np.float32 and array.size <= _SMALL:
-        return math.isfinite(np.vdot(array, array))  # checks no flags, unlike a sum
+        squares = np.vdot(array, array)  # checks no flags, unlike a sum
+        return not math.isnan(squares) if infinite else math.isfinite(squares)
     with np.errstate(over="ignore", invalid="ignore"):
-        return math.isfinite(array.sum(dtype=max(array.dtype, np.dtype(np.float32))))
+        total = array.sum(dtype=max(array.dtype, np.dtype(np.float32)))
+        return not math.isnan(total) if infinite else math.isfinite(total)
 
 
 def _checked_threads(threads: int | None) -> int:

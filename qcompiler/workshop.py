@@ -182,7 +182,7 @@ def prepare(
     graph = load_onnx(model, input_shapes=input_shapes, freeze=freeze, sample_shapes=shapes)
     sources = {"model": model_digest(model)}
     if isinstance(evaluate, Evaluation):
-        data.check_evaluation(evaluate, InputSpec.of({v.name: v for v in graph.inputs}))
+        data.check_evaluation(evaluate, InputSpec.of_graph(graph))
     ctx = PassContext(seed=seed, progress=progress)
     graph = PassManager(canonicalize_passes()).run(graph, ctx)
     sources["graph"] = digest(graph)
@@ -398,7 +398,7 @@ class Judge:
         self.batches = []
         if prepared.samples is not None:
             taken = 0
-            for batch in prepared.samples.batches(InputSpec.of({v.name: v for v in graph.inputs})):
+            for batch in prepared.samples.batches(InputSpec.of_graph(graph)):
                 if taken >= samples:
                     break
                 taken += batch.samples

@@ -4,6 +4,9 @@
 
     python tests/onnx_backend.py -o results.json [--target host] [--only REGEX] [--table FILE]
 
+A run that was stopped goes on where it was when it gets the same results.json; it says how far it
+is. `--again refused,wrong` runs the cases with these outcomes again.
+
 Every case is compiled with precision fp32, run, and compared with the suite's own tolerance. Its
 outcome is `pass`, `refused` (an UnsupportedOpError or UnsupportedByTargetError), `wrong` (another
 value, shape or dtype), `error` (any other exception), `crash` or `hang` of the process, or
@@ -437,9 +440,17 @@ def main(argv: list[str] | None = None) -> int:
         for n in sorted(cases)
         if re.search(args.only, n) and (n not in outcomes or outcomes[n].status in again)
     ]
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
     worker = Worker(cases, args.target)
     for i, name in enumerate(todo):
         outcomes[name] = worker.run(name)
+        if outcomes[name].status in ("wrong", "error", "crash", "hang"):
+            print(f"{outcomes[name].status} {name}: {outcomes[name].reason}", flush=True)
+        if i % 50 == 49 or i == len(todo) - 1:
+            minutes = (time.monotonic() - started) / 60
+            print(f"{i + 1} of {len(todo)} cases, {minutes:.1f} min", file=sys.stderr, flush=True)
         if args.output and (i % 20 == 19 or i == len(todo) - 1):
             held = {n: (o.status, o.reason, round(o.seconds, 2)) for n, o in outcomes.items()}
             args.output.write_text(json.dumps(held, indent=0))
