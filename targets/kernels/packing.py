@@ -98,7 +98,7 @@ SCALARS = ("fill", "zero_point", "low", "high", "residual_multiplier", "residual
 point; the clamp of the requantized value before the zero point is added (or of a float32 output);
 the residual's multiplier and zero point."""
 
-_SMALL = 0.75
+_SMALL = 0.95
 """Factor on the time of a kernel whose weights are 4 bits wide: Winograd holds 8 to 64 bits for
 each, and is not worth that for a few percent."""
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import amx_plan, winograd_float_plan
-from qcompiler.targets.kernels.plan import Geometry, geometry_of, tile_plan
+from qcompiler.targets.kernels.plan import Geometry, TilePlan, geometry_of, tile_plan
 from qcompiler.targets.kernels.winograd_plan import applies
 from qcompiler.targets.kernels.workload import (
     PATCHES,
@@ -28,6 +28,8 @@ __all__ = ["default_params", "fitted", "plain_weights", "space"]
 
 _L2_BYTES = 256 * 1024
 """Half of the level-2 cache of the smallest machines we expect (Zen 3: 512 KiB)."""
+_NEAR_BYTES = 28 * 1024
+"""Activations that stay in level 1 (32 KiB or more) while column tiles pass."""
 _FAR_BYTES = 4 * _L2_BYTES
 """Constants that no level 2 keeps from one use to the next."""
 _GAIN = 0.95
@@ -244,6 +246,8 @@ def _blocked(geometry: Geometry, lanes: int, mt: int, nv: int) -> GemmParams:
     m_block = min(plan.rows.tiles, fits)
     # Prefer to share out rows: each task then packs its band once and reads all weights.
     wanted = -(-_TASKS // geometry.batch)
+    if geometry.direct and geometry.a_dtype != "float32":
+        return GemmParams(lanes, mt, nv, *_shared(plan, geometry, wanted, row_bytes, fits))
     blocks = max(-(-plan.rows.tiles // m_block), min(wanted, plan.rows.tiles))
     weight_bytes = geometry.k_groups * geometry.k_group * plan.nt * plan.tiles * width
     if weight_bytes > _L2_BYTES:  # weights stream from further away: few row blocks
@@ -259,6 +263,41 @@ def _blocked(geometry: Geometry, lanes: int, mt: int, nv: int) -> GemmParams:
     col_blocks = min(plan.tiles, max(1, -(-wanted // blocks)))
     n_block = -(-plan.tiles // col_blocks)
     return GemmParams(lanes, mt, nv, m_block, n_block)
+
+
+def _shared(
+    plan: TilePlan, geometry: Geometry, wanted: int, row_bytes: int, fits: int
+) -> tuple[int, int]:
+    """Share out rows and columns so that the least is read from beyond level 1.
+
+    Each block of rows reads all weights.  Its activations are read once for each block of columns
+    where level 1 keeps them, else for each column tile.
+
+    Args:
+        plan: The register tiles, in one block.
+        geometry: A product whose activations are read in place.
+        wanted: Tasks of an image.
+        row_bytes: Bytes of activations of a row of tiles.
+        fits: Most rows of tiles of a block.
+
+    Returns:
+        Row tiles and column tiles of a block.
+    """
+    weights = geometry.k_groups * geometry.k_group * plan.nt * plan.tiles
+    far = 3 if weights > _L2_BYTES else 1
+    rows = plan.rows.tiles
+    found = []
+    for m_block in {-(-rows // blocks) for blocks in range(1, rows + 1)}:
+        if m_block > max(fits, 1):
+            continue
+        blocks = -(-rows // m_block)
+        n_block = -(-plan.tiles // min(plan.tiles, -(-wanted // blocks)))
+        shares = -(-plan.tiles // n_block)
+        missing = max(0, wanted // 2 - blocks * shares)
+        again = shares if m_block * row_bytes <= _NEAR_BYTES else plan.tiles
+        read = rows * row_bytes * again + weights * blocks * far
+        found.append((missing, read, m_block, n_block))
+    return min(found)[2:]
 
 
 def _blocked_packing(geometry: Geometry, images: int, lanes: int, mt: int, nv: int) -> GemmParams:
