@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from qcompiler.auto import Choice
     from qcompiler.onnx_import import ModelSource
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
+    from qcompiler.passes.insert_qdq import WeightGrids
 
 
 @dataclass
@@ -92,6 +93,8 @@ class Quantized:
         calibration: The calibration samples; None where none were needed.
         table: What calibration found about each value; None likewise.
         methods: Names of the post-training methods that ran.
+        prepared: What they made of the FLOAT graph, and the grids of weights that they rounded;
+            None without methods.
     """
 
     float_graph: Graph | None
@@ -103,6 +106,7 @@ class Quantized:
     calibration: CalibrationSet | None = None
     table: CalibrationTable | None = None
     methods: tuple[str, ...] = ()
+    prepared: tuple[Graph, WeightGrids] | None = None
 
 
 def compile(
@@ -188,9 +192,6 @@ def compile(
                 lock.options.get("precision"), lock.digests.get("evaluation")
             )
     if ranges is not None:
-        if methods:
-            raise UsageError("methods change the weights of one size, and a range has several",
-                             hint="leave them out, or give one extent per axis")  # fmt: skip
         loaded = None if calibration is None else load_samples(calibration)
         calibration, input_shapes = loaded, ranges.shapes_of(loaded)
     choice: Choice | None = None
@@ -342,7 +343,7 @@ def quantize_model(
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable, RegionObservers
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
-    from qcompiler.passes.insert_qdq import quantize_passes
+    from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
     from qcompiler.passes.methods import parse_methods
     from qcompiler.passes.narrow_products import NarrowProducts
 
@@ -400,8 +401,14 @@ def quantize_model(
         ctx.put(RegionObservers(as_rules(regions or {})))
         sources["calibration"] = loaded.digest
         count = len(loaded)
-    manager = PassManager(passes, instruments, given=tuple(ctx.artifacts))
-    integer = manager.run(graph, ctx)
+    start, prepared = graph, None
+    if wanted:
+        cut = next(i for i, p in enumerate(passes) if isinstance(p, InsertQdq))
+        given = tuple(ctx.artifacts)
+        start = PassManager(passes[:cut], instruments, given=given).run(graph, ctx)
+        prepared = (start, ctx.find(WeightGrids) or WeightGrids())
+        passes = passes[cut:]
+    integer = PassManager(passes, instruments, given=tuple(ctx.artifacts)).run(start, ctx)
     plan = ctx.get(PrecisionPlan)
     sources["plan"] = plan.digest()
     return Quantized(
@@ -414,6 +421,7 @@ def quantize_model(
         ctx.find(CalibrationSet),
         ctx.find(CalibrationTable),
         tuple(m.name for m in wanted),
+        prepared,
     )
 
 

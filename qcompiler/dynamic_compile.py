@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SIZES = 4
 """Compiled sizes at most: the greatest, and halves of it."""
 LEAST_SIZE = 8
-"""Smaller sizes are served by the code for this one."""
+"""Smaller sizes are served by the code for this one, where a range goes beyond it."""
 
 Extent = int | tuple[int, int]
 Shapes = Mapping[str, Sequence[Extent]]
@@ -102,6 +102,8 @@ class Ranges:
 
 
 def _step(lo: int, hi: int, k: int) -> int:
+    if hi <= LEAST_SIZE:  # a batch: every sample counts; at 1, axes look like those that broadcast
+        return max(math.ceil(hi / 2**k), lo, min(2, hi))
     size = hi if k == 0 else math.ceil(hi / 2**k / LEAST_SIZE) * LEAST_SIZE
     return min(hi, max(size, lo, min(LEAST_SIZE, hi)))
 
@@ -263,6 +265,8 @@ def _quantized_like(
     outputs: Axes = {name: axes.of(v) for name, v in graph.outputs if axes.of(v)}
     before = {n.name for n in graph.nodes}
     tails, like = mask_tails(graph, axes, {s: lo for s, (lo, _) in ranges.symbols.items()})
+    if result.prepared is not None and result.float_graph is not None:
+        _with_constants_of(graph, result.prepared[0], result.float_graph, result.methods)
     plan = PrecisionPlan(dict(result.plan.nodes))
     plan = plan.replaced({  # movement follows its neighbours, whatever they are
         n.name: Decision(Precision.W8A8, "keeps what fills up the extent at zero")
@@ -271,6 +275,8 @@ def _quantized_like(
     })  # fmt: skip
     ctx = PassContext()
     ctx.put(plan)
+    if result.prepared is not None:
+        ctx.put(result.prepared[1])
     if result.table is not None:
         known = dict(result.table.tensors)
         known.update({new: known[old] for new, old in like.items() if old in known})
@@ -281,6 +287,40 @@ def _quantized_like(
     order = tuple(s for name in (v.name for v in integer.inputs)
                   for s, t in tails.items() if t == name)  # fmt: skip
     return integer, Dynamic(ranges.symbols, inputs, outputs, order, ())
+
+
+def _with_constants_of(
+    graph: Graph, prepared: Graph, before: Graph, methods: Sequence[str]
+) -> None:
+    """Give one size's nodes the weights and biases that methods gave those of the samples' size.
+
+    Raises:
+        UsageError: A method changed more than constants.
+    """
+    first = {n.name: n for n in before.nodes}
+    nodes = {n.name: n for n in graph.nodes}
+    for node in prepared.nodes:
+        was = first.get(node.name)
+        known = nodes.get(node.name)
+        for i, v in enumerate(node.inputs):
+            old = was.inputs[i] if was is not None and i < len(was.inputs) else None
+            if v is None or (old is not None and old.data is v.data and v.is_constant):
+                continue
+            if not v.is_constant:
+                if was is None or old is None or old.name != v.name:
+                    raise UsageError(
+                        f"methods {', '.join(methods)} changed more than weights at {node.name!r}, "
+                        "and a range has several sizes",
+                        hint="leave that method out, or give one extent per axis",
+                    )
+                continue
+            if known is None or known.op is not node.op:
+                raise UsageError(
+                    f"{node.name!r}, which methods {', '.join(methods)} changed, is not the same "
+                    "at every size of the range",
+                    hint="leave them out, or give one extent per axis",
+                )
+            graph.set_input(known, i, graph.constant(v.array(), graph.fresh(v.name)))
 
 
 def joined(artifact: Artifact, built: Sequence[Built], dynamic: Dynamic) -> Artifact:

@@ -22,7 +22,7 @@ import qcompiler
 from qcompiler import driver
 from qcompiler.artifact import read_artifact
 from qcompiler.cli.options import parse_shapes
-from qcompiler.dynamic_compile import Ranges, _float_graph, ranges_of
+from qcompiler.dynamic_compile import Ranges, _float_graph, _with_constants_of, ranges_of
 from qcompiler.errors import (
     ArtifactError,
     DataError,
@@ -163,15 +163,34 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, qcompiler.load(path), path
 
 
-def exact(model: onnx.ModelProto, size: int) -> qcompiler.CompiledModel:
+def exact(
+    model: onnx.ModelProto, size: int, methods: str = "", precision: str = "w8a8"
+) -> qcompiler.CompiledModel:
     """The model compiled for one size, with the scales that the samples' size gives."""
     result = driver.quantize_model(
-        model, calibration=samples(model), input_shapes=shapes(model, 24)
+        model,
+        calibration=samples(model),
+        input_shapes=shapes(model, 24),
+        methods=methods,
+        precision=precision,
     )
     graph = _float_graph(model, shapes(model, size), None)
     plan = PrecisionPlan(dict(result.plan.nodes))
     ctx = PassContext()
     ctx.put(plan)
+    if result.prepared is not None:
+        prepared, grids = result.prepared
+        ctx.put(grids)
+        assert result.float_graph is not None
+        for node, like, was in zip(
+            graph.nodes, prepared.nodes, result.float_graph.nodes, strict=True
+        ):
+            assert node.name == like.name == was.name
+            for i, v in enumerate(like.inputs):
+                if v is not None and v.is_constant:
+                    if i < len(was.inputs) and (old := was.inputs[i]) and old.data is v.data:
+                        continue
+                    graph.set_input(node, i, graph.constant(v.array(), graph.fresh(v.name)))
     assert result.table is not None
     ctx.put(dataclasses.replace(result.table, graph=digest(graph)))
     passes = [p for p in quantize_passes(plan) if not isinstance(p, Calibrate)]
@@ -192,6 +211,46 @@ def test_equals_the_exact_size(case: Any, size: int) -> None:
             np.testing.assert_allclose(ours[name], array, rtol=0.02, atol=0.02)
         else:
             np.testing.assert_array_equal(ours[name], array)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("methods", ["equalize,gptq", "adaround{iterations=50},correct_bias"])
+def test_methods_change_every_size_alike(methods: str) -> None:
+    model = MODELS["masked encoder"]
+    made = qcompiler.compile(
+        model,
+        calibration=samples(model),
+        input_shapes=shapes(model, (1, GREATEST)),
+        methods=methods,
+        precision="w4a8",
+    )
+    plain = exact(model, GREATEST, precision="w4a8")
+    inputs = feed(model, GREATEST, seed=98)
+    name = next(iter(plain.outputs))
+    assert not np.array_equal(made(inputs)[name], plain(inputs)[name])  # they did change weights
+    for size in (3, 24, GREATEST):
+        inputs = feed(model, size, seed=97)
+        theirs = exact(model, size, methods, "w4a8")(inputs)
+        np.testing.assert_array_equal(made(inputs)[name], theirs[name])
+
+
+def test_what_methods_may_not_change() -> None:
+    model = MODELS["encoder"]
+    plain = _float_graph(model, shapes(model, 24), None)
+    other = plain.clone()
+    node = next(n for n in other.nodes if n.op.name == "matmul")
+    moved = other.add("neg", [node.input(0)]).output
+    other.set_input(node, 0, moved)
+    other.sort()
+    with pytest.raises(UsageError, match=r"methods odd changed more than weights at .*several"):
+        _with_constants_of(plain.clone(), other, plain, ("odd",))
+    changed = plain.clone()
+    node = next(n for n in changed.nodes if n.op.name == "matmul" and n.input(1).is_constant)
+    changed.set_input(node, 1, changed.constant(node.input(1).array() * 2, "twice"))
+    size = plain.clone()
+    next(n for n in size.nodes if n.name == node.name).name = "else"
+    with pytest.raises(UsageError, match=r"which methods odd changed, is not the same"):
+        _with_constants_of(size, changed, plain, ("odd",))
 
 
 @pytest.mark.e2e
@@ -365,7 +424,5 @@ def test_on_the_command_line() -> None:
 def test_what_does_not_go_with_ranges() -> None:
     model = MODELS["encoder"]
     at = shapes(model, (1, 40))
-    with pytest.raises(UsageError, match="methods change the weights of one size"):
-        qcompiler.compile(model, calibration=samples(model), input_shapes=at, methods="equalize")
     with pytest.raises(UnsupportedByTargetError, match="one size per artifact"):
         qcompiler.compile(model, target="reference", precision="fp32", input_shapes=at)
