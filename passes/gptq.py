@@ -57,13 +57,16 @@ class Gptq(Pass):
     requires: ClassVar[tuple[type, ...]] = (CalibrationSet, CalibrationTable, PrecisionPlan)
     provides: ClassVar[tuple[type, ...]] = (CalibrationTable, WeightGrids)
     runs: int = 192  # calibration runs to draw patches from, at most
-    patches: int = 16384  # patches of activations per product, at most
+    patches: int = 32768  # patches of activations per product, at most
+    views: int = 4  # more views of each picture, magnified and in a mirror
     damp: float | None = None  # pull towards the weights given; None tries some, held out
     seconds: float | None = None  # time limit; products not reached are rounded to nearest
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.patches < 1:
             raise UsageError("gptq: runs and patches must be at least 1")
+        if self.views < 0:
+            raise UsageError("gptq: views must be 0 or more")
         if self.damp is not None and not 0 < self.damp < np.inf:
             raise UsageError(f"gptq: damp is {self.damp}, expected a number above 0")
 
@@ -73,12 +76,14 @@ class Gptq(Pass):
         if walk is None:
             return False
         better = reached = 0
+        wide = False
         for index, unit in enumerate(walk.units):
             ctx.progress(self.name, index, len(walk.units))
             if walk.expired(self.seconds):
                 break
             reached += 1
             walk.advance(unit.node)
+            wide = wide or walk.widen(unit.node, self.views, ctx.seed)
             rng = np.random.default_rng((ctx.seed, index))
             train, test = (
                 collect(exact, rounded, unit, max(1, self.patches // len(exact)), rng)

@@ -95,17 +95,17 @@ def solved(m: Moments, w: Array, cross: Array, target: Array) -> tuple[Array, Ar
         target: Results to reach [G, P, O].
     """
     new_w = np.linalg.solve(m.h, cross + m.damping * w)
-    return new_w, _level(m, target) - m.mean @ new_w
+    return new_w, level_of(m, target) - m.mean @ new_w
 
 
 def cross_moments(m: Moments, x: Array, target: Array) -> Array:
     """Return the moments of operands [G, P, K] with targets [G, P, O] about their means."""
-    off = (target - _level(m, target).astype(np.float32)) * m.weight
+    off = (target - level_of(m, target).astype(np.float32)) * m.weight
     # The operands need not be centred: the targets are.
     return np.asarray((np.swapaxes(x, 1, 2) @ off).astype(np.float64))
 
 
-def _level(m: Moments, target: Array) -> Array:
+def level_of(m: Moments, target: Array) -> Array:
     """Return the means of targets [G, P, O] over the rows as they count."""
     return np.asarray((target * m.weight).sum(1, keepdims=True, dtype=np.float64))
 

@@ -4,7 +4,8 @@
 
 Weights and biases of the products to learn are inputs of the model. It returns the squared errors
 of the quantized network's outputs and of its blocks' results against the float network's, and the
-slopes of their weighted sum by the weights and biases.
+slopes of their weighted sum by the weights and biases. It may read smaller pictures than the
+networks do: windows cost less, and no two are alike.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from qcompiler.errors import QCompilerError
 from qcompiler.ir import Graph, Value
+from qcompiler.numerics import dequantize
 from qcompiler.onnx_export import to_onnx
 from qcompiler.ort import Session
 from qcompiler.passes.blocks import blocks_of
 from qcompiler.passes.reconstruction import Reconstruction
 from qcompiler.passes.single_node import units
 from qcompiler.passes.slopes import Writer, add_slopes
+from qcompiler.passes.views import is_picture
 from qcompiler.types import Array, DType, TensorType
 
 ERRORS = "errors"
@@ -31,14 +35,18 @@ class Lesson:
 
     Args:
         walk: Both networks and the products to learn.
+        window: Greatest extent of the pictures that it reads; None for that of the networks.
+        count: Runs that it reads at a time.
 
     Attributes:
+        window: Greatest extent of the pictures that it reads; None where it cannot be less.
+        count: Runs that it reads at a time, joined along the first axis; 1 where it cannot be more.
         shares: What the squared error of each term counts: the outputs first, then the blocks.
         outputs: How many of the terms are outputs.
     """
 
-    def __init__(self, walk: Reconstruction) -> None:
-        g = walk.qdq.clone()
+    def __init__(self, walk: Reconstruction, window: int | None = None, count: int = 1) -> None:
+        exact_graph, g, self.window, self.count = _pair(walk, window, count)
         learned: dict[str, Value] = {}
         for unit in walk.units:
             node = g.node(unit.node)
@@ -48,14 +56,15 @@ class Lesson:
                 )
                 g.set_input(node, i, v)
                 learned[v.name] = v
+        _settle(g)
         by_name = {v.name: v for v in g.inputs}
-        exact = copied(g, walk.exact, {v: by_name[v.name] for v in walk.exact.inputs})
+        exact = copied(g, exact_graph, {v: by_name[v.name] for v in exact_graph.inputs})
         students = dict(g.outputs)
-        terms = [(students[name], exact[v]) for name, v in walk.exact.outputs]
+        terms = [(students[name], exact[v]) for name, v in exact_graph.outputs]
         self.outputs = len(terms)
-        for block in blocks_of(walk.exact, units(walk.exact), walk.units):
+        for block in blocks_of(exact_graph, units(exact_graph), walk.units):
             maker = block.result.producer
-            if maker is not None and not walk.exact.is_output(block.result):
+            if maker is not None and not exact_graph.is_output(block.result):
                 terms.append((g.node(maker.name).output, exact[block.result]))
         self.shares: Array = np.zeros(len(terms), np.float32)
         shares = g.add_input(SHARES, TensorType((len(terms),), DType.FLOAT32))
@@ -77,7 +86,8 @@ class Lesson:
         results += [(f"slope/{v.name}", d) for v, d in slopes.items()]
         g.set_outputs(results)
         g.eliminate_dead()
-        self._session = Session(to_onnx(g).SerializeToString())
+        # Optimised, ONNX Runtime would round the weights that `_settle` makes real to 8 bits again.
+        self._session = Session(to_onnx(g).SerializeToString(), optimization="disabled")
         self._given = set(self._session.input_names)
 
     def run(self, given: Mapping[str, Array]) -> dict[str, Array]:
@@ -89,6 +99,63 @@ class Lesson:
         feed = {**given, SHARES: self.shares}
         found = self._session.run({n: a for n, a in feed.items() if n in self._given})
         return {n.removeprefix("slope/"): a for n, a in found.items()}
+
+
+def resized(graph: Graph, window: int | None, count: int) -> Graph | None:
+    """Return a copy of a graph for smaller pictures, or for several runs at a time.
+
+    Args:
+        graph: Graph of stage FLOAT or QDQ.
+        window: Greatest extent of pictures; None leaves them.
+        count: Runs, joined along the first axis of each input.
+
+    Returns:
+        The copy; None where the operators tie the extents down.
+    """
+    changed = graph.clone()
+    for v in changed.inputs:
+        shape = list(v.shape)
+        if not shape:
+            return None
+        if window is not None and is_picture(v.type):
+            shape[2:] = [min(n, window) for n in shape[2:]]
+        shape[0] *= count
+        changed.set_type(v, TensorType(tuple(shape), v.dtype, v.qparams))
+    try:
+        for node in changed.nodes:
+            given = [None if v is None else v.type for v in node.inputs]
+            attrs = dict(node.attrs)
+            if node.op.name == "reshape" and given[0] is not None:
+                lead, *rest = node.attr("shape")
+                if lead * count == given[0].shape[0]:
+                    attrs["shape"] = (lead * count, *rest)
+                    changed.set_attrs(node, shape=attrs["shape"])
+            for v, t in zip(node.outputs, node.op.infer(given, attrs), strict=True):
+                changed.set_type(v, TensorType(t.shape, v.dtype, v.qparams))
+    except QCompilerError:
+        return None
+    return changed
+
+
+def _pair(
+    walk: Reconstruction, window: int | None, count: int
+) -> tuple[Graph, Graph, int | None, int]:
+    """Return the float network and a copy of the quantized one, for what both can read."""
+    for extent, runs in ((window, count), (window, 1), (None, count)):
+        exact, rounded = (resized(g, extent, runs) for g in (walk.exact, walk.qdq))
+        if exact is not None and rounded is not None:
+            return exact, rounded, extent, runs
+    return walk.exact, walk.qdq.clone(), None, 1
+
+
+def _settle(graph: Graph) -> None:
+    """Replace dequantized constants by the floats that they stand for, once for all samples."""
+    for node in graph.nodes:
+        if node.op.name == "dequantize" and node.input(0).is_constant:
+            q = node.input(0)
+            assert q.qparams is not None
+            held = graph.constant(dequantize(q.array(), q.qparams), graph.fresh(f"{q.name}_real"))
+            graph.replace_uses(node.output, held)
 
 
 def operand(name: str, i: int) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,7 @@ from qcompiler.passes.held_out import (
 from qcompiler.passes.insert_qdq import WeightGrids
 from qcompiler.passes.single_node import Unit, units
 from qcompiler.passes.trails import MEMORY, Trail, most_live
+from qcompiler.passes.views import is_picture, view
 from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.printer import digest
@@ -124,6 +126,34 @@ class Reconstruction:
             dict(given.nodes),
             runs=learn,
         )
+
+    def widen(self, name: str, views: int, seed: int) -> bool:
+        """Learn from more views of the pictures from here on, once that takes little memory.
+
+        Args:
+            name: The product that the walk is at.
+            views: Views of each run.
+            seed: Chooses them.
+
+        Returns:
+            Whether the views have joined, or there are none to join.
+        """
+        types = {v.name: v.type for v in self.exact.inputs}
+        if views == 0 or not any(is_picture(t) for t in types.values()):
+            return True
+        at = self.exact.nodes.index(self.exact.node(name))
+        if (1 + views) * len(self.runs) * most_live(self.exact, at) > MEMORY // 4:
+            return False
+
+        def more() -> Iterator[Batch]:
+            rng = np.random.default_rng((seed, views))
+            for _ in range(views):
+                for batch in self.runs:
+                    yield view(batch, types, rng)
+
+        for trail in self.work:
+            trail.join(more())
+        return True
 
     def expired(self, seconds: float | None) -> bool:
         """Whether the time is up."""

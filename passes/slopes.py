@@ -113,10 +113,10 @@ def _conv(write: Writer, node: Node, d: Value) -> Slopes:
     n, c, height, width = x.shape
     o, per_group, kh, kw = w.shape
     if (kh, kw) == (1, 1) and group == 1 and not any(pads) and tuple(strides) == (1, 1):
-        left = write.shaped(d, (n, o, height * width))
-        right = write.shaped(x, (n, c, height * width))
-        product = write.add("matmul", left, right, transpose_b=True)
-        yield 1, write.shaped(write.summed_to(product, (1, o, c)), w.shape)
+        positions = n * height * width
+        left = write.shaped(d if n == 1 else write.turned(d, (1, 0, 2, 3)), (o, positions))
+        right = write.shaped(write.turned(x, (0, 2, 3, 1)), (positions, c))
+        yield 1, write.shaped(write.add("matmul", left, right), w.shape)
         return
     # The slope by tap t is the sum of x at t + stride * i times d at i: a convolution of x with d
     # as its kernel, strides and dilations exchanged, samples as channels.

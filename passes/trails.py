@@ -9,13 +9,20 @@ moves the cut forward; each node runs once per run and trail.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
+from qcompiler.cpu import allowed_cpus
 from qcompiler.data import Batch
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.onnx_export import subgraph_to_onnx
 from qcompiler.ort import Session
 from qcompiler.types import Array
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 MEMORY = 1 << 30
 """Bytes that the live values of a trail may take."""
@@ -49,11 +56,12 @@ class Trail:
         missing = [v for v in dict.fromkeys(wanted) if v.producer in made]
         present = [v.name for v in dict.fromkeys(wanted) if v not in set(missing)]
         session = self._session(after, missing)
-        for held in self._runs:
-            found = {n: held[n] for n in present}
-            if session is not None:
-                found.update(session.run({n: held[n] for n in session.input_names}))
-            yield found
+
+        def found(held: dict[str, Array]) -> dict[str, Array]:
+            known = {n: held[n] for n in present}
+            return known if session is None else {**known, **_outputs(session, held)}
+
+        yield from in_order(found, self._runs)
 
     def advance(self, node: Node) -> None:
         """Move the cut to right before a node; it must not lie behind.
@@ -69,12 +77,28 @@ class Trail:
         stretch = set(nodes[self._at : index])
         session = self._session(stretch, [v for v in live if v.producer in stretch])
         names = {v.name for v in live}
-        for i, held in enumerate(self._runs):
-            found = dict(held)
-            if session is not None:
-                found.update(session.run({n: held[n] for n in session.input_names}))
-            self._runs[i] = {n: a for n, a in found.items() if n in names}
+
+        def moved(held: dict[str, Array]) -> dict[str, Array]:
+            found = held if session is None else {**held, **_outputs(session, held)}
+            return {n: a for n, a in found.items() if n in names}
+
+        for i, found in enumerate(in_order(moved, self._runs)):
+            self._runs[i] = found
         self._at = index
+
+    def join(self, batches: Iterable[Batch]) -> None:
+        """Take more runs along; they catch up to the cut."""
+        nodes = self.graph.nodes
+        live = live_values(self.graph, self._at, self._fixed)
+        stretch = set(nodes[: self._at])
+        session = self._session(stretch, [v for v in live if v.producer in stretch])
+        given = [v.name for v in live if v.producer is None]
+
+        def held(b: Batch) -> dict[str, Array]:
+            known = {n: b.inputs[n] for n in given}
+            return known if session is None else {**known, **_outputs(session, b.inputs)}
+
+        self._runs += in_order(held, batches)
 
     def mark(self) -> tuple[int, list[dict[str, Array]]]:
         """Return where the cut is, for `back_to`."""
@@ -91,6 +115,27 @@ class Trail:
         nodes = [n for n in self.graph.nodes if n in stretch or n in self._fixed]
         model = subgraph_to_onnx(needed_nodes(nodes, wanted), outputs=list(wanted))
         return Session(model.SerializeToString())
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield what a function gives for each item, in order, computed by as many threads as cores.
+
+    Few results are held at a time.
+    """
+    workers = len(allowed_cpus())
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _outputs(session: Session, values: Mapping[str, Array]) -> dict[str, Array]:
+    """Return what a session computes from those of the values that it takes."""
+    return session.run({n: values[n] for n in session.input_names})
 
 
 def recomputed_nodes(graph: Graph) -> set[Node]:
@@ -128,14 +173,17 @@ def live_values(graph: Graph, index: int, recomputed: set[Node]) -> list[Value]:
     return list(found)[::-1]
 
 
-def most_live(graph: Graph) -> int:
-    """Return the bytes that one run of a trail holds where they are most."""
+def most_live(graph: Graph, start: int = 0) -> int:
+    """Return the bytes that one run of a trail holds where they are most, from a position on."""
     last = {v: i for i, n in enumerate(graph.nodes) for v in n.operands if not v.is_constant}
     ends: dict[int, int] = {}
-    held = most = sum(_bytes(v) for v in graph.inputs)
+    held = sum(_bytes(v) for v in graph.inputs)
+    most = held if start == 0 else 0
     for v in graph.inputs:
         ends[last.get(v, 0)] = ends.get(last.get(v, 0), 0) + _bytes(v)
     for i, node in enumerate(graph.nodes):
+        if i == start:
+            most = max(most, held)
         held -= ends.get(i, 0)
         for v in node.outputs:
             held += _bytes(v)
@@ -143,7 +191,8 @@ def most_live(graph: Graph) -> int:
             if end == i:
                 held -= _bytes(v)
             ends[end] = ends.get(end, 0) + _bytes(v)
-        most = max(most, held)
+        if i >= start:
+            most = max(most, held)
     return most
 
 

@@ -15,14 +15,16 @@ from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.numerics import quantize
 from qcompiler.ops import Stage
+from qcompiler.passes import reconstruction
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
 from qcompiler.passes.distill import Distill, Learned
 from qcompiler.passes.held_out import Judge, quantized, shares
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids
-from qcompiler.passes.lesson import ERRORS, Lesson, operand, summed
+from qcompiler.passes.lesson import ERRORS, Lesson, operand, resized, summed
 from qcompiler.passes.methods import METHODS
 from qcompiler.passes.reconstruction import Reconstruction
 from qcompiler.passes.slopes import RULES, add_slopes
+from qcompiler.passes.trails import most_live
 from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager, parse_pass
 from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.types import Array, DType, PerTensor, QuantParams, TensorType
@@ -251,6 +253,70 @@ def test_a_lesson(net: Graph, samples: dict[str, Array]) -> None:
     assert operand("c", 1) == "lesson/c/w"
 
 
+def test_a_lesson_of_smaller_pictures_and_several_runs(
+    net: Graph, samples: dict[str, Array], rng: np.random.Generator
+) -> None:
+    """Errors and slopes are sums over the runs joined; windows need not fill the picture."""
+    ctx = prepared(net, samples)
+    walk = Reconstruction.start(net, ctx, 8)
+    assert walk is not None
+    products = {u.node: Learned.of(walk, u.node) for u in walk.units}
+    given = {k: a for n, p in products.items() for k, a in p.operands(n).items()}
+    one, both = Lesson(walk), Lesson(walk, None, 2)
+    assert (one.window, one.count, both.window, both.count) == (None, 1, None, 2)
+    for lesson in (one, both):
+        lesson.shares[:] = 1
+    runs = [walk.runs[i].inputs["x"] for i in range(2)]
+    found = summed([one.run({"x": x, **given}) for x in runs])
+    joined = both.run({"x": np.concatenate(runs), **given})
+    assert set(joined) == set(found)
+    for name in found:
+        np.testing.assert_allclose(joined[name], found[name], rtol=1e-3, atol=1e-3)
+    small = Lesson(walk, 7, 3)
+    assert (small.window, small.count) == (7, 3)
+    small.shares[:] = 1
+    got = small.run({"x": rng.standard_normal((3, 3, 7, 7)).astype(np.float32), **given})
+    assert got[ERRORS].min() > 0
+
+
+def test_a_lesson_where_operators_tie_the_extents_down(
+    load_text: Callable[..., Graph], samples: dict[str, Array], rng: np.random.Generator
+) -> None:
+    """A matrix product of all positions has no smaller pictures, but reads several runs."""
+    text = """(float[1,3,10,10] x) => (float[1,6] y) {
+      c = Conv <pads = [1,1,1,1]> (x, w1)
+      f = Flatten(c)
+      y = Gemm(f, w2, b2)
+    }"""
+    shapes = {"w1": (4, 3, 3, 3), "w2": (400, 6), "b2": (6,)}
+    net = load_text(
+        text, **{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    )
+    walk = Reconstruction.start(net, prepared(net, samples), 8)
+    assert walk is not None
+    assert resized(walk.exact, 7, 1) is None
+    lesson = Lesson(walk, 7, 2)
+    assert (lesson.window, lesson.count) == (None, 2)
+
+
+def test_views_join_where_they_take_little_memory(
+    net: Graph, samples: dict[str, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = Reconstruction.start(net, prepared(net, samples), 8)
+    assert walk is not None
+    runs, most = len(walk.runs), most_live(walk.exact)
+    assert most_live(walk.exact, len(walk.exact.nodes) - 1) < most
+    first, last = walk.units[0].node, walk.units[-1].node
+    monkeypatch.setattr(reconstruction, "MEMORY", 4 * 3 * runs * most - 1)
+    assert not walk.widen(first, 2, 0)
+    walk.advance(last)
+    assert walk.widen(last, 2, 0)
+    assert [len(t) for t in walk.work] == [3 * runs, 3 * runs]
+    assert [len(t) for t in walk.test] == [len(walk.test[0])] * 2 != [3 * runs] * 2
+    assert walk.widen(last, 0, 0)
+    assert len(walk.work[0]) == 3 * runs
+
+
 # ------------------------------------------------------------------------------------------ pass
 
 SHORT = Distill(epochs=20, batch=4, scale_rate=1e-3, bias_rate=2e-4)
@@ -285,7 +351,7 @@ def test_distilling_beats_rounding_to_nearest(net: Graph, samples: dict[str, Arr
 
 def test_it_goes_on_from_what_another_method_left(net: Graph, samples: dict[str, Array]) -> None:
     ctx = prepared(net, samples)
-    first = apply(parse_pass("gptq{patches=4096 damp=0.1}", METHODS), net, ctx)
+    first = apply(parse_pass("gptq{patches=4096 damp=0.1 views=0}", METHODS), net, ctx)
     _, before = errors(net, first, ctx)
     after = apply(SHORT, first, ctx)
     plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)

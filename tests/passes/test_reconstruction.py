@@ -125,6 +125,23 @@ def test_a_trail_gives_what_a_whole_run_gives(net: Graph, samples: dict[str, Arr
         trail.advance(qdq.nodes[0])
 
 
+def test_runs_that_join_later_catch_up(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    qdq = quantized(net, ctx.get(PrecisionPlan), ctx.get(CalibrationTable))
+    batches = list(ctx.get(CalibrationSet))[:3]
+    for graph in (net, qdq):
+        whole, joined = Trail(graph, batches), Trail(graph, batches[:1])
+        for at, node in enumerate(n for n in graph.nodes if n.op.name == "conv"):
+            for trail in (whole, joined):
+                trail.advance(node)
+            if at == 2:
+                joined.join(batches[1:])
+            if at >= 2:
+                pairs = zip(whole.values([node.output]), joined.values([node.output]), strict=True)
+                for want, got in pairs:
+                    np.testing.assert_array_equal(got[node.output.name], want[node.output.name])
+
+
 def test_a_trail_holds_integers_and_follows_new_weights(
     net: Graph, samples: dict[str, Array]
 ) -> None:
