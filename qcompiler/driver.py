@@ -444,7 +444,7 @@ def _plan(
                 f"target {spec.name} has no kernels for precision {wanted.value}: it has {known}"
             )
         plan = uniform(graph, wanted)
-        if wanted.is_integer and wanted.weight_bits < 8:
+        if wanted.is_integer and wanted.weight_bits <= 4:
             return edges_in_eight_bits(graph, plan)
         return plan
     return PrecisionPlan.load(pathlib.Path(precision))

@@ -338,7 +338,10 @@ def patches_by_time(workload: ConvWorkload, isa: Isa, direct: float) -> tuple[Pa
     step = 1.0
     if isa.dot == "vpdpbusd":  # wider vectors leave more time for loads
         step = 0.5 if vectors > 1 else 0.58
-    pixels = workload.n * workload.oh * workload.ow
+    width = workload.ow
+    if isa.dot == "maddubs" and width > 4:  # register tiles of four pixels, and fewer at the end of a row
+        width = -(-width // 4) * 4
+    pixels = workload.n * workload.oh * width
     limit = pixels * co * (c * 9 / 32 * step * direct + 0.6) / vectors
     times = sorted((_MARGIN * _time(workload, isa, patch), patch) for patch in PATCHES.values())
     return tuple(patch for time, patch in times if time < limit)
