@@ -30,6 +30,9 @@ after subtracting any used score is 0."""
 
 _ZERO_SUMS = frozenset({"reduce_sum", "reduce_l1", "reduce_l2", "reduce_sum_square"})
 _IMAGES = frozenset({"conv", "max_pool", "average_pool"})
+_SAMPLES = frozenset({"conv_transpose", "resize", "depth_to_space", "space_to_depth",
+                      "instance_norm"})  # fmt: skip
+"""Operators that treat the indices of axis 0 apart, and mix those of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,8 @@ def _refuse(problems: list[str]) -> None:
         listed = "".join(f"\n  {p}" for p in dict.fromkeys(problems))
         raise UnsupportedOpError(
             f"the model cannot serve a range of sizes because of:{listed}",
-            hint="compile it for one size, or give the extent a fixed value",
+            hint="compile it for one size, or give the extent a fixed value; a batch needs no "
+            "range: calls take any number of samples",
         )
 
 
@@ -205,10 +209,17 @@ class _Masking:
         elif name in ("transpose", "reshape", "expand", "slice", "split", "concat", "pad", "tile",
                       "gather", "cumsum"):  # fmt: skip
             self.movement(node)
+        elif name in _SAMPLES and self.follows_samples(node):
+            pass
         else:
             self.fail(node, "it is not known to treat the indices of the extent apart")
 
     # ------------------------------------------------------------------------- operators
+
+    def follows_samples(self, node: Node) -> bool:
+        """Whether axis 0 of the first operand and of the result is all that follows a symbol."""
+        x, out, of = node.input(0), node.output, self.dynamic.of
+        return set(of(x)) == {0} and of(out) == of(x) and not any(map(of, node.operands[1:]))
 
     def elementwise(self, node: Node) -> None:
         out = node.output

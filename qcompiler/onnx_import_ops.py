@@ -419,11 +419,17 @@ def _average_pool(ctx: OpContext) -> Results:
     return [average_pool(ctx, ctx.input(0))]
 
 
-def average_pool(ctx: OpContext, x: Value) -> Value:
-    """Emit an average pooling with the attributes of the node."""
+def average_pool(ctx: OpContext, x: Value, *, whole: bool = False) -> Value:
+    """Emit an average pooling with the attributes of the node.
+
+    Args:
+        ctx: The node.
+        x: Its data.
+        whole: Where padding counts, a window that hangs over its end counts as a whole one.
+    """
     attrs = _pool_attrs(ctx, x)
     attrs["count_include_pad"] = bool(ctx.attr("count_include_pad", 0))
-    if attrs["ceil_mode"] and not attrs["count_include_pad"]:
+    if attrs["ceil_mode"] and (whole or not attrs["count_include_pad"]):
         attrs = _without_ceil(x, attrs)
     return ctx.emit("average_pool", x, **attrs)
 

@@ -177,8 +177,16 @@ def _dequantize(ctx: OpContext) -> Results:
     return [y if want is DType.FLOAT32 else ctx.emit("cast", y, to=want.value)]
 
 
-def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1) -> Value:
-    """Emit a dequantize with the parameters from operands `at` and `at + 1`."""
+def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float = 1.0) -> Value:
+    """Emit a dequantize with the parameters from operands `at` and `at + 1`.
+
+    Args:
+        ctx: The node.
+        q: What is dequantized.
+        at: Operand of its scale.
+        axis: Axis of scales per index or block.
+        factor: What the result is multiplied by.
+    """
     if not q.dtype.is_integer:
         raise UnsupportedOpError(f"dequantization of {q.dtype.value} is not supported")
     if not _is_static(ctx, at):
@@ -186,8 +194,12 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1) -> Value:
         x = as_float(ctx, q)
         x = reshape(ctx, x, inner)
         x = ctx.emit("sub", x, zero) if zero is not None else x
-        return reshape(ctx, ctx.emit("mul", x, scale), q.shape)
+        x = reshape(ctx, ctx.emit("mul", x, scale), q.shape)
+        return x if factor == 1.0 else ctx.emit("mul", x, ctx.scalar(factor, x))
     qparams = static_qparams(ctx, at, q.shape, q.dtype, axis)
+    if factor != 1.0:
+        scale = (qparams.scale.astype(np.float64) * factor).astype(np.float32)
+        qparams = checked(scale, qparams.zero_point, q.dtype, qparams.granularity)
     if q.data is not None and q.qparams is None:
         return constant_dequantized(ctx, q, qparams)
     if q.producer is None and q.qparams is None and not q.uses:

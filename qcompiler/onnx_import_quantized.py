@@ -94,8 +94,9 @@ def _qgemm(ctx: OpContext) -> Results:
     turned = bool(ctx.attr("transB", 0))
     alpha = float(ctx.attr("alpha", 1.0))
     a = dequantized(ctx, ctx.input(0), 1)
-    b = dequantized(ctx, ctx.input(3), 4, axis=0 if turned else 1)
-    if alpha != 1.0:
+    stored = ctx.input(3).is_constant
+    b = dequantized(ctx, ctx.input(3), 4, 0 if turned else 1, alpha if stored else 1.0)
+    if alpha != 1.0 and not stored:
         a = ctx.emit("mul", a, ctx.scalar(alpha, a))
     c = _bias(ctx, 6, 1, 4, alpha)
     columns = b.shape[0 if turned else 1]
@@ -164,7 +165,10 @@ _qlinear_unary(
     "QLinearLeakyRelu",
     lambda ctx, x: ctx.emit("leaky_relu", x, alpha=float(ctx.attr("alpha", 0.01))),
 )
-_qlinear_unary("QLinearAveragePool", _channels_first(average_pool))
+# ONNX Runtime divides by the whole kernel where padding counts, even beyond the padding.
+_qlinear_unary(
+    "QLinearAveragePool", _channels_first(lambda ctx, x: average_pool(ctx, x, whole=True))
+)
 _qlinear_unary("QLinearGlobalAveragePool", _channels_first(_global_mean))
 _qlinear_unary("QLinearSoftmax", _softmax)
 

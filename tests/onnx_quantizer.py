@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime
 from onnxruntime import quantization
 
@@ -44,7 +45,7 @@ import qcompiler
 from qcompiler.driver import quantize_model
 from qcompiler.interpreter import evaluate
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.ops import Stage
+from qcompiler.ops import OpKind, Stage
 from qcompiler.types import Array, DType, PerTensor, QuantParams, TensorType
 
 Arrays = dict[str, Array]
@@ -203,6 +204,9 @@ def quantized(made_from: Source, variant: Variant) -> onnx.ModelProto:
     logging.disable(logging.WARNING)
     model = onnx.ModelProto()
     model.CopyFrom(made_from.model)  # the quantizer moves weights out of what it is given
+    if variant.per_channel and model.opset_import[0].version < 13:
+        # Scales per channel came with opset 13: what the quantizer makes of less is no valid model.
+        model = onnx.version_converter.convert_version(model, 13)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -297,9 +301,11 @@ def compare_layers(
     values: dict[Value, Array] = {}
     for v in graph.inputs:
         values[v] = np.asarray(feeds[v.name], v.dtype.numpy)
+    held: dict[Node, list[Array | None]] = {}
     for node in graph.nodes:
         operands = [None if v is None else (v.array() if v.is_constant else values[v])
                     for v in node.inputs]  # fmt: skip
+        held[node] = operands
         for v, ours in zip(node.outputs, evaluate(node, operands), strict=True):
             values[v] = ours
             want = _in_codes(theirs.get(v.name), v)
@@ -310,7 +316,7 @@ def compare_layers(
             if ours.dtype.kind == "f":
                 _floats(found, node, ours, want)
             else:
-                _codes(found, node, v, operands, ours, want)
+                _codes(found, node, v, held, ours, want)
                 if node.op.name == "table" and (ours != want).any():
                     _table(found, spelled, v, values, ours != want)
     return found
@@ -336,7 +342,12 @@ def _floats(found: Layers, node: Node, ours: Array, want: Array) -> None:
 
 
 def _codes(
-    found: Layers, node: Node, v: Value, operands: list[Array | None], ours: Array, want: Array
+    found: Layers,
+    node: Node,
+    v: Value,
+    held: Mapping[Node, list[Array | None]],
+    ours: Array,
+    want: Array,
 ) -> None:
     apart = np.abs(ours.astype(np.int64) - want.astype(np.int64))
     found.integers += apart.size
@@ -344,30 +355,44 @@ def _codes(
     found.codes = max(found.codes, int(apart.max(initial=0)))
     if not apart.any():
         return
-    distance = _from_tie(node, v, operands, apart > 0)
+    distance = _from_tie(node, v, held, apart > 0)
     if distance > found.tie:
         found.tie = distance
         found.worst = f"{node.op.name} {v.name}"
 
 
-def _from_tie(node: Node, v: Value, operands: list[Array | None], where: Array) -> float:
+def _from_tie(node: Node, v: Value, held: Mapping[Node, list[Array | None]], where: Array) -> float:
     """Return the greatest distance of some results from a tie: by the same node on a finer grid."""
-    q = v.qparams
     if node.op.name == "table":
         return 0.0  # see _table
-    if q is None or not q.is_per_tensor:
+    if v.qparams is None or not v.qparams.is_per_tensor:
         return 0.5
+    exact = _fine(node, v, held).astype(np.float64)[where] / FINE
+    return float(np.abs(exact - np.floor(exact) - 0.5).max())
+
+
+def _fine(node: Node, v: Value, held: Mapping[Node, list[Array | None]]) -> Array:
+    """Return a result in steps of 1 / FINE code; movement moves those of its source."""
+    q = v.qparams
+    assert q is not None
     grid = QuantParams(
         np.float32(q.s / FINE), np.int32(0), DType.INT32, -(2**30), 2**30, PerTensor()
     )
-    fine = TensorType(v.shape, DType.INT32, grid)
-    before = v.type
-    v.type = fine
+    operands = list(held[node])
+    changed = [v]
+    if node.op.kind is OpKind.MOVEMENT:
+        changed += [x for x in node.operands if x.type.is_quantized]
+        for i, x in enumerate(node.inputs):
+            if x is not None and x.type.is_quantized and x.producer in held:
+                operands[i] = _fine(x.producer, x, held)
+    before = [x.type for x in changed]
     try:
-        exact = evaluate(node, operands)[0].astype(np.float64)[where] / FINE
+        for x in changed:
+            x.type = TensorType(x.shape, DType.INT32, grid)
+        return evaluate(node, operands)[node.outputs.index(v)]
     finally:
-        v.type = before
-    return float(np.abs(exact - np.floor(exact) - 0.5).max())
+        for x, kept in zip(changed, before, strict=True):
+            x.type = kept
 
 
 def _table(

@@ -82,6 +82,7 @@ def test_states_carry_a_sequence_from_call_to_call(speech: tuple[Array, Array]) 
     np.testing.assert_allclose(np.concatenate(parts), whole, atol=1e-5)
 
 
+@pytest.mark.timed
 def test_w8a8_is_faster_than_float_onnx_runtime(speech: tuple[Array, Array]) -> None:
     """One core, interleaved; the promise is 1.5 times."""
     ort = pytest.importorskip("onnxruntime")

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler import driver
 from qcompiler.artifact import read_artifact
+from qcompiler.cli import main
 from qcompiler.cli.options import parse_shapes
 from qcompiler.dynamic_compile import Ranges, _float_graph, _with_constants_of, ranges_of
 from qcompiler.errors import (
@@ -232,6 +233,35 @@ def test_methods_change_every_size_alike(methods: str) -> None:
         inputs = feed(model, size, seed=97)
         theirs = exact(model, size, methods, "w4a8")(inputs)
         np.testing.assert_array_equal(made(inputs)[name], theirs[name])
+
+
+@pytest.mark.e2e
+def test_a_batch_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Operators that mix rows and columns leave samples apart."""
+    n = Net()
+    x = n("Relu", n("Conv", "x", n.weights(8, 3, 3, 3), pads=[1, 1, 1, 1]))
+    x = n("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2])
+    x = n("ConvTranspose", x, n.weights(8, 4, 2, 2), strides=[2, 2])
+    x = n("Resize", x, "", n.c(np.array([1, 1, 2, 2], np.float32)), mode="linear")
+    x = n("DepthToSpace", n("SpaceToDepth", x, blocksize=2), blocksize=2)
+    y = n("Conv", x, n.weights(2, 4, 1, 1))
+    model = n.model({"x": (TensorProto.FLOAT, ["N", 3, 8, 8])}, {"y": (y, ["N", 2, 16, 16])})
+    data = {"x": n.rng.standard_normal((12, 3, 8, 8)).astype(np.float32)}
+    whole = qcompiler.compile(
+        model, calibration=data, precision="w8a8", input_shapes={"x": ((1, 6), 3, 8, 8)}
+    )
+    dynamic = whole.artifact.dynamic
+    assert dynamic is not None
+    assert [v.sizes for v in dynamic.variants] == [{"N": 2}, {"N": 3}, {"N": 6}]
+    single = driver.quantize_model(model, calibration=data)
+    backend = get_target("host")
+    one = driver.assemble(driver.build_graph(single.graph, backend), backend.spec, single)
+    for count in range(1, 7):
+        x = {"x": data["x"][:count]}
+        np.testing.assert_array_equal(whole(x)["y"], one(x)["y"])
+    whole.save(tmp_path / "m.qcm")
+    assert main(["inspect", str(tmp_path / "m.qcm")]) == 0
+    assert "x: float32[1..6, 3, 8, 8]" in capsys.readouterr().out
 
 
 def test_what_methods_may_not_change() -> None:

@@ -89,8 +89,8 @@ def _artifact(file: Path, json_output: bool) -> None:
     missing = found["missing_cpu_features"]
     if missing:
         console.print(f"This machine cannot run it: its CPU lacks {', '.join(missing)}.")
-    _tensors(console, "inputs", manifest["inputs"])
-    _tensors(console, "outputs", manifest["outputs"])
+    _tensors(console, "inputs", manifest["inputs"], manifest.get("dynamic"))
+    _tensors(console, "outputs", manifest["outputs"], manifest.get("dynamic"))
     entries = plan_entries(found["plan"])
     order = list((report or {}).get("precision") or ())  # of the network; members are sorted
     if set(order) == set(entries):
@@ -204,9 +204,18 @@ def _facts(console: Console, facts: Mapping[str, Any]) -> None:
         console.print(f"{name:<{width}}  {value}", markup=False, soft_wrap=True)
 
 
-def _tensors(console: Console, title: str, tensors: Sequence[Mapping[str, Any]]) -> None:
+def _tensors(
+    console: Console,
+    title: str,
+    tensors: Sequence[Mapping[str, Any]],
+    dynamic: Mapping[str, Any] | None = None,
+) -> None:
     for tensor in tensors:
-        shape = ", ".join(map(str, tensor["shape"]))
+        extents = list(map(str, tensor["shape"]))
+        for axis, symbol in (dynamic or {}).get(title, {}).get(tensor["name"], {}).items():
+            lo, hi = dynamic["symbols"][symbol] if dynamic else (0, 0)
+            extents[int(axis)] = f"{lo}..{hi}"
+        shape = ", ".join(extents)
         console.print(
             f"{title[:-1]:<7} {tensor['name']}: {tensor['dtype']}[{shape}]",
             markup=False,
