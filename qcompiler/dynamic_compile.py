@@ -103,7 +103,7 @@ class Ranges:
 
 def _step(lo: int, hi: int, k: int) -> int:
     if hi <= LEAST_SIZE:  # a batch: every sample counts; at 1, axes look like those that broadcast
-        return max(math.ceil(hi / 2**k), lo, min(2, hi))
+        return max(math.ceil(hi / (1 << k)), lo, min(2, hi))
     size = hi if k == 0 else math.ceil(hi / 2**k / LEAST_SIZE) * LEAST_SIZE
     return min(hi, max(size, lo, min(LEAST_SIZE, hi)))
 

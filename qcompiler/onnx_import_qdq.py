@@ -198,8 +198,8 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
         return x if factor == 1.0 else ctx.emit("mul", x, ctx.scalar(factor, x))
     qparams = static_qparams(ctx, at, q.shape, q.dtype, axis)
     if factor != 1.0:
-        scale = (qparams.scale.astype(np.float64) * factor).astype(np.float32)
-        qparams = checked(scale, qparams.zero_point, q.dtype, qparams.granularity)
+        scaled = (qparams.scale.astype(np.float64) * factor).astype(np.float32)
+        qparams = checked(scaled, qparams.zero_point, q.dtype, qparams.granularity)
     if q.data is not None and q.qparams is None:
         return constant_dequantized(ctx, q, qparams)
     if q.producer is None and q.qparams is None and not q.uses:

@@ -8,11 +8,12 @@ Both formats (QDQ, QOperator), static and dynamic, per tensor and per channel, u
 activations, of the stored, the built and the external models. ONNX Runtime runs them without any
 optimization (ORT_DISABLE_ALL), and so computes what the file says, operator by operator.
 
-The criterion has two parts:
+The criterion has three parts:
 
 - layer by layer: every node of the integer graph gets the operands that ONNX Runtime computed. An
   integer result is then equal, or one code apart where its exact value is within `TIE` of a tie
   between two codes: both sides round float32 numbers, which differ in their last bits;
+- the artifact computes what the interpreter of the integer graph computes (`OWN`);
 - end to end: the compiled artifact and ONNX Runtime decide alike (the greatest output, or the
   sign against 0.5), except where ONNX Runtime's own margin is below `MARGIN` codes of the output.
 """
@@ -44,6 +45,7 @@ import catalogue
 import qcompiler
 from qcompiler.driver import quantize_model
 from qcompiler.interpreter import evaluate
+from qcompiler.interpreter import run as interpret
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.ops import OpKind, Stage
 from qcompiler.types import Array, DType, PerTensor, QuantParams, TensorType
@@ -52,6 +54,9 @@ Arrays = dict[str, Array]
 
 TIE = 1 / 128
 """Greatest distance from a tie, codes: float32 sums of thousands of terms are not better."""
+OWN = 0.05
+"""Greatest share by which the artifact may differ from the interpreter: kernels in floats round
+otherwise, and may turn codes behind them. Networks of integers alone are equal."""
 MARGIN = 4
 """Codes of the output within which a decision may turn."""
 FINE = 256
@@ -435,6 +440,7 @@ class Outcome:
         turned: How many differ.
         margin: Greatest margin of a decision that differs, codes of the output.
         output: Greatest difference of an output, as a share of its greatest magnitude.
+        own: The same between the artifact and the interpreter of its integer graph.
         seconds: Wall time.
     """
 
@@ -445,6 +451,7 @@ class Outcome:
     turned: int = 0
     margin: float = 0.0
     output: float = 0.0
+    own: float = 0.0
     seconds: float = 0.0
 
 
@@ -486,8 +493,13 @@ def check(model: onnx.ModelProto, data: Source, *, compiled: bool = True) -> Out
         ours = artifact(feed)
         want = dict(zip(names, reference.run(None, feed), strict=True))
         _decide(outcome, data, ours, want, graph)
+    if artifact is not None:
+        meant, ours = interpret(graph, feeds[0]), artifact(feeds[0])
+        outcome.own = max(_apart(ours[name], meant[name]) for name in names)
     layers = outcome.layers
     wrong = []
+    if outcome.own > OWN:
+        wrong.append(f"the artifact is {outcome.own:.3g} apart from the interpreter")
     if layers.codes > 1 or layers.tie > TIE:
         wrong.append(f"{layers.codes} codes, {layers.tie:.3g} from a tie at {layers.worst}")
     if outcome.turned and outcome.margin > MARGIN:
@@ -495,6 +507,12 @@ def check(model: onnx.ModelProto, data: Source, *, compiled: bool = True) -> Out
     outcome.status = "; ".join(wrong) or "agrees"
     outcome.seconds = time.perf_counter() - started
     return outcome
+
+
+def _apart(a: Array, b: Array) -> float:
+    """Return the greatest difference as a share of the greatest magnitude."""
+    apart = np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0)
+    return float(apart) / max(float(np.abs(b.astype(np.float64)).max(initial=0)), 1e-9)
 
 
 def _decide(
