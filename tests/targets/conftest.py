@@ -4,21 +4,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
-for _name in ("emulation", "machine_code"):
-    if _name not in sys.modules:
-        _spec = importlib.util.spec_from_file_location(
-            _name, Path(__file__).with_name(f"{_name}.py")
-        )
-        assert _spec is not None
-        assert _spec.loader is not None
-        _module = importlib.util.module_from_spec(_spec)
-        sys.modules[_name] = _module
-        _spec.loader.exec_module(_module)
+sys.path.append(str(Path(__file__).parent))  # the modules beside the tests, by their names
 
 if os.environ.get("QCOMPILER_EMULATE"):
-    sys.modules["emulation"].emulate_rows(os.environ["QCOMPILER_EMULATE"].split(","))
+    import emulation
+
+    emulation.emulate_rows(os.environ["QCOMPILER_EMULATE"].split(","))

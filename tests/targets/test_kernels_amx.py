@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import gemm_reference as reference
 import numpy as np
 import pytest
 import tvm
@@ -40,15 +38,6 @@ from qcompiler.targets.kernels.gemm import (
     space,
 )
 from qcompiler.targets.kernels.plan import geometry_of
-
-_SPEC = importlib.util.spec_from_file_location(
-    "gemm_reference", Path(__file__).with_name("gemm_reference.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-reference = importlib.util.module_from_spec(_SPEC)
-sys.modules["gemm_reference"] = reference
-_SPEC.loader.exec_module(reference)
 
 AMX = ISA_TABLE["x86-amx"]
 BLOCKS = [(2, 2), (1, 4), (4, 1), (1, 2), (2, 1), (1, 6), (3, 1)]

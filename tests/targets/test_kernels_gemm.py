@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import gemm_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -32,15 +32,6 @@ from qcompiler.targets.kernels.gemm import (
     pack_matmul,
     space,
 )
-
-_SPEC = importlib.util.spec_from_file_location(
-    "gemm_reference", Path(__file__).with_name("gemm_reference.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-reference = importlib.util.module_from_spec(_SPEC)
-sys.modules["gemm_reference"] = reference
-_SPEC.loader.exec_module(reference)
 
 ROWS = [isa for isa in ISA_TABLE.values() if runnable(isa)]
 AVX2 = ISA_TABLE["x86-avx2"]

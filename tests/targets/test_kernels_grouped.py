@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+import gemm_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -31,15 +29,6 @@ from qcompiler.targets.kernels.gemm import (
 )
 from qcompiler.types import DType, QuantParams
 from qcompiler.windows import Geometry
-
-_SPEC = importlib.util.spec_from_file_location(
-    "gemm_reference", Path(__file__).with_name("gemm_reference.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-reference = importlib.util.module_from_spec(_SPEC)
-sys.modules["gemm_reference"] = reference
-_SPEC.loader.exec_module(reference)
 
 ROWS = [isa for isa in ISA_TABLE.values() if runnable(isa)]
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gemm_reference as reference
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,15 +27,6 @@ from qcompiler.targets.kernels.gemm import (
     pack_matmul,
 )
 from qcompiler.targets.kernels.plan import geometry_of
-
-_SPEC = importlib.util.spec_from_file_location(
-    "gemm_reference", Path(__file__).with_name("gemm_reference.py")
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-reference = importlib.util.module_from_spec(_SPEC)
-sys.modules["gemm_reference"] = reference
-_SPEC.loader.exec_module(reference)
 
 AVX2 = ISA_TABLE["x86-avx2"]
 Array = np.ndarray[Any, np.dtype[Any]]
