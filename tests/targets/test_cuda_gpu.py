@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulator import emulator
 
 import qcompiler
 from qcompiler import cuda_driver
@@ -61,7 +62,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(_problem() is not None, reason=_problem() or "no GPU"),
 ]
-emulator = _module("cuda_emulator_helper", HERE / "cuda_emulator" / "emulator.py")
 catalogue = _module("qcompiler_model_catalogue", HERE.parents[1] / "models" / "catalogue.py")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulator import emulator
 
 import qcompiler
 from qcompiler.artifact import inspect_artifact
@@ -37,7 +38,6 @@ def _module(name: str, path: Path) -> ModuleType:
     return module
 
 
-emulator = _module("cuda_emulator_helper", Path(__file__).parent / "cuda_emulator" / "emulator.py")
 catalogue = _module("qcompiler_model_catalogue", ROOT / "models" / "catalogue.py")
 pytestmark = [
     pytest.mark.e2e,

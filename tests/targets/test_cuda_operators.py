@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulator import emulator
 
 from qcompiler.errors import DataError, UnsupportedByTargetError
 from qcompiler.interpreter import run
@@ -18,16 +16,6 @@ from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage, all_ops
 from qcompiler.targets.cuda import backend, lower_maps, lower_rows, lowering
 from qcompiler.types import DType, PerAxis, QuantParams, TensorType
-
-_SPEC = importlib.util.spec_from_file_location(
-    "cuda_emulator_helper", Path(__file__).parent / "cuda_emulator" / "emulator.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-emulator = sys.modules.get("cuda_emulator_helper") or importlib.util.module_from_spec(_SPEC)
-if "cuda_emulator_helper" not in sys.modules:
-    sys.modules["cuda_emulator_helper"] = emulator
-    _SPEC.loader.exec_module(emulator)
 
 needs_emulator = pytest.mark.skipif(
     emulator.skip_reason() is not None, reason=emulator.skip_reason() or ""

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulator import emulator
 
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
@@ -25,16 +23,6 @@ from qcompiler.targets.cuda.products import Epilogue, Product, pack4, product_la
 from qcompiler.targets.cuda.program import Temporary
 from qcompiler.targets.cuda.tiles import Tile, candidates, choose
 from qcompiler.types import DType, PerAxis, PerTensor, QuantParams, TensorType
-
-_SPEC = importlib.util.spec_from_file_location(
-    "cuda_emulator_helper", Path(__file__).parent / "cuda_emulator" / "emulator.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-emulator = sys.modules.get("cuda_emulator_helper") or importlib.util.module_from_spec(_SPEC)
-if "cuda_emulator_helper" not in sys.modules:
-    sys.modules["cuda_emulator_helper"] = emulator
-    _SPEC.loader.exec_module(emulator)
 
 needs_emulator = pytest.mark.skipif(
     emulator.skip_reason() is not None, reason=emulator.skip_reason() or ""

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_emulator import emulator
 
 from qcompiler import cuda_driver
 from qcompiler.artifact import Artifact, ParamBlock, write_artifact
@@ -32,15 +32,6 @@ from qcompiler.targets.cuda import backend
 from qcompiler.targets.cuda.program import Launch, Plan, Temporary, nbytes
 from qcompiler.types import DType, TensorType
 
-_SPEC = importlib.util.spec_from_file_location(
-    "cuda_emulator_helper", Path(__file__).parent / "cuda_emulator" / "emulator.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-emulator = sys.modules.get("cuda_emulator_helper") or importlib.util.module_from_spec(_SPEC)
-if "cuda_emulator_helper" not in sys.modules:
-    sys.modules["cuda_emulator_helper"] = emulator
-    _SPEC.loader.exec_module(emulator)
 needs_emulator = pytest.mark.skipif(
     emulator.skip_reason() is not None, reason=emulator.skip_reason() or "emulator"
 )
