@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # installed, these are passes/ and targets/. With the checkout on sys.path, as `python -m pytest`
 # puts it there, that folder would hide the installed package.
 sys.path[:] = [p for p in sys.path if Path(p or os.getcwd()).resolve() != ROOT]
+sys.path.append(str(Path(__file__).parent))  # the modules beside the tests, by their names
 
 # The same examples on every machine and run; a failing example is a fact, not luck.
 settings.register_profile("qcompiler", deadline=None, derandomize=True, max_examples=50)
