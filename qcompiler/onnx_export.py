@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
-from qcompiler import onnx_export_recurrent  # its writers enter themselves into the table
+from qcompiler import onnx_export_movement, onnx_export_recurrent  # writers enter the table
 from qcompiler.errors import ModelError, UnsupportedOpError, UsageError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.onnx_export_ops import Emitter, opaque_proto
@@ -21,7 +21,7 @@ from qcompiler.onnx_import_tensors import make_type
 from qcompiler.ops import Stage
 from qcompiler.types import Array, DType, PerGroup, TensorType
 
-del onnx_export_recurrent
+del onnx_export_movement, onnx_export_recurrent
 
 LEAST_OPSET = 17
 """LayerNormalization's opset; every importer that matters reads it."""

@@ -17,7 +17,6 @@ import onnx
 from qcompiler.errors import QCompilerError, UnsupportedOpError
 from qcompiler.ir import Node, Value
 from qcompiler.onnx_import_tensors import elem_type_of, make_tensor, placeholder
-from qcompiler.ops import _resize as resize_rules
 from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams
 
 APART = 4096
@@ -131,7 +130,9 @@ WRITERS: dict[str, Writer] = {}
 """Operator name -> writer."""
 
 
-def _writer(*names: str) -> Callable[[Writer], Writer]:
+def writer_of(*names: str) -> Callable[[Writer], Writer]:
+    """Enter a writer into the table for some operators."""
+
     def add(fn: Writer) -> Writer:
         for name in names:
             WRITERS[name] = fn
@@ -140,7 +141,8 @@ def _writer(*names: str) -> Callable[[Writer], Writer]:
     return add
 
 
-def _outs(e: Emitter, node: Node) -> list[str]:
+def outputs_of(e: Emitter, node: Node) -> list[str]:
+    """Return the names of a node's results."""
     return [e.ref(v) for v in node.outputs]
 
 
@@ -148,7 +150,7 @@ def _ins(e: Emitter, node: Node) -> list[str]:
     return [e.ref(v) for v in node.inputs]
 
 
-def _like(v: Value, number: float) -> Array:
+def scalar_like(v: Value, number: float) -> Array:
     """Return a scalar of the value's dtype."""
     return np.asarray(number, v.dtype.numpy)
 
@@ -182,20 +184,20 @@ _PLAIN = {
 }
 
 
-@_writer(*_PLAIN)
+@writer_of(*_PLAIN)
 def _plain(e: Emitter, node: Node) -> None:
     """Same operands and attributes under ONNX's name."""
     attrs = {k: int(v) if isinstance(v, bool) else v for k, v in node.attrs.items()}
-    e.put(_PLAIN[node.op.name], _ins(e, node), _outs(e, node), node.name, **attrs)
+    e.put(_PLAIN[node.op.name], _ins(e, node), outputs_of(e, node), node.name, **attrs)
 
 
-@_writer("isinf")
+@writer_of("isinf")
 def _isinf(e: Emitter, node: Node) -> None:
     attrs = {k: int(bool(v)) for k, v in node.attrs.items()}
-    e.put("IsInf", _ins(e, node), _outs(e, node), node.name, **attrs)
+    e.put("IsInf", _ins(e, node), outputs_of(e, node), node.name, **attrs)
 
 
-@_writer("clip")
+@writer_of("clip")
 def _clip(e: Emitter, node: Node) -> None:
     _put_clip(e, e.ref(node.input(0)), e.ref(node.output), node, "min", "max")
 
@@ -205,50 +207,50 @@ def _put_clip(e: Emitter, x: str, y: str, node: Node, lo: str, hi: str) -> None:
     bounds = [
         ""
         if node.attrs[k] is None
-        else e.const(_like(node.output, node.attr(k)), f"{node.name}/{k}")
+        else e.const(scalar_like(node.output, node.attr(k)), f"{node.name}/{k}")
         for k in (lo, hi)
     ]
     e.put("Clip", [x, *bounds], [y], node.name)
 
 
-@_writer("silu")
+@writer_of("silu")
 def _silu(e: Emitter, node: Node) -> None:
     x = e.ref(node.input(0))
-    e.put("Mul", [x, e.step("Sigmoid", [x], node.name)], _outs(e, node), node.name)
+    e.put("Mul", [x, e.step("Sigmoid", [x], node.name)], outputs_of(e, node), node.name)
 
 
-@_writer("celu")
+@writer_of("celu")
 def _celu(e: Emitter, node: Node) -> None:
     v, alpha = node.input(0), float(node.attr("alpha"))
     if not e.plain:
-        e.put("Celu", _ins(e, node), _outs(e, node), node.name, alpha=alpha)
+        e.put("Celu", _ins(e, node), outputs_of(e, node), node.name, alpha=alpha)
         return
-    number = e.const(_like(v, alpha), f"{node.name}/alpha")
+    number = e.const(scalar_like(v, alpha), f"{node.name}/alpha")
     unit = e.step("Elu", [e.step("Div", [e.ref(v), number], node.name)], node.name, alpha=1.0)
-    e.put("Mul", [unit, number], _outs(e, node), node.name)
+    e.put("Mul", [unit, number], outputs_of(e, node), node.name)
 
 
-@_writer("mish")
+@writer_of("mish")
 def _mish(e: Emitter, node: Node) -> None:
     x = e.ref(node.input(0))
     if e.opset >= 18:
-        e.put("Mish", [x], _outs(e, node), node.name)
+        e.put("Mish", [x], outputs_of(e, node), node.name)
         return
     t = e.step("Tanh", [e.step("Softplus", [x], node.name)], node.name)
-    e.put("Mul", [x, t], _outs(e, node), node.name)
+    e.put("Mul", [x, t], outputs_of(e, node), node.name)
 
 
-@_writer("gelu")
+@writer_of("gelu")
 def _gelu(e: Emitter, node: Node) -> None:
     v = node.input(0)
     x, name = e.ref(v), node.name
     approximate = str(node.attr("approximate"))
     if e.opset >= 20:
-        e.put("Gelu", [x], _outs(e, node), name, approximate=approximate)
+        e.put("Gelu", [x], outputs_of(e, node), name, approximate=approximate)
         return
 
     def number(value: float) -> str:
-        return e.const(_like(v, value), f"{name}/const")
+        return e.const(scalar_like(v, value), f"{name}/const")
 
     if approximate == "tanh":
         cube = e.step("Mul", [e.step("Mul", [x, x], name), x], name)
@@ -258,26 +260,26 @@ def _gelu(e: Emitter, node: Node) -> None:
     else:
         bent = e.step("Erf", [e.step("Div", [x, number(math.sqrt(2))], name)], name)
     gate = e.step("Add", [bent, number(1.0)], name)
-    e.put("Mul", [e.step("Mul", [x, gate], name), number(0.5)], _outs(e, node), name)
+    e.put("Mul", [e.step("Mul", [x, gate], name), number(0.5)], outputs_of(e, node), name)
 
 
-@_writer("prelu")
+@writer_of("prelu")
 def _prelu(e: Emitter, node: Node) -> None:
     x, slope = node.input(0), node.input(1)
     if x.shape == node.output.shape:
-        e.put("PRelu", _ins(e, node), _outs(e, node), node.name)
+        e.put("PRelu", _ins(e, node), outputs_of(e, node), node.name)
         return
     # PRelu broadcasts the slope only; here the slope is the larger operand.
-    zero = e.const(_like(x, 0), f"{node.name}/zero")
+    zero = e.const(scalar_like(x, 0), f"{node.name}/zero")
     scaled = e.step("Mul", [e.ref(x), e.ref(slope)], node.name)
     below = e.step("Less", [e.ref(x), zero], node.name)
-    e.put("Where", [below, scaled, e.ref(x)], _outs(e, node), node.name)
+    e.put("Where", [below, scaled, e.ref(x)], outputs_of(e, node), node.name)
 
 
-@_writer("cast")
+@writer_of("cast")
 def _cast(e: Emitter, node: Node) -> None:
     to = elem_type_of(DType(node.attr("to")))
-    e.put("Cast", _ins(e, node), _outs(e, node), node.name, to=to)
+    e.put("Cast", _ins(e, node), outputs_of(e, node), node.name, to=to)
 
 
 # ------------------------------------------------------------------------- linear and pooling
@@ -301,13 +303,14 @@ def _finished(e: Emitter, node: Node, residual: int) -> tuple[str, Callable[[str
     return first, finish
 
 
-def _to_nchw(e: Emitter, x: str, node: Node, rank: int) -> str:
+def to_nchw(e: Emitter, x: str, node: Node, rank: int) -> str:
+    """Return the name of an operand of a channels-first operator."""
     if node.attrs["layout"] == "NCHW":
         return x
     return e.step("Transpose", [x], node.name, perm=[0, rank - 1, *range(1, rank - 1)])
 
 
-def _from_nchw(
+def from_nchw(
     e: Emitter, op: str, inputs: Sequence[str], y: str, node: Node, rank: int, **attrs: Any
 ) -> None:
     """Write a channels-first operator whose result must have the node's layout."""
@@ -322,12 +325,12 @@ def _window(node: Node) -> dict[str, Any]:
     return {k: list(node.attr(k)) for k in ("strides", "pads", "dilations")}
 
 
-@_writer("conv")
+@writer_of("conv")
 def _conv(e: Emitter, node: Node) -> None:
     rank = node.input(0).type.rank
-    x = _to_nchw(e, e.ref(node.input(0)), node, rank)
+    x = to_nchw(e, e.ref(node.input(0)), node, rank)
     y, finish = _finished(e, node, 3)
-    _from_nchw(
+    from_nchw(
         e,
         "Conv",
         [x, e.ref(node.input(1)), e.ref(node.optional(2))],
@@ -341,13 +344,13 @@ def _conv(e: Emitter, node: Node) -> None:
     finish(y)
 
 
-@_writer("conv_transpose")
+@writer_of("conv_transpose")
 def _conv_transpose(e: Emitter, node: Node) -> None:
     extra = list(node.attr("output_padding"))
     e.put(
         "ConvTranspose",
         _ins(e, node),
-        _outs(e, node),
+        outputs_of(e, node),
         node.name,
         kernel_shape=list(node.input(1).shape[2:]),
         group=node.attr("group"),
@@ -362,7 +365,7 @@ def _swap(e: Emitter, v: Value, node: Node) -> str:
     return e.step("Transpose", [e.ref(v)], node.name, perm=perm)
 
 
-@_writer("matmul")
+@writer_of("matmul")
 def _matmul(e: Emitter, node: Node) -> None:
     a, b, bias = node.input(0), node.input(1), node.optional(2)
     y, finish = _finished(e, node, 3)
@@ -387,7 +390,7 @@ def _matmul(e: Emitter, node: Node) -> None:
     finish(y)
 
 
-@_writer("max_pool", "average_pool")
+@writer_of("max_pool", "average_pool")
 def _pool(e: Emitter, node: Node) -> None:
     rank = node.input(0).type.rank
     attrs: dict[str, Any] = {"kernel_shape": list(node.attr("kernel")), **_window(node)}
@@ -398,8 +401,8 @@ def _pool(e: Emitter, node: Node) -> None:
         attrs["count_include_pad"] = int(bool(node.attr("count_include_pad")))
         if e.opset < 19:  # AveragePool has no dilations before opset 19
             del attrs["dilations"]
-    x = _to_nchw(e, e.ref(node.input(0)), node, rank)
-    _from_nchw(e, op, [x], e.ref(node.output), node, rank, **attrs)
+    x = to_nchw(e, e.ref(node.input(0)), node, rank)
+    from_nchw(e, op, [x], e.ref(node.output), node, rank, **attrs)
 
 
 _REDUCE = {
@@ -417,16 +420,16 @@ _REDUCE = {
 _GLOBAL = {"reduce_mean": "GlobalAveragePool", "reduce_max": "GlobalMaxPool"}
 
 
-@_writer(*_REDUCE)
+@writer_of(*_REDUCE)
 def _reduce(e: Emitter, node: Node) -> None:
     x = node.input(0)
     axes = [int(a) % x.type.rank for a in node.attr("axes")]
     keepdims = int(bool(node.attr("keepdims")))
     spatial = x.type.rank >= 3 and axes == list(range(2, x.type.rank)) and x.dtype.is_float
     if spatial and keepdims and node.op.name in _GLOBAL:
-        e.put(_GLOBAL[node.op.name], [e.ref(x)], _outs(e, node), node.name)
+        e.put(_GLOBAL[node.op.name], [e.ref(x)], outputs_of(e, node), node.name)
         return
-    op, outs = _REDUCE[node.op.name], _outs(e, node)
+    op, outs = _REDUCE[node.op.name], outputs_of(e, node)
     if e.opset >= 18 or op == "ReduceSum":
         operands = [e.ref(x), e.ints(axes, f"{node.name}/axes")]
         e.put(op, operands, outs, node.name, keepdims=keepdims)
@@ -434,21 +437,21 @@ def _reduce(e: Emitter, node: Node) -> None:
         e.put(op, [e.ref(x)], outs, node.name, axes=axes, keepdims=keepdims)
 
 
-@_writer("argmax", "argmin")
+@writer_of("argmax", "argmin")
 def _arg(e: Emitter, node: Node) -> None:
     attrs = {k: int(node.attr(k)) for k in ("axis", "keepdims", "select_last_index")}
     op = "ArgMax" if node.op.name == "argmax" else "ArgMin"
-    e.put(op, _ins(e, node), _outs(e, node), node.name, **attrs)
+    e.put(op, _ins(e, node), outputs_of(e, node), node.name, **attrs)
 
 
-@_writer("cumsum")
+@writer_of("cumsum")
 def _cumsum(e: Emitter, node: Node) -> None:
     axis = e.const(np.asarray(node.attr("axis"), np.int64), f"{node.name}/axis")
     attrs = {k: int(bool(node.attr(k))) for k in ("exclusive", "reverse")}
-    e.put("CumSum", [e.ref(node.input(0)), axis], _outs(e, node), node.name, **attrs)
+    e.put("CumSum", [e.ref(node.input(0)), axis], outputs_of(e, node), node.name, **attrs)
 
 
-@_writer("layer_norm")
+@writer_of("layer_norm")
 def _layer_norm(e: Emitter, node: Node) -> None:
     x, scale = node.input(0), node.optional(1)
     axis = int(node.attr("axis")) % x.type.rank
@@ -456,149 +459,9 @@ def _layer_norm(e: Emitter, node: Node) -> None:
     gain = e.ref(scale) if scale is not None else e.const(ones, f"{node.name}/scale", x.dtype)
     operands = [e.ref(x), gain, e.ref(node.optional(2))]
     epsilon = float(node.attr("epsilon"))
-    e.put("LayerNormalization", operands, _outs(e, node), node.name, axis=axis, epsilon=epsilon)
-
-
-# ----------------------------------------------------------------------------------- movement
-
-
-@_writer("mask_tail")
-def _mask_tail(e: Emitter, node: Node) -> None:
-    x, tail = node.input(0), node.input(1)
-    zero = e.const(_like(tail, 0.0), f"{node.name}/zero", tail.dtype)
-    used = e.step("Equal", [e.ref(tail), zero], node.name)
-    behind = x.type.rank - 1 - int(node.attr("axis"))
-    if behind:
-        axes = e.ints(range(1, behind + 1), f"{node.name}/axes")
-        used = e.step("Unsqueeze", [used, axes], node.name)
-    nothing = e.const(_like(x, 0.0), f"{node.name}/nothing", x.dtype)
-    e.put("Where", [used, e.ref(x), nothing], _outs(e, node), node.name)
-
-
-@_writer("split")
-def _split(e: Emitter, node: Node) -> None:
-    sizes = e.ints(node.attr("sizes"), f"{node.name}/sizes")
-    operands = [e.ref(node.input(0)), sizes]
-    e.put("Split", operands, _outs(e, node), node.name, axis=node.attr("axis"))
-
-
-@_writer("slice")
-def _slice(e: Emitter, node: Node) -> None:
-    steering = [
-        e.ints(node.attr(k), f"{node.name}/{k}") for k in ("starts", "ends", "axes", "steps")
-    ]
-    e.put("Slice", [e.ref(node.input(0)), *steering], _outs(e, node), node.name)
-
-
-@_writer("pad")
-def _pad(e: Emitter, node: Node) -> None:
-    x = node.input(0)
-    value = node.attr("value")
-    if x.qparams is not None:
-        q = x.qparams
-        value = int(np.clip(np.rint(value / q.s) + q.z, q.qmin, q.qmax))
-    operands = [e.ref(x), e.ints(node.attr("pads"), f"{node.name}/pads")]
-    if node.attr("mode") == "constant":
-        fill = np.asarray(value).astype(x.dtype.numpy)
-        operands.append(e.const(fill, f"{node.name}/value", x.dtype))
-    e.put("Pad", operands, _outs(e, node), node.name, mode=node.attr("mode"))
-
-
-@_writer("reshape")
-def _reshape(e: Emitter, node: Node) -> None:
-    shape = node.attr("shape")
-    operands = [e.ref(node.input(0)), e.ints(shape, f"{node.name}/shape")]
-    allow = 1 if 0 in shape else None
-    e.put("Reshape", operands, _outs(e, node), node.name, allowzero=allow)
-
-
-@_writer("expand")
-def _expand(e: Emitter, node: Node) -> None:
-    operands = [e.ref(node.input(0)), e.ints(node.attr("shape"), f"{node.name}/shape")]
-    e.put("Expand", operands, _outs(e, node), node.name)
-
-
-@_writer("tile")
-def _tile(e: Emitter, node: Node) -> None:
-    operands = [e.ref(node.input(0)), e.ints(node.attr("repeats"), f"{node.name}/repeats")]
-    e.put("Tile", operands, _outs(e, node), node.name)
-
-
-@_writer("depth_to_space", "space_to_depth")
-def _depth(e: Emitter, node: Node) -> None:
-    x = _to_nchw(e, e.ref(node.input(0)), node, 4)
-    attrs: dict[str, Any] = {"blocksize": node.attr("blocksize")}
-    op = "SpaceToDepth"
-    if node.op.name == "depth_to_space":
-        op, attrs["mode"] = "DepthToSpace", node.attr("mode")
-    _from_nchw(e, op, [x], e.ref(node.output), node, 4, **attrs)
-
-
-@_writer("resize")
-def _resize(e: Emitter, node: Node) -> None:
-    x, y = node.input(0), node.output
-    scales = np.asarray(node.attr("scales"), np.float32)
-    ratios = np.asarray(y.shape, np.float64) / np.asarray(x.shape, np.float64)
-    exact = np.array_equal(scales, ratios.astype(np.float32))
-    if e.plain:
-        # TVM takes the scale from the extents, resizes the last two axes, and knows no
-        # antialiasing; nearest must pick the very same elements.
-        usual = node.attr("coordinate_mode") != "half_pixel_symmetric" and not node.attr(
-            "antialias"
-        )
-        inner = x.type.rank == 4 and x.shape[:2] == y.shape[:2]
-        if node.attr("mode") == "nearest" or not (exact and usual and inner):
-            _resize_by_axis(e, node)
-            return
-    attrs = {
-        "mode": node.attr("mode"),
-        "coordinate_transformation_mode": node.attr("coordinate_mode"),
-    }
-    if node.attr("mode") == "nearest":
-        attrs["nearest_mode"] = node.attr("nearest_mode")
-    if node.attr("mode") == "cubic":
-        attrs["cubic_coeff_a"] = node.attr("cubic_coeff_a")
-        attrs["exclude_outside"] = int(bool(node.attr("exclude_outside")))
-    if node.attr("antialias"):
-        attrs["antialias"] = 1
-    # Sizes say the extents exactly. Scales are needed where they are not the quotient of extents
-    # (7 * 1.5 gives 10 cells that lie 1 / 1.5 apart); aligned corners do not read them.
-    if exact or node.attr("coordinate_mode") == "align_corners":
-        steering = ["", "", e.ints(y.shape, f"{node.name}/sizes")]
-    else:
-        steering = ["", e.const(scales, f"{node.name}/scales")]
-    e.put("Resize", [e.ref(x), *steering], _outs(e, node), node.name, **attrs)
-
-
-def _resize_by_axis(e: Emitter, node: Node) -> None:
-    """Write a resize as one Gather (nearest) or one matrix product per axis that changes."""
-    x, rank = node.input(0), node.output.type.rank
-    y = e.ref(x)
-    for axis, (n, out, scale) in enumerate(
-        zip(x.shape, node.output.shape, node.attr("scales"), strict=True)
-    ):
-        if n == out and scale == 1:
-            continue
-        if node.attr("mode") == "nearest":
-            index = resize_rules.nearest_indices(
-                resize_rules.source_positions(n, out, scale, node.attr("coordinate_mode")),
-                n,
-                node.attr("nearest_mode"),
-            )
-            table = e.const(index, f"{node.name}/index")
-            y = e.step("Gather", [y, table], node.name, axis=axis)
-            continue
-        rows = resize_rules.weights(n, out, scale, node.attrs).astype(x.dtype.numpy)
-        if axis == rank - 2:
-            y = e.step("MatMul", [e.const(rows, f"{node.name}/weights"), y], node.name)
-            continue
-        perm = list(range(rank))
-        perm[axis], perm[-1] = perm[-1], perm[axis]
-        weights = e.const(np.ascontiguousarray(rows.T), f"{node.name}/weights")
-        y = e.step("Transpose", [y], node.name, perm=perm) if axis != rank - 1 else y
-        y = e.step("MatMul", [y, weights], node.name)
-        y = e.step("Transpose", [y], node.name, perm=perm) if axis != rank - 1 else y
-    e.put("Identity", [y], _outs(e, node), node.name)
+    e.put(
+        "LayerNormalization", operands, outputs_of(e, node), node.name, axis=axis, epsilon=epsilon
+    )
 
 
 # ------------------------------------------------------------------------------- quantization
@@ -621,7 +484,7 @@ def _quantization(e: Emitter, q: QuantParams, name: str) -> tuple[list[str], dic
     return [scale, e.const(zero, f"{name}/zero_point", q.storage)], attrs
 
 
-@_writer("quantize")
+@writer_of("quantize")
 def _quantize(e: Emitter, node: Node) -> None:
     _put_quantize(e, e.ref(node.input(0)), node)
 
@@ -644,17 +507,17 @@ def _put_quantize(e: Emitter, x: str, node: Node) -> None:
     e.put("Clip", [wide, *bounds], [e.ref(y)], node.name)
 
 
-@_writer("dequantize")
+@writer_of("dequantize")
 def _dequantize(e: Emitter, node: Node) -> None:
     q = node.input(0).qparams
     if q is None:
         raise QCompilerError(f"the operand of {node.name!r} carries no quantization")
     operands, attrs = _quantization(e, q, node.name)
     inputs = [e.ref(node.input(0)), *operands]
-    e.put("DequantizeLinear", inputs, _outs(e, node), node.name, **attrs)
+    e.put("DequantizeLinear", inputs, outputs_of(e, node), node.name, **attrs)
 
 
-@_writer("requantize")
+@writer_of("requantize")
 def _requantize(e: Emitter, node: Node) -> None:
     q = node.input(0).qparams
     if q is None:
@@ -674,11 +537,11 @@ def opaque_proto(node: Node) -> onnx.NodeProto:
     return proto
 
 
-@_writer("opaque")
+@writer_of("opaque")
 def _opaque(e: Emitter, node: Node) -> None:
     proto = opaque_proto(node)
     operands = [e.ref(v) for v in node.inputs]
-    results = iter(_outs(e, node))
+    results = iter(outputs_of(e, node))
     for i, name in enumerate(list(proto.input)):
         proto.input[i] = operands[i] if name and i < len(operands) else ""
     for i, name in enumerate(list(proto.output)):
