@@ -123,8 +123,13 @@ def faster_in_float(
 ) -> Choice | None:
     """Return the plan in which regions that lost are float, or None where nothing is faster.
 
-    `precision` was asked for everywhere; the others are as in `qcompiler.compile`.
+    `precision` was asked for everywhere; the others are as in `qcompiler.compile`. A mixture with
+    precisions beside it and float32 was chosen by hand, and stays.
     """
+    known = {precision, Precision.W8A8, Precision.FP32}
+    if not {Precision.parse(p) if isinstance(p, str) else p
+            for p in (overrides or {}).values()} <= known:  # fmt: skip
+        return None
     prepared = prepare(
         model, calibration=calibration, input_shapes=input_shapes, freeze=freeze,
         methods=methods, regions=regions, seed=seed, progress=progress,

@@ -19,9 +19,11 @@ from qcompiler.auto import choose
 from qcompiler.data import Budget, Evaluation
 from qcompiler.driver import quantize_model
 from qcompiler.errors import InfeasibleBudgetError, LockError, UsageError
+from qcompiler.fallback import faster_in_float
 from qcompiler.modality import select
 from qcompiler.regional import options_of, overrides_with, parse_region, parse_regions
 from qcompiler.registry import get_target
+from qcompiler.types import Precision
 
 pytestmark = pytest.mark.isa("x86-64")
 TARGET = "x86-64"  # the fewest precisions
@@ -150,6 +152,16 @@ def test_calibration_by_region(model: onnx.ModelProto, data: dict[str, Any]) -> 
     assert any("observers by measured error" in line for line in both.log)
     assert both.table is not None
     assert both.table.tensors["text"] == plain.table.tensors["text"]
+
+
+def test_precisions_by_hand_never_go_back_to_float(
+    model: onnx.ModelProto, data: dict[str, Any]
+) -> None:
+    """What the fallback does not know (here products quantized at run time) is left as asked."""
+    backend = get_target("host")
+    asked = overrides_with({TEXT: RegionOptions("w8a8-dynamic")}, None)
+    found = faster_in_float(model, backend, Precision.W8A8, calibration=data, overrides=asked)
+    assert found is None
 
 
 def test_the_lock_knows_how_regions_are_calibrated(
