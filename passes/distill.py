@@ -15,6 +15,7 @@ Source: distillation, Hinton et al., arXiv 1503.02531; learned scales, Esser et 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,14 +35,17 @@ from qcompiler.passes.gptq import on_axis
 from qcompiler.passes.insert_qdq import WeightGrids
 from qcompiler.passes.lesson import ERRORS, Lesson, operand, summed
 from qcompiler.passes.reconstruction import Reconstruction, Rounded, operand_scale, put_product
+from qcompiler.passes.views import is_picture, mirrored
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import PrecisionPlan
-from qcompiler.types import Array, QuantParams
+from qcompiler.types import Array, DType, QuantParams, TensorType
 
 CHECKS = 8
 """In how many parts the steps fall after which held-out runs are asked, in the second half."""
 FIRST = 16
 """Runs that the errors at first are taken from."""
+AT_ONCE = 4
+"""Runs that a lesson reads at a time at most: sums must not hang on the number of cores."""
 ROOM = 0.49
 """How far the numbers behind the codes may go beyond the least and the greatest code."""
 
@@ -62,11 +66,12 @@ class Distill(Pass):
     bias_rate: float = 2e-5  # the same on biases, as a share of the sum of the weights' magnitudes
     inner: float = 1.0  # what the blocks' results count, all together; the outputs count 1
     mirror: bool = True  # pictures (inputs [N, 3, H, W]) are also learned from in a mirror
+    window: int = 128  # larger pictures are learned from in random windows of so many rows, columns
     seconds: float | None = None  # time limit; the rates fall with the time that is left
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.runs, self.batch) < 1:
-            raise UsageError("distill: epochs, runs and batch must be at least 1")
+        if min(self.epochs, self.runs, self.batch, self.window) < 1:
+            raise UsageError("distill: epochs, runs, batch and window must be at least 1")
         rates = (self.code_rate, self.scale_rate, self.bias_rate, self.inner)
         if not all(0 <= r < np.inf for r in rates):
             raise UsageError("distill: rates and inner must be 0 or more")
@@ -76,7 +81,7 @@ class Distill(Pass):
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:
             return False
-        lesson = Lesson(walk)
+        lesson = Lesson(walk, self.window, math.gcd(self.batch, AT_ONCE))
         products = {u.node: Learned.of(walk, u.node) for u in walk.units}
         rng = np.random.default_rng(ctx.seed)
         steps = self.epochs * max(1, len(walk.runs) // self.batch)
@@ -86,11 +91,15 @@ class Distill(Pass):
 
             def learn(rows: list[int]) -> dict[str, Array]:
                 given = {k: a for n, p in products.items() for k, a in p.operands(n).items()}
-                inputs = [{**self._seen(walk.runs[i], rng), **given} for i in rows]
+                seen = [self._seen(walk.runs[i], lesson.window, rng) for i in rows]
+                inputs = [
+                    {**_joined(seen[i : i + lesson.count]), **given}
+                    for i in range(0, len(seen), lesson.count)
+                ]
                 return summed(pool.map(lesson.run, inputs))
 
-            rows = list(range(min(FIRST, len(walk.runs))))
-            first = learn(rows)[ERRORS] / len(rows) * min(self.batch, len(walk.runs))
+            rows = (list(range(min(FIRST, len(walk.runs)))) * FIRST)[:FIRST]
+            first = learn(rows)[ERRORS] / len(rows) * self.batch
             lesson.shares = self._shares(first, lesson.outputs)
             while done < steps:
                 ctx.progress(self.name, done, steps)
@@ -129,13 +138,27 @@ class Distill(Pass):
         shares: Array = (counts / np.maximum(first, np.finfo(np.float32).tiny)).astype(np.float32)
         return shares
 
-    def _seen(self, batch: Batch, rng: np.random.Generator) -> dict[str, Array]:
-        """Return the inputs of a run, pictures as they are or in a mirror."""
-        turned = self.mirror and bool(rng.random() < 0.5)
-        return {
-            name: a[..., ::-1] if turned and a.ndim == 4 and a.shape[1] == 3 else a
-            for name, a in batch.inputs.items()
-        }
+    def _seen(self, batch: Batch, window: int | None, rng: np.random.Generator) -> dict[str, Array]:
+        """Return the inputs of a run, pictures as they are or in a mirror, in a random window."""
+        turned, place = self.mirror and bool(rng.random() < 0.5), rng.random(2)
+        found = dict(batch.inputs)
+        for name, x in found.items():
+            if is_picture(TensorType(x.shape, DType.FLOAT32)):
+                if window is not None:
+                    top, left = (
+                        int(p * max(1, n - window + 1))
+                        for p, n in zip(place, x.shape[2:], strict=True)
+                    )
+                    x = x[:, :, top : top + window, left : left + window]
+                found[name] = mirrored(x) if turned else x
+        return found
+
+
+def _joined(runs: list[dict[str, Array]]) -> dict[str, Array]:
+    """Return the inputs of some runs joined along their first axes."""
+    if len(runs) == 1:
+        return runs[0]
+    return {name: np.concatenate([r[name] for r in runs]) for name in runs[0]}
 
 
 def _with(qdq: Graph, products: Mapping[str, Learned]) -> Graph:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qcompiler.data import load_samples
+from qcompiler.data import Batch, load_samples
 from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
@@ -349,9 +349,33 @@ def test_distilling_beats_rounding_to_nearest(net: Graph, samples: dict[str, Arr
         np.testing.assert_array_equal(quantize(after.node(name).input(1).array(), grid), codes)
 
 
+def test_windows_of_pictures_serve_as_well(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    short = Distill(epochs=20, batch=6, scale_rate=1e-3, bias_rate=2e-4, window=8)
+    nearest, learned = errors(net, apply(short, net, ctx), ctx)
+    assert learned < 0.7 * nearest
+
+
+def test_what_is_seen_of_a_run(rng: np.random.Generator) -> None:
+    """A window of the picture, in both directions; other inputs as they are."""
+    x = np.arange(300, dtype=np.float32).reshape(1, 3, 10, 10)
+    other = np.arange(4, dtype=np.float32)
+    batch = Batch({"x": x, "other": other}, 1, 1)
+    corners = set()
+    for _ in range(200):
+        got = Distill()._seen(batch, 7, rng)
+        cut = got["x"][..., ::-1] if got["x"][0, 0, 0, 0] > got["x"][0, 0, 0, 1] else got["x"]
+        top, left = divmod(int(cut[0, 0, 0, 0]), 10)
+        np.testing.assert_array_equal(cut, x[:, :, top : top + 7, left : left + 7])
+        assert got["other"] is other
+        corners.add((top, left, cut is got["x"]))
+    assert len(corners) == 4 * 4 * 2
+    assert Distill(mirror=False)._seen(batch, None, rng)["x"] is x
+
+
 def test_it_goes_on_from_what_another_method_left(net: Graph, samples: dict[str, Array]) -> None:
     ctx = prepared(net, samples)
-    first = apply(parse_pass("gptq{patches=4096 damp=0.1 views=0}", METHODS), net, ctx)
+    first = apply(parse_pass("gptq{patches=64 damp=0.1 views=0}", METHODS), net, ctx)
     _, before = errors(net, first, ctx)
     after = apply(SHORT, first, ctx)
     plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
@@ -379,7 +403,7 @@ def test_no_integer_products(net: Graph, samples: dict[str, Array]) -> None:
 
 
 def test_options() -> None:
-    with pytest.raises(UsageError, match="epochs, runs and batch must be at least 1"):
+    with pytest.raises(UsageError, match="epochs, runs, batch and window must be at least 1"):
         Distill(batch=0)
     with pytest.raises(UsageError, match="must be 0 or more"):
         Distill(code_rate=-1.0)

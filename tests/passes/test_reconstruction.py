@@ -395,6 +395,8 @@ def test_weights_in_groups_are_left_alone(net: Graph, samples: dict[str, Array])
 def test_options() -> None:
     with pytest.raises(UsageError, match="runs and patches must be at least 1"):
         Gptq(runs=0)
+    with pytest.raises(UsageError, match="views must be 0 or more"):
+        Gptq(views=-1)
     with pytest.raises(UsageError, match="expected a number above 0"):
         Gptq(damp=0.0)
     with pytest.raises(UsageError, match="must be at least 1"):
