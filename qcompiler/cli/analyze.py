@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.cli import options, shell
@@ -241,7 +242,7 @@ def print_latency(found: SensitivityReport, table: LatencyTable) -> None:
         view.add_column(precision, justify="right")
     for name in order[:_SHOWN]:
         cells = [f"{t[name] * 1e3:.2f}" if name in t else "–" for t in times.values()]
-        view.add_row(name, *cells)
+        shell.add_row(view, name, *cells)
     whole = [table.models[p].seconds for p in times]
     view.add_row("one run", *("–" if s is None else f"{s * 1e6:.2f}" for s in whole), style="bold")
     console.print(view)
@@ -262,7 +263,9 @@ def print_summary(
     shown = order[:_SHOWN]
     changes = list(dict.fromkeys(k for n in shown for k in effects_of(n)))
     kinds = ", ".join(dict.fromkeys("MSE" if k == "mse" else "KL" for k in found.losses.values()))
-    table = Table(title=f"{model.name}: loss at the outputs ({kinds}) when one product is rounded")
+    table = Table(
+        title=escape(f"{model.name}: loss at the outputs ({kinds}) when one product is rounded")
+    )
     table.add_column("product", overflow="fold")
     for key in changes:
         table.add_column(key, justify="right")
@@ -275,7 +278,7 @@ def print_summary(
         cells.append("–" if n.along_sqnr is None else f"{n.along_sqnr:.1f}")
         if latency:
             cells.append(f"{latency[n.node]:.4f}" if n.node in latency else "–")
-        table.add_row(n.node, *cells)
+        shell.add_row(table, n.node, *cells)
     console.print(table)
     if len(order) > len(shown):
         console.print(f"and {len(order) - len(shown)} less sensitive; the report has all")

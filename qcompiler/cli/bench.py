@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.cli import options, shell
@@ -192,17 +193,18 @@ def to_json(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 
 def print_table(found: Mapping[str, Any]) -> None:
     """Print one row per runner."""
-    table = Table(title=f"{found['artifact']}, {found['threads']} thread(s)")
+    table = Table(title=escape(f"{found['artifact']}, {found['threads']} thread(s)"))
     table.add_column("runner", no_wrap=True)
     for heading in ("median", "min", "spread", "ratio", "memory"):
         table.add_column(heading, justify="right")
     table.add_column("how", overflow="fold")
     for name, figures in found["runners"].items():
         if "problem" in figures:
-            table.add_row(name, "–", "–", "–", "–", "–", figures["problem"])
+            shell.add_row(table, name, "–", "–", "–", "–", "–", figures["problem"])
             continue
         memory = figures["peak_memory_mb"]
-        table.add_row(
+        shell.add_row(
+            table,
             name,
             f"{figures['median_ms']:.3f}",
             f"{figures['min_ms']:.3f}",
@@ -229,7 +231,8 @@ def print_layers(parts: Breakdown, count: int) -> None:
         table.add_column(heading, justify="right")
     for layer in shown:
         speed, share = layer.gmacs, parts.share(layer)
-        table.add_row(
+        shell.add_row(
+            table,
             layer.name,
             " ".join(layer.kernels),
             f"{1e6 * layer.seconds:.0f}",

@@ -132,7 +132,7 @@ def check(
 
 def print_verdicts(verdicts: list[Verdict], title: str) -> None:
     """Print one row per verdict, and under the table what a failure is about."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for heading in ("check", "", "figures"):
         table.add_column(heading, overflow="fold")
     for verdict in verdicts:

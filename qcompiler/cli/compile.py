@@ -265,12 +265,13 @@ def print_summary(report: Mapping[str, Any], output: Path, page: Path | None) ->
 
     console = shell.out_console()
     title = f"{Path(str(report['model'])).name} on {report.get('target', '?')}"
-    table = Table(title=title, caption=pages.latency_caption(report), caption_justify="left")
+    caption = pages.latency_caption(report)
+    table = Table(title=escape(title), caption=caption and escape(caption), caption_justify="left")
     table.add_column("")
     for heading in ("float", "compiled", "change"):
         table.add_column(heading, justify="right")
     for row in pages.comparison(report):
-        table.add_row(row.label, row.before_text, row.after_text, row.change_text)
+        shell.add_row(table, row.label, row.before_text, row.after_text, row.change_text)
         if row.label == "size":
             for part, text in pages.size_parts(report):
                 table.add_row(f"  {part}", "", text, "")

@@ -100,7 +100,7 @@ def _artifact(file: Path, json_output: bool) -> None:
         for heading in ("node", "precision", "reason"):
             table.add_column(heading, overflow="fold")
         for node, entry in entries.items():
-            table.add_row(node, *pages.precision_of(entry))
+            shell.add_row(table, node, *pages.precision_of(entry))
         console.print(table)
 
 
@@ -145,7 +145,7 @@ def _model(file: Path, json_output: bool) -> None:
     for heading in ("operator", "nodes", "compiled"):
         table.add_column(heading)
     for row in found["operators"]:
-        table.add_row(row["name"], str(row["nodes"]), row["compiled"])
+        shell.add_row(table, row["name"], str(row["nodes"]), row["compiled"])
     console.print(table)
     if found["problem"] is not None:
         console.print(f"It cannot be compiled as it is: {found['problem']}", markup=False)

@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from qcompiler.errors import QCompilerError, UsageError
 
@@ -65,6 +66,11 @@ def err_console() -> Console:
 def out_console() -> Console:
     """Return a console on standard output."""
     return Console(highlight=False)
+
+
+def add_row(table: Table, *cells: str) -> None:
+    """Add a row of plain text: brackets in names and messages are no markup."""
+    table.add_row(*(escape(cell) for cell in cells))
 
 
 def say(message: str) -> None:

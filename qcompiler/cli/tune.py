@@ -120,7 +120,7 @@ def print_summary(outcome: TuningOutcome) -> None:
     found = outcome.to_json()
     gained = [t for t in outcome.tasks if t.ratio < 1 and t.default_ms is not None]
     if gained:
-        table = Table(title=f"Faster kernels, {outcome.target} on {outcome.machine}")
+        table = Table(title=escape(f"Faster kernels, {outcome.target} on {outcome.machine}"))
         for heading in ("first node", "calls", "default ms", "tuned ms", "change"):
             table.add_column(heading, justify="left" if heading == "first node" else "right")
         gained.sort(key=lambda t: (t.default_ms or 0.0) * len(t.nodes) * (t.ratio - 1))
