@@ -37,7 +37,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, note)
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # libraries report an interrupt as an error of their own
         if seen:
             raise KeyboardInterrupt from error
         raise

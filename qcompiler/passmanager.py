@@ -297,7 +297,7 @@ class PassManager:
                 if p.stage is not None:
                     graph.stage = p.stage[1]
                 graph.verify()
-            except Exception as error:
+            except Exception as error:  # a pass may be anybody's: its failure gets a reproducer
                 if isinstance(error, QCompilerError) and error.exit_code != 3:
                     raise
                 printed = str(before)
