@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score each accuracy method on the real models, and print the tables of docs/accuracy.md.
 
-Quantizes with 128 unlabelled calibration samples, default settings and seed 0, runs the QDQ model
-in ONNX Runtime with basic optimisation on the first 500 evaluation samples, and prints top-1 in
+Quantizes with 128 unlabelled calibration samples (or `--calibration` many), default settings and
+seed 0, runs the QDQ model in ONNX Runtime with basic optimisation on the first 500 evaluation samples, and prints top-1 in
 percent as Markdown. "undone": held-out samples did not approve of the method, so the result is that
 of rounding to nearest. With a file of results, cells that it holds are not measured again.
 
 Usage: ``python benchmarks/accuracy_table.py [--results FILE.json] [--precision w4a8]
-[--models resnet20,...] [--methods none:equalize:...]``
+[--models resnet20,...] [--methods none:equalize:...] [--calibration 200]``
 """
 
 from __future__ import annotations
@@ -34,8 +34,18 @@ MODELS = {
     "resnet56": "resnet56 (CIFAR-10)",
     "mobilenetv2": "mobilenetv2 (ImageNet)",
 }
-ALONE = ("equalize", "correct_bias", "correct_bias{form=analytic}", "adaround", "gptq", "brecq")
+ALONE = (
+    "equalize",
+    "correct_bias",
+    "correct_bias{form=analytic}",
+    "adaround",
+    "gptq",
+    "brecq",
+    "distill",
+)
 """Methods that each get a column."""
+TOGETHER = "equalize,gptq,distill"
+"""What gives the best accuracy at 4 bits, and takes longest."""
 
 
 def catalogue() -> ModuleType:
@@ -80,7 +90,8 @@ def columns(precision: str) -> list[str]:
     """Return the methods to measure at a precision, "none" for rounding to nearest."""
     default = default_methods(precision)
     alone = ALONE if precision == "w4a8" else ("equalize", "correct_bias")
-    return ["none", *alone, *([default] if default and default not in alone else [])]
+    found = ["none", *alone, *([default] if default and default not in alone else [])]
+    return [*found, TOGETHER] if precision == "w4a8" else found
 
 
 def cell(found: dict[str, Any]) -> str:
@@ -114,6 +125,7 @@ def main() -> None:
     parser.add_argument("--precision", default="w8a8,w4a8")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--methods", help="only these columns, separated by colons")
+    parser.add_argument("--calibration", type=int, default=CALIBRATION, help="samples")
     args = parser.parse_args()
     models, precisions = args.models.split(","), args.precision.split(",")
     results: dict[str, Any] = {}
@@ -121,7 +133,7 @@ def main() -> None:
         results = json.loads(args.results.read_text())
     external = catalogue()
     for name in models:
-        model = external.external(name, CALIBRATION, EVALUATION)
+        model = external.external(name, args.calibration, EVALUATION)
         if model is None:
             raise SystemExit(external.skip_reason(name))
         wanted = [("fp32", "none")]

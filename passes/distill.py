@@ -46,6 +46,8 @@ FIRST = 16
 """Runs that the errors at first are taken from."""
 AT_ONCE = 4
 """Runs that a lesson reads at a time at most: sums must not hang on the number of cores."""
+CODE_RATE = 1e-2
+"""First step on the numbers behind codes that are nearest to the weights."""
 ROOM = 0.49
 """How far the numbers behind the codes may go beyond the least and the greatest code."""
 
@@ -60,10 +62,11 @@ class Distill(Pass):
     provides: ClassVar[tuple[type, ...]] = (CalibrationTable, WeightGrids)
     epochs: int = 16  # times that each run is learned from
     runs: int = 192  # calibration runs to learn from, at most
-    batch: int = 8  # runs per step
-    code_rate: float = 1e-2  # first step of Adam on the numbers behind the codes, in codes
-    scale_rate: float = 2e-4  # the same on scales, as a share
-    bias_rate: float = 2e-5  # the same on biases, as a share of the sum of the weights' magnitudes
+    batch: int = 16  # runs per step
+    code_rate: float | None = None  # first step of Adam on the numbers behind the codes, in codes;
+    # None: 0.01, and 0 behind a method that has chosen the codes, since single ones rarely help
+    scale_rate: float = 4e-4  # the same on scales, as a share
+    bias_rate: float = 4e-5  # the same on biases, as a share of the sum of the weights' magnitudes
     inner: float = 1.0  # what the blocks' results count, all together; the outputs count 1
     mirror: bool = True  # pictures (inputs [N, 3, H, W]) are also learned from in a mirror
     window: int = 128  # larger pictures are learned from in random windows of so many rows, columns
@@ -72,7 +75,7 @@ class Distill(Pass):
     def __post_init__(self) -> None:
         if min(self.epochs, self.runs, self.batch, self.window) < 1:
             raise UsageError("distill: epochs, runs, batch and window must be at least 1")
-        rates = (self.code_rate, self.scale_rate, self.bias_rate, self.inner)
+        rates = (self.code_rate or 0.0, self.scale_rate, self.bias_rate, self.inner)
         if not all(0 <= r < np.inf for r in rates):
             raise UsageError("distill: rates and inner must be 0 or more")
 
@@ -81,6 +84,9 @@ class Distill(Pass):
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:
             return False
+        code_rate = self.code_rate
+        if code_rate is None:
+            code_rate = 0.0 if walk.grids else CODE_RATE
         lesson = Lesson(walk, self.window, math.gcd(self.batch, AT_ONCE))
         products = {u.node: Learned.of(walk, u.node) for u in walk.units}
         rng = np.random.default_rng(ctx.seed)
@@ -111,8 +117,9 @@ class Distill(Pass):
                 rows, order = order[: self.batch], order[self.batch :]
                 slopes = learn(rows)
                 rate = 0.5 * (1 + np.cos(np.pi * share))
+                rates = (rate * code_rate, rate * self.scale_rate, rate * self.bias_rate)
                 for name, p in products.items():
-                    p.update(name, slopes, rate, self)
+                    p.update(name, slopes, rates)
                 done += 1
                 if done * 2 >= steps and done * CHECKS % steps < CHECKS:
                     error = walk.judge.error(_with(walk.qdq, products))
@@ -233,19 +240,29 @@ class Learned:
         weights = self._codes() * np.expand_dims(scale, self._others)
         return Rounded(weights, on_axis(self.grid, scale, self.axis), self._bias.copy())
 
-    def update(self, name: str, slopes: Mapping[str, Array], rate: float, rates: Distill) -> None:
-        """Take a step of Adam against the slopes; a product that has none stays."""
+    def update(
+        self, name: str, slopes: Mapping[str, Array], rates: tuple[float, float, float]
+    ) -> None:
+        """Take a step of Adam against the slopes; a product that has none stays.
+
+        Args:
+            name: Name of the product.
+            slopes: What a lesson returns.
+            rates: Size of a step of the numbers behind codes, of scales, of biases.
+        """
         dw, db = slopes.get(operand(name, 1)), slopes.get(operand(name, 2))
         if dw is None or db is None:
             return
         self._count += 1
         d = dw * np.expand_dims(self._scale(), self._others)
         ds = (d * self._codes()).sum(self._others)
-        self._v -= np.float32(rate * rates.code_rate) * self._adam(0, d)
-        np.clip(self._v, self.grid.qmin - ROOM, self.grid.qmax + ROOM, out=self._v)
-        self._log -= np.float32(rate * rates.scale_rate) * self._adam(1, ds)
+        code_rate, scale_rate, bias_rate = rates
+        if code_rate:
+            self._v -= np.float32(code_rate) * self._adam(0, d)
+            np.clip(self._v, self.grid.qmin - ROOM, self.grid.qmax + ROOM, out=self._v)
+        self._log -= np.float32(scale_rate) * self._adam(1, ds)
         step = self._reach * self._adam(2, db)
-        self._bias = self._bias - np.float32(rate * rates.bias_rate) * step
+        self._bias = self._bias - np.float32(bias_rate) * step
 
     def _adam(self, at: int, slope: Array) -> Array:
         """Return the direction of a step; each number keeps its own pace."""

@@ -319,7 +319,7 @@ def test_views_join_where_they_take_little_memory(
 
 # ------------------------------------------------------------------------------------------ pass
 
-SHORT = Distill(epochs=20, batch=4, scale_rate=1e-3, bias_rate=2e-4)
+SHORT = Distill(epochs=20, batch=4, code_rate=1e-2, scale_rate=1e-3, bias_rate=2e-4)
 
 
 def errors(graph: Graph, after: Graph, ctx: PassContext) -> tuple[float, float]:
@@ -351,7 +351,7 @@ def test_distilling_beats_rounding_to_nearest(net: Graph, samples: dict[str, Arr
 
 def test_windows_of_pictures_serve_as_well(net: Graph, samples: dict[str, Array]) -> None:
     ctx = prepared(net, samples)
-    short = Distill(epochs=20, batch=6, scale_rate=1e-3, bias_rate=2e-4, window=8)
+    short = Distill(epochs=20, batch=6, code_rate=1e-2, scale_rate=1e-3, bias_rate=2e-4, window=8)
     nearest, learned = errors(net, apply(short, net, ctx), ctx)
     assert learned < 0.7 * nearest
 
@@ -381,6 +381,18 @@ def test_it_goes_on_from_what_another_method_left(net: Graph, samples: dict[str,
     plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
     judge = Judge(net, list(shares(ctx.get(CalibrationSet), 8)[1]))
     assert judge.error(quantized(after, plan, table, ctx.get(WeightGrids))) < before
+
+
+def test_codes_that_a_method_chose_stay(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    first = apply(parse_pass("gptq{patches=64 damp=0.1 views=0}", METHODS), net, ctx)
+    held = ctx.get(WeightGrids).nodes
+    after = apply(Distill(epochs=20, batch=4, scale_rate=1e-3, bias_rate=2e-4), first, ctx)
+    assert ctx.log[-1].startswith("distill: kept")
+    for name, grid in ctx.get(WeightGrids).nodes.items():
+        one, other = (g.node(name).input(1).array() for g in (first, after))
+        np.testing.assert_array_equal(quantize(one, held[name]), quantize(other, grid))
+        assert (grid.scale != held[name].scale).any()
 
 
 def test_one_seed_gives_one_result(net: Graph, samples: dict[str, Array]) -> None:
