@@ -3,9 +3,10 @@
 """Score each accuracy method on the real models, and print the tables of docs/accuracy.md.
 
 Quantizes with 128 unlabelled calibration samples (or `--calibration` many), default settings and
-seed 0, runs the QDQ model in ONNX Runtime with basic optimisation on the first 500 evaluation samples, and prints top-1 in
-percent as Markdown. "undone": held-out samples did not approve of the method, so the result is that
-of rounding to nearest. With a file of results, cells that it holds are not measured again.
+seed 0, runs the QDQ model in ONNX Runtime with basic optimisation on the first 500 evaluation
+samples, and prints top-1 in percent as Markdown. "undone": held-out samples did not approve of the
+method, so the result is that of rounding to nearest. With a file of results, cells that it holds
+are not measured again.
 
 Usage: ``python benchmarks/accuracy_table.py [--results FILE.json] [--precision w4a8]
 [--models resnet20,...] [--methods none:equalize:...] [--calibration 200]``

@@ -68,37 +68,31 @@ def test_accuracy_and_coverage(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "samples", "methods"),
     [
-        "resnet20",
-        "resnet56",
-        pytest.param(
-            "mobilenetv2",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="loses 4.6 points: see docs/accuracy.md on what is not yet reached",
-            ),
-        ),
+        ("resnet20", 128, None),
+        ("resnet56", 128, None),
+        ("mobilenetv2", 200, "equalize,gptq,distill"),
     ],
 )
-def test_accuracy_of_four_bit_weights(name: str) -> None:
-    """Default methods, 128 samples: all weights but the edges in 4 bits, at most 2 points lost."""
+def test_accuracy_of_four_bit_weights(name: str, samples: int, methods: str | None) -> None:
+    """All weights but the edges in 4 bits, reconstructed: at most 2 points lost."""
     catalogue = by_path("catalogue")
     reason = catalogue.skip_reason(name)
     if reason:
         pytest.skip(reason)
-    model = catalogue.external(name, 128, 500)
+    model = catalogue.external(name, samples, 500)
     compiled = qcompiler.compile(
         model.path,
         precision="w4a8",
         calibration=model.calibration,
+        methods=methods,
         evaluate=qcompiler.Evaluation(model.evaluation, model.metric),
     )
     assert compiled.report is not None
     metric = compiled.report["metric"]
     assert metric["samples"] >= 500
-    assert metric["drop"] <= 2.0, metric
+    assert metric["drop"] <= 2.0 + 1e-6, metric
     products = [n for n in compiled.report["nodes"] if {"qconv", "qmatmul"} & set(n["ops"])]
     assert [n["precision"] for n in products].count("w4a8") == len(products) - 2
 
