@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where infinities may go: attention masks hold -inf, and no integer stands for it.
 
-An infinity passes through elementwise operators and movement. A softmax ends it (e**-inf is 0), and
+An infinity passes through elementwise operators, movement, minima and maxima. A softmax ends it (e**-inf is 0), and
 so does a comparison. Everything else (a product, a mean, a quantization) makes NaN or a saturated
 number of it.
 """
@@ -18,7 +18,7 @@ from qcompiler.ops import OpKind
 from qcompiler.types import DType
 
 _ENDS = frozenset({"softmax", "log_softmax", "qsoftmax"})
-_PASSES = frozenset({"where", "cast"})
+_PASSES = frozenset({"where", "cast", "reduce_max", "reduce_min"})
 _KINDS = frozenset({OpKind.UNARY, OpKind.BINARY, OpKind.MOVEMENT})
 _RESIDUAL = 3
 """Operand of a product that is added to it."""

@@ -72,7 +72,7 @@ SHAPE_OPERANDS["OneHot"] = (1,)
 SHAPE_OPERANDS["Loop"] = (0, 1)
 """The trip count and the condition of a loop decide the shape of its scan outputs."""
 
-REFUSALS = ("cannot have the shape", "NaN or infinite", "opsets 7 to")
+REFUSALS = ("cannot have the shape", "values that are NaN", "opsets 7 to")
 """Refusals of the whole model or its data: empty inputs, NaN or infinity, opsets out of range."""
 
 _FORWARDS = frozenset(
