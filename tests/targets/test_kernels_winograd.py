@@ -32,6 +32,7 @@ from qcompiler.targets.kernels.winograd_plan import (
     FILTERS,
     patches_by_time,
     shift_of,
+    takes_pairs,
     winograd_plan,
 )
 from qcompiler.targets.kernels.workload import PATCHES, Algorithm
@@ -223,11 +224,11 @@ def test_large_weights_are_transformed_by_the_kernel(algorithm: Algorithm) -> No
     weight = rng.integers(-40, 41, workload.weight_shape).astype(np.int8)
     values = GemmValues(bias=rng.integers(-999, 999, 160).astype(np.int32), a_zero_point=7)
     expected = reference.conv_sums(workload, x, weight, 7) + values.bias
-    for isa in (ROWS[0], AVX2, ROWS[-1]):
+    for isa in dict.fromkeys([ROWS[0], *(r for r in ROWS if r.name == "x86-avx2"), ROWS[-1]]):
         params = winograd(workload, isa, algorithm, 2)
         packed = pack_conv(workload, isa, params, weight, values)
         assert packed.facts.patch == PATCHES[algorithm]
-        assert packed.arrays[0].nbytes == weight.nbytes
+        assert (packed.arrays[0].nbytes == weight.nbytes) == takes_pairs(isa)
         got = reference.run(workload, isa, params, [x], weight, values)
         np.testing.assert_array_equal(got, expected, isa.name)
     few = replace(workload, co=32)
