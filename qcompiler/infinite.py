@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where infinities may go: attention masks hold -inf, and no integer stands for it.
 
-An infinity passes through elementwise operators, movement, minima and maxima. A softmax ends it (e**-inf is 0), and
-so does a comparison. Everything else (a product, a mean, a quantization) makes NaN or a saturated
-number of it.
+An infinity passes through elementwise operators, movement, minima and maxima. A softmax ends it
+(e**-inf is 0), and so does a comparison. Everything else (a product, a mean, a quantization) makes
+NaN or a saturated number of it.
 """
 
 from __future__ import annotations

@@ -206,3 +206,18 @@ def test_a_comparison_ends_an_infinity_and_a_mean_does_not() -> None:
         ]
     )
     assert takes_infinity(g) == {"x"}
+
+
+def test_a_row_of_infinities_may_be_looked_for() -> None:
+    g = graph_of()
+    x, m = g.inputs
+    scores = g.add("add", [x, m]).output
+    top = g.add("reduce_max", [scores], {"axes": (1,)}).output
+    least = g.constant(np.float32(-np.inf), "least")
+    g.set_outputs(
+        [
+            ("y", g.add("softmax", [scores], {"axis": -1}).output),
+            ("hidden", g.add("equal", [top, least]).output),
+        ]
+    )
+    assert names_of(mask_values(g), g) == takes_infinity(g) == {"x", "m"}
