@@ -79,6 +79,7 @@ def test_accuracy_and_coverage(name: str) -> None:
             "equalize,gptq,distill",
             2.0,
             marks=pytest.mark.xfail(
+                strict=False,
                 raises=AssertionError,
                 reason="2.0 to 3.4 points lost, as the settings are: docs/accuracy.md",
             ),
