@@ -339,7 +339,7 @@ def patches_by_time(workload: ConvWorkload, isa: Isa, direct: float) -> tuple[Pa
     if isa.dot == "vpdpbusd":  # wider vectors leave more time for loads
         step = 0.5 if vectors > 1 else 0.58
     width = workload.ow
-    if isa.dot == "maddubs" and width > 4:  # register tiles of four pixels, and fewer at the end of a row
+    if isa.dot == "maddubs" and width > 4:  # tiles of four pixels, and a ragged one in each row
         width = -(-width // 4) * 4
     pixels = workload.n * workload.oh * width
     limit = pixels * co * (c * 9 / 32 * step * direct + 0.6) / vectors
