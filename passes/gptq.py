@@ -5,7 +5,8 @@
 For each product, on what the quantized network before it gives: the real weights and bias that
 reach the float network's results with the least squared error; the scale of each output channel;
 and the codes, column by column with the error spread over the columns still open. Convolutions are
-matrix products over their patches.
+matrix products over their patches. Late products of networks that read large pictures also learn
+from magnified and mirrored views of these.
 
 Source: GPTQ, Frantar et al., arXiv 2210.17323; aiming at the float results from quantized operands
 as AdaRound does (arXiv 2004.10568, equation 25).
@@ -36,6 +37,7 @@ from qcompiler.passes.least_squares import (
 )
 from qcompiler.passes.patches import Patches, bias_of, collect, matrix_of, weights_of
 from qcompiler.passes.reconstruction import Reconstruction, Rounded
+from qcompiler.passes.views import default_views
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array, PerAxis, QuantParams
@@ -58,14 +60,15 @@ class Gptq(Pass):
     provides: ClassVar[tuple[type, ...]] = (CalibrationTable, WeightGrids)
     runs: int = 192  # calibration runs to draw patches from, at most
     patches: int = 32768  # patches of activations per product, at most
-    views: int = 4  # more views of each picture, magnified and in a mirror
+    views: int | None = None  # more views of each picture, magnified and in a mirror;
+    # None: 4 where the smaller side is over 64 pixels, else 0, since smaller ones showed no gain
     damp: float | None = None  # pull towards the weights given; None tries some, held out
     seconds: float | None = None  # time limit; products not reached are rounded to nearest
 
     def __post_init__(self) -> None:
         if self.runs < 1 or self.patches < 1:
             raise UsageError("gptq: runs and patches must be at least 1")
-        if self.views < 0:
+        if self.views is not None and self.views < 0:
             raise UsageError("gptq: views must be 0 or more")
         if self.damp is not None and not 0 < self.damp < np.inf:
             raise UsageError(f"gptq: damp is {self.damp}, expected a number above 0")
@@ -75,6 +78,9 @@ class Gptq(Pass):
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:
             return False
+        views = self.views
+        if views is None:
+            views = default_views(v.type for v in graph.inputs)
         better = reached = 0
         wide = False
         for index, unit in enumerate(walk.units):
@@ -83,7 +89,7 @@ class Gptq(Pass):
                 break
             reached += 1
             walk.advance(unit.node)
-            wide = wide or walk.widen(unit.node, self.views, ctx.seed)
+            wide = wide or walk.widen(unit.node, views, ctx.seed)
             rng = np.random.default_rng((ctx.seed, index))
             train, test = (
                 collect(exact, rounded, unit, max(1, self.patches // len(exact)), rng)

@@ -15,7 +15,7 @@ from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.numerics import quantize
 from qcompiler.ops import Stage
-from qcompiler.passes import reconstruction
+from qcompiler.passes import reconstruction, views
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
 from qcompiler.passes.distill import Distill, Learned
 from qcompiler.passes.held_out import Judge, quantized, shares
@@ -315,6 +315,25 @@ def test_views_join_where_they_take_little_memory(
     assert [len(t) for t in walk.test] == [len(walk.test[0])] * 2 != [3 * runs] * 2
     assert walk.widen(last, 0, 0)
     assert len(walk.work[0]) == 3 * runs
+
+
+def test_how_many_views_join(
+    net: Graph, samples: dict[str, Array], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None for small pictures, unless asked for; as many as asked for where somebody asks."""
+    asked: list[int] = []
+
+    def widen(walk: Reconstruction, name: str, number: int, seed: int) -> bool:
+        asked.append(number)
+        return True
+
+    monkeypatch.setattr(Reconstruction, "widen", widen)
+    ctx = prepared(net, samples)
+    for text in ("", "views=2", "views=0"):
+        apply(parse_pass(f"gptq{{patches=64 damp=0.1 {text}}}", METHODS), net, ctx)
+    monkeypatch.setattr(views, "SMALL_SIDE", 9)
+    apply(parse_pass("gptq{patches=64 damp=0.1}", METHODS), net, ctx)
+    assert asked == [0, 2, 0, views.VIEWS]
 
 
 # ------------------------------------------------------------------------------------------ pass

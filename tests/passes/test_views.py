@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qcompiler.data import Batch
-from qcompiler.passes.views import is_picture, magnified, mirrored, stretched, view
+from qcompiler.passes.views import default_views, is_picture, magnified, mirrored, stretched, view
 from qcompiler.types import DType, TensorType
 
 PICTURES = TensorType((2, 3, 12, 10), DType.FLOAT32)
@@ -18,6 +18,25 @@ def test_what_is_a_picture() -> None:
     assert is_picture(PICTURES)
     assert not is_picture(TensorType((2, 4, 12, 10), DType.FLOAT32))
     assert not is_picture(TensorType((2, 3, 12), DType.FLOAT32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "views"),
+    [
+        ((1, 3, 65, 65), DType.FLOAT32, 4),
+        ((8, 3, 224, 224), DType.FLOAT32, 4),
+        ((1, 3, 32, 32), DType.FLOAT32, 0),
+        ((1, 3, 64, 224), DType.FLOAT32, 0),
+        ((1, 3, 224, 64), DType.FLOAT32, 0),
+        ((1, 1, 224, 224), DType.FLOAT32, 0),
+        ((1, 3, 224, 224), DType.UINT8, 0),
+        ((1, 224), DType.FLOAT32, 0),
+    ],
+)
+def test_only_large_pictures_get_views(shape: tuple[int, ...], dtype: DType, views: int) -> None:
+    others = [TensorType((1, 7), DType.FLOAT32), TensorType((1, 3, 32, 32), DType.FLOAT32)]
+    assert default_views([*others, TensorType(shape, dtype)]) == views
+    assert default_views([]) == 0
 
 
 @pytest.mark.parametrize("extent", [2, 5, 8, 13])
