@@ -143,12 +143,12 @@ def recomputed_nodes(graph: Graph) -> set[Node]:
 
     They compute from constants alone, which may change, or only dequantize.
     """
-    found: set[Node] = set()
+    fixed: set[Node] = set()
     for node in graph.nodes:
-        fixed = all(v.is_constant or v.producer in found for v in node.operands)
-        if (node.operands and fixed) or node.op.name == "dequantize":
-            found.add(node)
-    return found
+        if node.operands and all(v.is_constant or v.producer in fixed for v in node.operands):
+            fixed.add(node)
+    # What reads dequantized activations is worth keeping: only the dequantizing runs again.
+    return fixed | {n for n in graph.nodes if n.op.name == "dequantize"}
 
 
 def live_values(graph: Graph, index: int, recomputed: set[Node]) -> list[Value]:

@@ -32,7 +32,7 @@ from qcompiler.passes.least_squares import (
 )
 from qcompiler.passes.reconstruction import Reconstruction
 from qcompiler.passes.single_node import units
-from qcompiler.passes.trails import Trail, most_live
+from qcompiler.passes.trails import Trail, live_values, most_live, recomputed_nodes
 from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager
 from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.types import Array
@@ -123,6 +123,25 @@ def test_a_trail_gives_what_a_whole_run_gives(net: Graph, samples: dict[str, Arr
                 np.testing.assert_allclose(got[v.name], seen[v.name], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="lies before the cut"):
         trail.advance(qdq.nodes[0])
+
+
+def test_a_trail_runs_only_what_lies_between_two_cuts(
+    net: Graph, samples: dict[str, Array]
+) -> None:
+    """Of a quantized graph only weights and the last dequantizing run again, not all before it."""
+    ctx = prepared(net, samples)
+    qdq = quantized(net, ctx.get(PrecisionPlan), ctx.get(CalibrationTable))
+    for graph in (net, qdq):
+        again = recomputed_nodes(graph)
+        assert not {n.op.name for n in again} - {"dequantize"}
+        trail = Trail(graph, list(ctx.get(CalibrationSet))[:1])
+        last = [n for n in graph.nodes if n.op.name == "conv"][-1]
+        trail.advance(last)
+        assert "x" not in trail.mark()[1][0]
+        live = live_values(graph, graph.nodes.index(last), again)
+        assert set(trail.mark()[1][0]) == {v.name for v in live}
+        x = last.input(0)
+        assert (x if x.producer not in again else x.producer.input(0)) in live
 
 
 def test_runs_that_join_later_catch_up(net: Graph, samples: dict[str, Array]) -> None:
