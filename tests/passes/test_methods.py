@@ -261,6 +261,37 @@ def test_equalize_across_a_clip(
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
 
 
+def test_equalize_looks_at_more_runs_than_it_compares_on(
+    load_text: Callable[..., Graph], rng: np.random.Generator
+) -> None:
+    """A channel that nears the bound in one late run stays below it there, with room to spare."""
+    w = 0.3 * rng.standard_normal((4, 4, 1, 1))
+    w[0] *= 40  # reaches the bound in every run
+    graph = load_text(
+        """(float[1,4,8,8] x) => (float[1,4,6,6] y) {
+        lo = Constant <value = float {0.0}> () hi = Constant <value = float {6.0}> ()
+        a = Conv (x, w) r = Clip(a, lo, hi) y = Conv <group = 4> (r, v) }""",
+        w=w.astype(np.float32),
+        v=rng.standard_normal((4, 1, 3, 3)).astype(np.float32),
+    )
+    x = (0.1 * rng.standard_normal((60, 4, 8, 8))).astype(np.float32)
+    x[52] *= 30  # neither held out nor among the first 32 runs of the others
+    ctx = prepared(graph, {"x": x})
+    work, held_out = shares(ctx.get(CalibrationSet), 1 << 30)
+    loud = x[52:53].tobytes()
+    assert [b.inputs["x"].tobytes() for b in work].index(loud) >= Equalize().runs
+    assert loud not in [b.inputs["x"].tobytes() for b in held_out]
+    after = apply(Equalize(), graph, ctx)
+    first = next(n for n in after.nodes if n.op.name == "conv")
+    factor = (first.input(1).array() / w).reshape(4, 4).mean(1)
+    assert (factor > 1.1).any()
+    louder = {"x": x[52:53] * np.float32(1.15)}
+    got, want = (run(g, louder)["y"] for g in (after, graph))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    short = apply(Equalize(peak_runs=32), graph, prepared(graph, {"x": x}))
+    assert np.abs(run(short, louder)["y"] - want).max() > 0.1
+
+
 def test_a_reader_of_one_channel_takes_all_the_room(
     load_text: Callable[..., Graph], rng: np.random.Generator
 ) -> None:
