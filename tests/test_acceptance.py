@@ -81,7 +81,7 @@ def test_accuracy_and_coverage(name: str) -> None:
             marks=pytest.mark.xfail(
                 strict=False,
                 raises=AssertionError,
-                reason="2.0 to 3.4 points lost, as the settings are: docs/accuracy.md",
+                reason="3.2 points lost: docs/accuracy.md",
             ),
         ),
     ],
