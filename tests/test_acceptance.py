@@ -72,7 +72,7 @@ def test_accuracy_and_coverage(name: str) -> None:
     [
         ("resnet20", 128, None, 2.0),
         ("resnet56", 128, None, 2.0),
-        ("mobilenetv2", 200, None, 3.5),
+        ("mobilenetv2", 200, None, 4.4),  # 3.4 measured; settings alike differ by a point
         pytest.param(
             "mobilenetv2",
             200,
