@@ -43,7 +43,7 @@ def _load_module(name: str, path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # a module that ran in part must not be found by the next import
         del sys.modules[name]
         raise
     return module

@@ -114,8 +114,8 @@ class Worker:
             raise WorkerTimeoutError(f"{name} took more than {timeout:g} s") from None
         except (EOFError, BrokenPipeError):
             raise WorkerCrashedError(self._last_words(process)) from None
-        except BaseException:
-            self.stop()  # the pipe holds half an answer
+        except BaseException:  # an interrupt too: the pipe holds half an answer
+            self.stop()
             raise
         kind, value = pickle.loads(reply)
         if kind != "ok":

@@ -8,24 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from operator_cases import fp, qp, u8
 
 from qcompiler.errors import QCompilerError, ShapeError
 from qcompiler.ir import Graph
 from qcompiler.ops import Stage
 from qcompiler.types import DType, PerAxis, PerGroup, QuantParams, TensorType
-
-
-def fp(*shape: int) -> TensorType:
-    return TensorType(shape, DType.FLOAT32)
-
-
-def qp(scale: float = 0.1, zero: int = 10, storage: DType = DType.UINT8) -> QuantParams:
-    return QuantParams(np.float32(scale), zero, storage, storage.min, storage.max)
-
-
-def u8(*shape: int, q: QuantParams | None = None) -> TensorType:
-    return TensorType(shape, DType.UINT8, q or qp())
-
 
 CONV = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1)}
 POOL = {"kernel": (3, 3), **CONV}
