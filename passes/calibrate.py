@@ -25,10 +25,11 @@ from qcompiler.passes.observer_choice import candidate_ranges, choose_observers
 from qcompiler.passes.observers import Observer, ObserverName, TensorStats
 from qcompiler.passes.recurrent_states import state_steps
 from qcompiler.passes.regions import analyse
+from qcompiler.passes.sample_axes import Filled
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import uniform
 from qcompiler.printer import digest
-from qcompiler.types import Array, DType, Precision
+from qcompiler.types import DType, Precision
 
 FORMAT = 1
 """Version of the table's JSON form."""
@@ -273,12 +274,13 @@ class Calibrate(Pass):
         inner = [name for name in stats if name not in inputs]
         model = to_onnx(graph, extra_outputs=inner).SerializeToString()
         session = Session(model, optimization="basic")
+        filled, named = Filled(graph), {v.name: v for v in values}
         ctx.progress("calibrate", 0, samples.runs)
         for done, batch in enumerate(samples, 1):
             found = session.run(batch.inputs, inner) if inner else {}
             for name, summary in stats.items():
                 array = batch.inputs[name] if name in inputs else found[name]
-                summary.add(_real(array, batch), self.momentum)
+                summary.add(filled.real(named[name], array, batch), self.momentum)
             ctx.progress("calibrate", done, samples.runs)
         tensors = {name: _entry(s, observers[name]) for name, s in stats.items()}
         measured = {
@@ -343,13 +345,6 @@ def observed_values(graph: Graph) -> list[Value]:
         (v for v in wanted if not v.is_constant and v.dtype is DType.FLOAT32),
         key=lambda v: order[v],
     )
-
-
-def _real(array: Array, batch: Batch) -> Array:
-    """Leave out the rows that only fill up the last batch."""
-    if batch.samples < batch.size and array.ndim and len(array) == batch.size:
-        return array[: batch.samples]
-    return array
 
 
 def _entry(stats: TensorStats, observer: Observer) -> TensorRange:

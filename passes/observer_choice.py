@@ -20,6 +20,7 @@ from qcompiler.onnx_export import subgraph_to_onnx
 from qcompiler.ops import OpKind
 from qcompiler.ort import Session
 from qcompiler.passes.observers import Observer, ObserverName, TensorStats
+from qcompiler.passes.sample_axes import Filled
 from qcompiler.passes.trails import Trail
 from qcompiler.types import Array
 
@@ -46,7 +47,8 @@ def choose_observers(
         ranges: Value name -> range by observer.
         batches: The runs to measure on.
     """
-    trail = Trail(graph, batches)
+    runs = list(batches)
+    trail, filled = Trail(graph, runs), Filled(graph)
     errors: dict[str, dict[ObserverName, float]] = {}
     for node in graph.nodes:
         if node.op.kind is not OpKind.COMPUTE:
@@ -61,14 +63,15 @@ def choose_observers(
         trail.advance(node)
         session = Session(subgraph_to_onnx([node], outputs=[node.output]).SerializeToString())
         read = [v for v in dict.fromkeys(node.operands) if not v.is_constant]
-        for found in trail.values(read):
-            exact = _run(session, node, found)
+        for found, batch in zip(trail.values(read), runs, strict=True):
+            exact = filled.real(node.output, _run(session, node, found), batch)
             power = float((exact.astype(np.float64) ** 2).sum()) or 1.0
             for _, v in operands:
                 sums = errors.setdefault(v.name, dict.fromkeys(CANDIDATES, 0.0))
                 for kind, (lo, hi) in ranges[v.name].items():
                     rounded = fake_quantize(found[v.name], choose_qparams(lo, hi))
                     y = _run(session, node, {**found, v.name: rounded})
+                    y = filled.real(node.output, y, batch)
                     sums[kind] += float(((y - exact).astype(np.float64) ** 2).sum()) / power
     return {name: min(CANDIDATES, key=lambda k: e[k]) for name, e in errors.items()}
 

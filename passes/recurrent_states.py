@@ -22,6 +22,7 @@ from qcompiler.onnx_export import to_onnx
 from qcompiler.ops._recurrence import Cell, Floats, cell_of, run_sequence
 from qcompiler.ops.recurrent import operand_index
 from qcompiler.ort import Session
+from qcompiler.passes.sample_axes import Filled
 from qcompiler.plan import integer_obstacle
 from qcompiler.types import Array, DType
 
@@ -59,10 +60,12 @@ def _operands(
     model = to_onnx(graph, extra_outputs=[v.name for v in inner]).SerializeToString()
     session = Session(model, optimization="basic")
     seen: dict[Value, list[Array]] = {v: [] for v in wanted}
+    filled, gates = Filled(graph), {n.input(0) for n in cells}
     for batch in itertools.islice(iter(samples), _RUNS):
         found = session.run(batch.inputs, [v.name for v in inner]) if inner else {}
         for v in wanted:
-            seen[v].append(found[v.name] if v in inner else batch.inputs[v.name])
+            given = found[v.name] if v in inner else batch.inputs[v.name]
+            seen[v].append(filled.steps(v, given, batch) if v in gates else given)
     return seen
 
 

@@ -5,9 +5,9 @@
 A set is a sequence of chunks; a chunk is what one `.npz` file or one dict holds: one array per
 model input, by name, and any further arrays (`label`, `score`) that a metric reads. An array with
 the input's own rank is split along its first axis into batches of the compiled size; the last batch
-is filled up with its last sample, and the results for the filled rows are cut off. An array with
-one axis more holds one whole input per entry. An input whose first axis is not a batch may also be
-given once, in exactly its shape: it then serves every run.
+is filled up with its own samples, over and over, and the results for the filled rows are cut off.
+An array with one axis more holds one whole input per entry. An input whose first axis is not a
+batch may also be given once, in exactly its shape: it then serves every run.
 """
 
 from __future__ import annotations
@@ -91,13 +91,16 @@ class Batch:
 
     Attributes:
         inputs: One array per input, of exactly its compiled shape and dtype.
-        samples: Samples in it that are real; the rest repeats the last one.
+        samples: Samples in it that are real; the rest repeats them.
         size: Samples that the arrays have room for.
+        filled: Input that was filled up along its first axis, be that a batch or the steps of a
+            sequence -> (entries that are real, entries in all).
     """
 
     inputs: Mapping[str, Array]
     samples: int
     size: int
+    filled: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class SampleSet:
@@ -278,7 +281,7 @@ class _Feed:
         part = self.array[run * size : (run + 1) * size]
         real = len(part)
         if real < size:
-            part = np.concatenate([part, np.repeat(part[-1:], size - real, axis=0)])
+            part = part[np.arange(size) % real]
         return part, real
 
 
@@ -304,12 +307,15 @@ def _split(
     for run in range(varying[0].runs if varying else 1):
         arrays: dict[str, Array] = {}
         real, size = 1, 1
+        filled: dict[str, tuple[int, int]] = {}
         for f in feeds:
             part, samples = f.at(run)
+            if f in varying and not f.stacked and samples < f.spec.shape[0]:
+                filled[f.spec.name] = (samples, f.spec.shape[0])
             arrays[f.spec.name] = np.ascontiguousarray(part).reshape(np.shape(part))
             if f in varying and f.spec.shape and f.spec.batch_axis == 0:
                 real, size = samples, f.spec.shape[0]
-        yield Batch(arrays, real, size)
+        yield Batch(arrays, real, size, filled)
 
 
 def _feed(spec: InputSpec, array: Array, origin: str, error: type[DataError]) -> _Feed:

@@ -53,7 +53,7 @@ from qcompiler.passmanager import (
     TimeInstrument,
     no_progress,
 )
-from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, found_in, uniform
+from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, found_in, is_name, uniform
 from qcompiler.printer import digest
 from qcompiler.records import RecordFile, Records
 from qcompiler.regional import (
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
     from qcompiler.passes.insert_qdq import WeightGrids
+    from qcompiler.passes.keep_float import KeptFloat
 
 
 @dataclass
@@ -95,6 +96,7 @@ class Quantized:
         methods: Names of the post-training methods that ran.
         prepared: What they made of the FLOAT graph, and the grids of weights that they rounded;
             None without methods.
+        kept: Products that stay float because 8 bits do not hold their operands.
     """
 
     float_graph: Graph | None
@@ -107,6 +109,7 @@ class Quantized:
     table: CalibrationTable | None = None
     methods: tuple[str, ...] = ()
     prepared: tuple[Graph, WeightGrids] | None = None
+    kept: KeptFloat | None = None
 
 
 def compile(
@@ -292,6 +295,7 @@ def compile(
             regions=asked,
             seed=seed,
             progress=report_progress,
+            kept=result.kept,
         )
         if choice is not None:
             compiled = compile(
@@ -344,6 +348,7 @@ def quantize_model(
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
+    from qcompiler.passes.keep_float import AskedFor, KeepFloat, KeptFloat
     from qcompiler.passes.methods import parse_methods
     from qcompiler.passes.narrow_products import NarrowProducts
 
@@ -371,8 +376,10 @@ def quantize_model(
         graph = integer if stage is Stage.INTEGER else graph
         return Quantized(None, graph, plan, sources, 0, ctx.log)
     plan = _plan(precision, graph, spec)
-    if overrides:
-        plan = plan.overridden(graph, overrides)
+    asked = plan.overridden(graph, overrides) if overrides else plan
+    by_name = frozenset(n for n, d in asked.nodes.items() if d != plan.nodes.get(n))
+    plan = asked
+    held: tuple[Pass, ...] = (KeepFloat(),) if is_name(precision) else ()  # a plan stays as it is
     if wanted and not plan.has_integers:
         raise UsageError("the methods serve integer precisions; the plan has none",
                          hint="leave them out, or ask for an integer precision")  # fmt: skip
@@ -387,7 +394,7 @@ def quantize_model(
     count = 0
     passes = [
         p
-        for p in quantize_passes(plan, wanted)
+        for p in quantize_passes(plan, held + wanted)
         if stage is Stage.INTEGER or not isinstance(p, (Fuse, NarrowProducts))
     ]
     if plan.has_integers:
@@ -401,6 +408,7 @@ def quantize_model(
         ctx.put(RegionObservers(as_rules(regions or {})))
         sources["calibration"] = loaded.digest
         count = len(loaded)
+        ctx.put(AskedFor(by_name))
     start, prepared = graph, None
     if wanted:
         cut = next(i for i, p in enumerate(passes) if isinstance(p, InsertQdq))
@@ -422,6 +430,7 @@ def quantize_model(
         ctx.find(CalibrationTable),
         tuple(m.name for m in wanted),
         prepared,
+        ctx.find(KeptFloat),
     )
 
 
@@ -436,7 +445,7 @@ def _plan(
 ) -> PrecisionPlan:
     if isinstance(precision, PrecisionPlan):
         return precision
-    if isinstance(precision, str) and not precision.endswith(".json"):
+    if is_name(precision):
         wanted = Precision.parse(precision)
         if spec is not None and wanted not in spec.precisions:
             known = ", ".join(p.value for p in spec.precisions)

@@ -34,6 +34,7 @@ from qcompiler.workshop import Judge, Trial, Workshop, prepare, race, records_fi
 
 if TYPE_CHECKING:
     from qcompiler.onnx_import import ModelSource
+    from qcompiler.passes.keep_float import KeptFloat
 
 __all__ = ["faster_in_float", "lost_to_float", "without_slower_regions"]
 
@@ -78,12 +79,15 @@ def without_slower_regions(
     calibration: SampleSource | None,
     methods: str | Sequence[Pass] = (),
     tuning: Tuning | None = None,
+    overrides: Mapping[str, str | Precision] | None = None,
+    kept: KeptFloat | None = None,
     **options: Any,
 ) -> Choice | None:
     """Return what to compile instead of a uniform model that lost to float, or None.
 
     `precision` is what was asked for: a name, or the path of a plan, which is taken as it is;
-    `report` that of the model that was compiled; the others are as in `qcompiler.compile`.
+    `report` that of the model that was compiled; products that accuracy has `kept` in float stay
+    so; the others are as in `qcompiler.compile`.
     """
     from qcompiler.passes.methods import parse_methods
 
@@ -99,10 +103,13 @@ def without_slower_regions(
         calibration=calibration,
         methods=parse_methods(methods) if isinstance(methods, str) else tuple(methods),
         tuning=tuning,
+        overrides={**(overrides or {}), **(kept.overrides() if kept is not None else {})},
         **options,
     )
     if found is not None:
         found.tuning = only_records(tuning)
+        if kept is not None:
+            found.plan = found.plan.replaced(kept.nodes)
     return found
 
 

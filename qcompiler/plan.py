@@ -10,7 +10,7 @@ import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -348,6 +348,11 @@ def _half_obstacle(node: Node, at: int) -> str | None:
     if w.type.size and not float(np.abs(w.array()).max()) <= _HALF_MAX:
         return f"the weights of {node.op.name} leave the range of half precision"
     return None
+
+
+def is_name(precision: object) -> TypeGuard[str]:
+    """Whether this names a precision for every node, rather than a plan or its file."""
+    return isinstance(precision, str) and not precision.endswith(".json")
 
 
 def uniform(graph: Graph, precision: Precision | str = Precision.W8A8) -> PrecisionPlan:

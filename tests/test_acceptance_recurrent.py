@@ -39,8 +39,12 @@ def speech() -> tuple[Array, Array]:
     return np.stack([padded[512 * i : 512 * i + 576] for i in range(len(score))]), score
 
 
-def compiled(frames: Array, precision: str, target: str = "host") -> CompiledModel:
-    calibration = {"frames": frames[:CALIBRATION], "h0": STATE, "c0": STATE}
+def compiled(
+    frames: Array, precision: str, target: str = "host", samples: Array | None = None
+) -> CompiledModel:
+    """Compile for the sequence, calibrated with its first frames or with other samples."""
+    taken = frames[:CALIBRATION] if samples is None else samples
+    calibration = {"frames": taken, "h0": STATE, "c0": STATE}
     return qcompiler.compile(
         str(MODEL),
         target=target,
@@ -60,13 +64,29 @@ def test_float_agrees_with_the_official_model(speech: tuple[Array, Array]) -> No
     np.testing.assert_allclose(probabilities(compiled(frames, "fp32"), frames), score, atol=2e-5)
 
 
-def test_w8a8_decides_like_float(speech: tuple[Array, Array]) -> None:
+@pytest.mark.parametrize("steps", [500, 1875])
+@pytest.mark.parametrize("calibration", ["64", "first", "tiled", "500", "all"])
+def test_w8a8_decides_like_float(speech: tuple[Array, Array], calibration: str, steps: int) -> None:
+    """Whatever it is calibrated with; 99 % is promised."""
     frames, score = speech
-    model = compiled(frames, "w8a8")
-    found = probabilities(model, frames)
-    assert np.mean((found > 0.5) == (score > 0.5)) >= 0.99
+    first = frames[:CALIBRATION]
+    samples = {
+        "64": frames[:64],
+        "first": first,
+        "tiled": np.resize(first, (steps, *first.shape[1:])),
+        "500": frames[:500],
+        "all": frames,
+    }[calibration]
+    model = compiled(frames[:steps], "w8a8", samples=samples)
+    found = probabilities(model, frames[:steps])
+    assert np.mean((found > 0.5) == (score[:steps] > 0.5)) >= 0.993
     assert model.report is not None
     assert "qlstm" in {op for node in model.report["nodes"] for op in node["ops"]}
+    plan = model.report["precision"]
+    floats = {n for n, d in plan.items() if "alone in 8 bits" in d["reason"]}
+    assert floats == {"/stft/Conv", "/c.0/Conv"}
+    for name in ("/c.1/Conv", "/c.2/Conv", "/c.3/Conv", "/l/LSTM/matmul", "/f/Gemm"):
+        assert plan[name]["precision"] == "w8a8"
 
 
 def test_states_carry_a_sequence_from_call_to_call(speech: tuple[Array, Array]) -> None:
