@@ -13,7 +13,7 @@ refused by name. So every kept integer is the one that the graph of size n compu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -46,19 +46,51 @@ class Extents:
     sizes: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A symbol whose extent is merged with others into one axis, as rows of all samples are.
+
+    Attributes:
+        symbol: The symbol.
+        count: Extent of the axis by the size of the symbol.
+        inner: Neighbours along the axis that belong to one index of the symbol; 0: not known.
+    """
+
+    symbol: str
+    count: int
+    inner: int = 0
+
+
+Follows = str | Merged
+"""What an axis follows: a symbol itself, or one among others in the same axis."""
+
+
 @dataclass
 class DynamicAxes:
     """Which axes of which values follow a symbol.
 
     Attributes:
-        axes: Value -> axis -> symbol.
+        axes: Value -> axis -> what it follows.
     """
 
-    axes: dict[Value, dict[int, str]] = field(default_factory=dict)
+    axes: dict[Value, dict[int, Follows]] = field(default_factory=dict)
 
-    def of(self, value: Value | None) -> dict[int, str]:
+    def of(self, value: Value | None) -> dict[int, Follows]:
         """Return the axes of a value that follow a symbol."""
         return {} if value is None else self.axes.get(value, {})
+
+    def whole(self, value: Value) -> dict[int, str]:
+        """Return the axes of a value that follow a symbol by themselves."""
+        return {a: s for a, s in self.of(value).items() if isinstance(s, str)}
+
+    def strides(self, value: Value) -> list[tuple[str, int]]:
+        """Return for each axis that follows a symbol: elements from one index to the next."""
+        return sorted(
+            (s, prod(value.shape[axis + 1 :]))
+            if isinstance(s, str)
+            else (s.symbol, prod(value.shape[axis + 1 :]) * s.inner)
+            for axis, s in self.of(value).items()
+        )
 
 
 def dynamic_axes(
@@ -90,7 +122,7 @@ def dynamic_axes(
     def compare(a: Value, b: Value, where: str) -> None:
         if a in found.axes:
             return
-        axes: dict[int, str] = {}
+        axes: dict[int, Follows] = {}
         found.axes[a] = axes
         if len(a.shape) != len(b.shape):
             problems.append(f"{where}: its rank depends on the size")
@@ -99,10 +131,14 @@ def dynamic_axes(
             if extents[0] == extents[1]:
                 continue
             symbol = pairs.get(extents)
-            if symbol is None:
-                problems.append(f"{where}: extent {extents[0]} is not the size itself")
-            else:
+            times = [Merged(s, extents[0] // n) for (n, m), s in pairs.items()
+                     if extents[0] * m == extents[1] * n and extents[0] % n == 0]  # fmt: skip
+            if symbol is not None:
                 axes[axis] = symbol
+            elif len(times) == 1 and a.producer is not None:
+                axes[axis] = times[0]
+            else:
+                problems.append(f"{where}: extent {extents[0]} is not the size itself")
         if a.is_constant and b.is_constant:
             shared = tuple(slice(min(p)) for p in zip(a.shape, b.shape, strict=True))
             if not np.array_equal(a.array()[shared], b.array()[shared], equal_nan=_nan(a)):
@@ -119,10 +155,34 @@ def dynamic_axes(
                 compare(p, q, where)
         for p, q in zip(n.outputs, m.outputs, strict=True):
             compare(p, q, where)
+            for axis, follows in found.of(p).items():
+                if isinstance(follows, Merged):
+                    found.axes[p][axis] = _merged_by(n, p, axis, follows, found)
+                    if found.axes[p][axis] == follows:
+                        problems.append(f"{where}: extent {p.shape[axis]} is not the size itself")
         if not _same_attrs(n, m, found):
             problems.append(f"{where}: it picks its elements by the size")
     _refuse(problems)
     return found
+
+
+def _merged_by(node: Node, out: Value, axis: int, follows: Merged, found: DynamicAxes) -> Merged:
+    """Return how a symbol lies in an axis of a result; as given where that is not known."""
+    if node.op.name == "reshape":
+        inner = prod(out.shape[axis + 1 :])
+        strides = {d for s, d in found.strides(node.input(0)) if s == follows.symbol}
+        if len(strides) != 1:
+            return follows
+        stride = strides.pop()
+        fits = stride % inner == 0 and follows.count % (stride // inner or 1) == 0
+        return replace(follows, inner=stride // inner) if fits else follows
+    read = {
+        s
+        for v in node.operands
+        for s in found.of(v).values()
+        if isinstance(s, Merged) and (s.symbol, s.count) == (follows.symbol, follows.count)
+    }
+    return read.pop() if len(read) == 1 else follows
 
 
 def _nan(value: Value) -> bool:
@@ -173,6 +233,18 @@ class _Masking:
             type = TensorType((size,), DType.FLOAT32)
             self.tails[symbol] = self.graph.add_input(self.graph.fresh(f"tail_{symbol}"), type)
         return self.tails[symbol]
+
+    def known(self, symbol: Follows) -> int:
+        """Return how many indices of an axis every size has."""
+        return self.least[symbol] if isinstance(symbol, str) else 0
+
+    def alone(self, node: Node, value: Value, axis: int) -> str | None:
+        """Return the symbol that an axis follows by itself; else note that it must be masked."""
+        symbol = self.dynamic.of(value)[axis]
+        if isinstance(symbol, str):
+            return symbol
+        self.fail(node, "it mixes an extent that is merged with another one")
+        return None
 
     def fail(self, node: Node, why: str) -> None:
         """Note what stands in the way."""
@@ -278,7 +350,9 @@ class _Masking:
     def mean(self, node: Node, axis: int) -> None:
         """Turn a mean into the sum of the used part, by the number of its elements."""
         graph, x = self.graph, node.input(0)
-        symbol = self.dynamic.of(x)[axis]
+        symbol = self.alone(node, x, axis)
+        if symbol is None:
+            return
         tail = self.tail(symbol, x.shape[axis])
         over = [int(a) % x.type.rank for a in node.attr("axes")]
         rest = prod(x.shape[a] for a in over if a != axis)
@@ -318,7 +392,10 @@ class _Masking:
         at = operand_index(node.op.name, "lens")
         if 0 not in axes or node.optional(at) is not None:
             return  # lengths that are given end within the used part
-        count = self.count(node, self.tail(axes[0], gates.shape[0]))
+        symbol = self.alone(node, gates, 0)
+        if symbol is None:
+            return
+        count = self.count(node, self.tail(symbol, gates.shape[0]))
         whole = graph.add("cast", [count], {"to": DType.INT32.value}, name=f"{node.name}_steps")
         shape = (gates.shape[1],)
         lens = graph.add("expand", [whole.output], {"shape": shape}, name=f"{node.name}_lens")
@@ -345,7 +422,7 @@ class _Masking:
             if symbol is None:
                 return
             picks = index.array() if index.is_constant else None
-            if picks is None or picks.min() < 0 or picks.max() >= self.least[symbol]:
+            if picks is None or picks.min() < 0 or picks.max() >= self.known(symbol):
                 self.fail(node, "it reads the extent at places that small sizes do not have")
         elif name in ("concat", "split", "cumsum"):
             axis = int(node.attr("axis")) % x.type.rank
@@ -374,19 +451,14 @@ class _Masking:
             last = start + step * (out.shape[axis] - 1)
             if whole and start == 0 and step == 1:
                 continue
-            if whole or min(start, last) < 0 or max(start, last) >= self.least[symbol]:
+            if whole or min(start, last) < 0 or max(start, last) >= self.known(symbol):
                 self.fail(node, "it reads the extent at places that small sizes do not have")
 
     def reshape(self, node: Node) -> None:
         x, out = node.input(0), node.output
-        if sorted(self.dynamic.of(x).values()) != sorted(self.dynamic.of(out).values()):
+        # In row-major order a reshape moves nothing: indices lie as far apart as before.
+        if self.dynamic.strides(x) != self.dynamic.strides(out):
             self.fail(node, "it merges the extent with another one")
-            return
-        for (i, s), (j, t) in zip(
-            sorted(self.dynamic.of(x).items()), sorted(self.dynamic.of(out).items()), strict=True
-        ):
-            if s != t or prod(x.shape[:i]) != prod(out.shape[:j]):
-                self.fail(node, "it merges the extent with another one")
 
     # --------------------------------------------------------------------------- masking
 
@@ -411,7 +483,10 @@ class _Masking:
         """Let an operand be 0 in the filling."""
         x = node.input(operand)
         if (x, axis) not in self.masked:
-            tail = self.tail(self.dynamic.of(x)[axis], x.shape[axis])
+            symbol = self.alone(node, x, axis)
+            if symbol is None:
+                return
+            tail = self.tail(symbol, x.shape[axis])
             made = self.graph.add("mask_tail", [x, tail], {"axis": axis}, name=f"{x.name}_used")
             self.dynamic.axes[made.output] = self.dynamic.of(x)
             self.masked[x, axis] = made.output
@@ -420,7 +495,10 @@ class _Masking:
     def raise_tail(self, node: Node, axis: int) -> None:
         """Let an operand be lower in the filling than anywhere else."""
         x = node.input(0)
-        tail = self.tail(self.dynamic.of(x)[axis], x.shape[axis])
+        symbol = self.alone(node, x, axis)
+        if symbol is None:
+            return
+        tail = self.tail(symbol, x.shape[axis])
         if axis != x.type.rank - 1:
             shape = (x.shape[axis], *[1] * (x.type.rank - 1 - axis))
             name = f"{node.name}_tail"

@@ -19,7 +19,12 @@ import numpy as np
 
 from qcompiler.artifact import Artifact, ParamBlock
 from qcompiler.dynamic import Axes, Dynamic, Variant
-from qcompiler.errors import ShapeError, UnsupportedByTargetError, UsageError
+from qcompiler.errors import (
+    ShapeError,
+    UnsupportedByTargetError,
+    UnsupportedOpError,
+    UsageError,
+)
 from qcompiler.ir import Graph
 from qcompiler.ops import Stage
 from qcompiler.passmanager import PassContext, PassManager, ProgressFn, no_progress
@@ -261,8 +266,14 @@ def _quantized_like(
     from qcompiler.passes.insert_qdq import quantize_passes
 
     axes = dynamic_axes(graph, sizes, other, others)
-    inputs: Axes = {v.name: axes.of(v) for v in graph.inputs if axes.of(v)}
-    outputs: Axes = {name: axes.of(v) for name, v in graph.outputs if axes.of(v)}
+    inputs: Axes = {v.name: axes.whole(v) for v in graph.inputs if axes.of(v)}
+    outputs: Axes = {name: axes.whole(v) for name, v in graph.outputs if axes.of(v)}
+    merged = [name for name, v in graph.outputs if axes.of(v) != axes.whole(v)]
+    if merged:
+        raise UnsupportedOpError(
+            f"the size is merged with another extent in output {', '.join(map(repr, merged))}",
+            hint="compile it for one size; calls take any number of samples of a batch",
+        )
     before = {n.name for n in graph.nodes}
     tails, like = mask_tails(graph, axes, {s: lo for s, (lo, _) in ranges.symbols.items()})
     if result.prepared is not None and result.float_graph is not None:

@@ -264,6 +264,78 @@ def test_a_batch_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "x: float32[1..6, 3, 8, 8]" in capsys.readouterr().out
 
 
+def vision(style: str) -> onnx.ModelProto:
+    """Patches, a class token expanded to the batch, one layer of attention, the token's logits.
+
+    With heads and samples in one axis as torch.nn.MultiheadAttention has them ("torch"), as rows
+    of one matrix ("rows"), or each in an axis of its own ("plain").
+    """
+    n = Net()
+    patches = n("Conv", "x", n.weights(WIDTH, 3, 4, 4), strides=[4, 4])
+    tokens = n("Transpose", n("Reshape", patches, n.c([0, WIDTH, -1])), perm=[0, 2, 1])
+    batch = n("Gather", n("Shape", "x"), n.c([0]))
+    to = n("Concat", batch, n.c([1]), n.c([WIDTH]), axis=0)
+    x = n("Concat", n("Expand", n.weights(1, 1, WIDTH), to), tokens, axis=1)
+    x = n("Add", x, n.weights(1, 5, WIDTH))
+    size = WIDTH // HEADS
+    y = n("LayerNormalization", x, n.weights(WIDTH), n.weights(WIDTH), axis=-1)
+    heads = []
+    for _ in range(3):
+        w = n.weights(WIDTH, WIDTH)
+        if style == "torch":  # [5, N, D] -> [5, N * heads, size] -> [N * heads, 5, size]
+            z = n("MatMul", n("Transpose", y, perm=[1, 0, 2]), w)
+            z = n("Transpose", n("Reshape", z, n.c([5, -1, size])), perm=[1, 0, 2])
+        elif style == "rows":  # [N * 5, D]
+            z = n("Gemm", n("Reshape", y, n.c([-1, WIDTH])), w, n.weights(WIDTH))
+            z = n("Transpose", n("Reshape", z, n.c([-1, 5, HEADS, size])), perm=[0, 2, 1, 3])
+        else:
+            z = n("Reshape", n("MatMul", y, w), n.c([0, -1, HEADS, size]))
+            z = n("Transpose", z, perm=[0, 2, 1, 3])
+        heads.append(z)
+    rank = 3 if style == "torch" else 4
+    q, k, v = heads
+    turned = n("Transpose", k, perm=[*range(rank - 2), rank - 1, rank - 2])
+    scores = n("Softmax", n("Mul", n("MatMul", q, turned), n.c(np.float32(size**-0.5))), axis=-1)
+    z = n("MatMul", scores, v)
+    if style == "torch":  # [5, N * heads, size] -> [5 * N, D]
+        z = n("Reshape", n("Transpose", z, perm=[1, 0, 2]), n.c([-1, WIDTH]))
+        z = n("Gemm", z, n.weights(WIDTH, WIDTH), n.weights(WIDTH))
+        z = n("Transpose", n("Reshape", z, n.c([5, -1, WIDTH])), perm=[1, 0, 2])
+    else:
+        z = n("Reshape", n("Transpose", z, perm=[0, 2, 1, 3]), n.c([-1, 5, WIDTH]))
+        z = n("MatMul", z, n.weights(WIDTH, WIDTH))
+    x = n("Add", x, z)
+    y = n("Gemm", n("Gather", x, n.c(0), axis=1), n.weights(WIDTH, 7), n.weights(7))
+    return n.model({"x": (TensorProto.FLOAT, ["N", 3, 8, 8])}, {"y": (y, ["N", 7])})
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("precision", ["fp32", "w8a8"])
+@pytest.mark.parametrize("style", ["plain", "rows", "torch"])
+def test_a_batch_that_is_merged_with_heads_or_rows(style: str, precision: str) -> None:
+    model = vision(style)
+    rng = np.random.default_rng(1)
+    data = {"x": rng.standard_normal((12, 3, 8, 8)).astype(np.float32)}
+    given: dict[str, Any] = {"precision": precision}
+    if precision != "fp32":
+        given["calibration"] = data
+    made = qcompiler.compile(model, input_shapes={"x": ((1, 6), 3, 8, 8)}, **given)
+    assert made.artifact.dynamic is not None
+    assert [v.sizes for v in made.artifact.dynamic.variants] == [{"N": 2}, {"N": 3}, {"N": 6}]
+    result = driver.quantize_model(model, **given)
+    backend = get_target("host")
+    one = driver.assemble(driver.build_graph(result.graph, backend), backend.spec, result)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for count in range(1, 7):
+        x = {"x": data["x"][:count]}
+        found = made(x)["y"]
+        assert found.shape == (count, 7)
+        if precision == "fp32":
+            np.testing.assert_allclose(found, session.run(None, x)[0], rtol=1e-4, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(found, one(x)["y"])
+
+
 def test_what_methods_may_not_change() -> None:
     model = MODELS["encoder"]
     plain = _float_graph(model, shapes(model, 24), None)
@@ -389,7 +461,20 @@ def test_what_depends_on_the_filling_is_refused() -> None:
     last = sound(lambda n: n("Gather", "sound", n.c(np.array(-1)), axis=2), ("N", 4))
     refused(last, "Gather|gather|slice")
     flat = sound(lambda n: n("Reshape", "sound", n.c(np.array([0, -1]))), ("N", "M"))
-    refused(flat, "is not the size itself")
+    refused(flat, "the size is merged with another extent in output 'y'")
+    mixed = sound(
+        lambda n: n("ReduceSum", n("Reshape", "sound", n.c(np.array([0, -1]))), n.c([1])), ("N", 1)
+    )
+    refused(mixed, "mixes an extent that is merged")
+    swapped = sound(
+        lambda n: n("Reshape", n("Add", n("Reshape", "sound", n.c([-1])),
+                                 n("Reshape", n("Transpose", "sound", perm=[2, 1, 0]), n.c([-1]))),
+                    n.c(np.array([1, 4, -1]))),
+        ("N", 4, "T"),
+    )  # fmt: skip
+    refused(swapped, "is not the size itself")
+    tiled = sound(lambda n: n("Tile", "sound", n.c([1, 1, 2])), ("N", 4, "M"))
+    refused(tiled, "is not the size itself")
     strided = sound(lambda n: n("Conv", "sound", n.weights(8, 4, 3), strides=[2], pads=[1, 1]),
                     ("N", 8, "M"))  # fmt: skip
     refused(strided, "conv.*is not the size itself")
