@@ -45,17 +45,18 @@ class CpuBackend(Backend):
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> object:
         """Return the IRModule and its parameters (`tvm_lower.Lowered`)."""
-        from qcompiler.targets.choice import RecordedChoice
+        from qcompiler.targets.choice import RecordedChoice, default_choice
+        from qcompiler.targets.cpu_halves import for_row
         from qcompiler.targets.cpu_lowering import CpuLowering
         from qcompiler.targets.isa import tvm_target
         from qcompiler.targets.tvm_lower import lower_graph
 
-        target = tvm_target(self.isa)
-        if self.records is None:
-            return lower_graph(graph, CpuLowering(self.isa), target, progress)
-        choose = RecordedChoice(self.records, self.spec.name)
-        lowered = lower_graph(graph, CpuLowering(self.isa, choose), target, progress)
-        lowered.notes += choose.summary()
+        recorded = None if self.records is None else RecordedChoice(self.records, self.spec.name)
+        lowering = CpuLowering(self.isa, recorded or default_choice)
+        lowered = lower_graph(for_row(graph, self.isa), lowering, tvm_target(self.isa), progress)
+        lowered.graph = graph
+        if recorded is not None:
+            lowered.notes += recorded.summary()
         return lowered
 
     def with_records(self, records: Records) -> CpuBackend:
@@ -80,8 +81,10 @@ class CpuBackend(Backend):
         progress: ProgressFn = no_progress,
     ) -> TuningOutcome:
         """Search kernel parameters by measuring (`tvm_tune`)."""
+        from qcompiler.targets.cpu_halves import for_row
         from qcompiler.targets.tvm_tune import tune_graph
 
+        graph = for_row(graph, self.isa)
         return tune_graph(graph, self.isa, self.spec.name, tuning, seed=seed, progress=progress)
 
     def build(

@@ -70,6 +70,11 @@ class CpuLowering:
             return Support(False, f"no {node.op.name} kernel takes these shapes or dtypes")
         return Support(True)
 
+    def is_real(self, *values: Value | None) -> bool:
+        """Whether every given value is a float tensor that kernels of the row compute with."""
+        widths = (DType.FLOAT32, DType.FLOAT16) if self.isa.halves else (DType.FLOAT32,)
+        return all(v is not None and v.dtype in widths for v in values)
+
     def call(
         self,
         kernel: str,
@@ -215,9 +220,12 @@ def _float_binary(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.pointwise import FloatBinaryWorkload, float_binary
 
     a, b = node.input(0), node.input(1)
-    if not is_float32(a, b, node.output) or 0 in node.output.shape:
+    if not self.is_real(a, b, node.output) or 0 in node.output.shape:
         return None
-    w = FloatBinaryWorkload(node.op.name, a.shape, b.shape)
+    w = FloatBinaryWorkload(
+        node.op.name, a.shape, b.shape,
+        a_dtype=storage(a), b_dtype=storage(b), dtype=storage(node.output),
+    )  # fmt: skip
     return self.call(node.op.name, w, float_binary, (a, b))
 
 
@@ -226,11 +234,22 @@ def _clip(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.pointwise import ClipWorkload, clip
 
     x = node.input(0)
-    if not is_float32(x) or 0 in x.shape:
+    if not self.is_real(x) or x.dtype is not node.output.dtype or 0 in x.shape:
         return None
     low = 0.0 if node.op.name == "relu" else node.attr("min")
     high = None if node.op.name == "relu" else node.attr("max")
-    return self.call(node.op.name, ClipWorkload(x.shape, "float32", low, high), clip, (x,))
+    return self.call(node.op.name, ClipWorkload(x.shape, storage(x), low, high), clip, (x,))
+
+
+@row("cast")
+def _cast(self: CpuLowering, node: Node) -> KernelCall | None:
+    from qcompiler.targets.kernels.pointwise import CastWorkload, cast_floats
+
+    x, out = node.input(0), node.output
+    if not self.is_real(x, out) or x.dtype is out.dtype or 0 in x.shape:
+        return None
+    w = CastWorkload(x.shape, storage(x), storage(out))
+    return self.call("cast", w, cast_floats, (x,))
 
 
 # ---------------------------------------------------------------------- pooling, reductions
@@ -258,7 +277,9 @@ def _pool(self: CpuLowering, node: Node) -> KernelCall | None:
     quantized = name == "qaverage_pool"
     if quantized and not (is_per_tensor(x) and (is_per_tensor(out) or is_float32(out))):
         return None
-    if not quantized and not is_float32(x) and not (name == "max_pool" and is_per_tensor(x)):
+    if not quantized and not self.is_real(x, out) and not (name == "max_pool" and is_per_tensor(x)):
+        return None
+    if name == "max_pool" and x.dtype is not out.dtype:
         return None
     window = Window(
         x.shape[0], (x.shape[1], x.shape[2]), (out.shape[1], out.shape[2]),
@@ -267,6 +288,7 @@ def _pool(self: CpuLowering, node: Node) -> KernelCall | None:
     w = pool.PoolWorkload(
         window, x.shape[3], storage(x), _averaging(x, out) if quantized else None,
         name != "max_pool" and bool(node.attr("count_include_pad")),
+        None if x.dtype is out.dtype or quantized else storage(out),
     )  # fmt: skip
     if name == "max_pool":
         return self.call(name, w, pool.max_pool, (x,))
@@ -284,7 +306,7 @@ def _reduce(self: CpuLowering, node: Node) -> KernelCall | None:
     quantized = name == "qreduce_mean"
     if quantized and not (is_per_tensor(x) and (is_per_tensor(out) or is_float32(out))):
         return None
-    if not quantized and not is_float32(x, out):
+    if not quantized and not self.is_real(x, out):
         return None
     axes = sorted(a % x.type.rank for a in node.attr("axes"))
     if not axes or 0 in x.shape:
@@ -297,6 +319,7 @@ def _reduce(self: CpuLowering, node: Node) -> KernelCall | None:
         _REDUCTIONS.get(name, "mean"), x.shape, out.shape,
         math.prod(x.shape[:first]), math.prod(x.shape[first : last + 1]),
         math.prod(x.shape[last + 1 :]), storage(x), _averaging(x, out) if quantized else None,
+        None if x.dtype is out.dtype or quantized else storage(out),
     )  # fmt: skip
     return self.call(name, w, reduce, (x,))
 
@@ -397,11 +420,11 @@ def _float_unary(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.pointwise import FloatUnaryWorkload, float_unary
 
     x = node.input(0)
-    if not is_float32(x) or 0 in x.shape:
+    if not self.is_real(x, node.output) or 0 in x.shape:
         return None
     function = node.op.name
     if function == "gelu" and node.attr("approximate") == "tanh":
         function = "gelu_tanh"
     alpha, beta = (float(node.attr(k)) if k in node.attrs else 0.0 for k in ("alpha", "beta"))
-    w = FloatUnaryWorkload(function, x.shape, alpha, beta)
+    w = FloatUnaryWorkload(function, x.shape, alpha, beta, storage(x), storage(node.output))
     return self.call(function, w, float_unary, (x,))

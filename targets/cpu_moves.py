@@ -23,8 +23,9 @@ _MOVABLE = frozenset(
 )
 
 
-def _movable(*values: Value) -> bool:
-    return all(v.dtype in _MOVABLE and 0 not in v.shape for v in values)
+def _movable(self: CpuLowering, *values: Value) -> bool:
+    able = all(v.dtype in _MOVABLE or self.is_real(v) for v in values)
+    return able and all(0 not in v.shape for v in values)
 
 
 @row("transpose")
@@ -32,7 +33,7 @@ def _transpose(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels import layout
 
     x, perm = node.input(0), tuple(node.attr("perm"))
-    if not _movable(x):
+    if not _movable(self, x):
         return None
     q = x.producer
     alone = len(x.uses) == 1 and not (node.graph is not None and node.graph.is_output(x))
@@ -52,7 +53,7 @@ def _blocks(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels import layout
 
     x = node.input(0)
-    if not _movable(x) or x.type.rank != 4:
+    if not _movable(self, x) or x.type.rank != 4:
         return None
     block, order = int(node.attr("blocksize")), str(node.attr("layout"))
     if node.op.name == "depth_to_space":
@@ -68,7 +69,7 @@ def _concat(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.movement import ConcatWorkload, concat
 
     operands = node.operands
-    if not _movable(*operands):
+    if not _movable(self, *operands):
         return None
     w = ConcatWorkload(tuple(v.shape for v in operands), node.attr("axis"), storage(node.output))
     return self.call("concat", w, concat, operands)
@@ -79,7 +80,7 @@ def _pad(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.movement import PadWorkload, pad
 
     x, pads, rank = node.input(0), node.attr("pads"), node.input(0).type.rank
-    if not _movable(x, node.output) or any(p < 0 for p in pads):
+    if not _movable(self, x, node.output) or any(p < 0 for p in pads):
         return None
     if node.attr("mode") != "constant":
         maps = _axis_maps(node, x.shape)
@@ -98,7 +99,7 @@ def _mask_tail(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.masking import MaskTailWorkload, mask_tail
 
     x, tail = node.operands
-    if not _movable(x, node.output):
+    if not _movable(self, x, node.output):
         return None
     zero = 0.0 if x.qparams is None else float(grid(x).z)
     w = MaskTailWorkload(x.shape, int(node.attr("axis")), storage(x), zero)
@@ -135,7 +136,7 @@ def _slice(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.movement import StridedWorkload, strided
 
     x, out = node.input(0), node.output
-    if not _movable(x, out):
+    if not _movable(self, x, out):
         return None
     starts, steps = [0] * x.type.rank, [1] * x.type.rank
     bounds = (node.attr(k) for k in ("axes", "starts", "ends", "steps"))
@@ -155,7 +156,7 @@ def _expand(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.movement import StridedWorkload, strided
 
     x, out = node.input(0), node.output
-    if not _movable(x, out) or x.type.rank != out.type.rank:
+    if not _movable(self, x, out) or x.type.rank != out.type.rank:
         return None
     steps = tuple(0 if a == 1 and b != 1 else 1 for a, b in zip(x.shape, out.shape, strict=True))
     w = StridedWorkload(x.shape, out.shape, (0,) * x.type.rank, steps, storage(x))
@@ -165,7 +166,7 @@ def _expand(self: CpuLowering, node: Node) -> KernelCall | None:
 @row("tile")
 def _tile(self: CpuLowering, node: Node) -> KernelCall | None:
     x, out = node.input(0), node.output
-    if not _movable(x, out):
+    if not _movable(self, x, out):
         return None
     maps = [None if a == b else np.arange(b) % a for a, b in zip(x.shape, out.shape, strict=True)]
     return _remap(self, node, maps)
@@ -176,7 +177,7 @@ def _gather(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.movement import GatherWorkload, gather
 
     x, indices = node.input(0), node.input(1)
-    if not _movable(x, node.output) or indices.dtype not in (DType.INT32, DType.INT64):
+    if not _movable(self, x, node.output) or indices.dtype not in (DType.INT32, DType.INT64):
         return None
     w = GatherWorkload(x.shape, int(node.attr("axis")), indices.shape, storage(indices), storage(x))
     return self.call("gather", w, gather, (x, indices))
@@ -185,7 +186,7 @@ def _gather(self: CpuLowering, node: Node) -> KernelCall | None:
 @row("resize")
 def _resize_row(self: CpuLowering, node: Node) -> KernelCall | None:
     x, out = node.input(0), node.output
-    if not _movable(x, out):
+    if not _movable(self, x, out):
         return None
     scales, mode = node.attr("scales"), str(node.attr("coordinate_mode"))
     if mode == "tf_crop_and_resize":

@@ -184,7 +184,22 @@ def _float_epilogue(node: Node, channels: int) -> tuple[Any, Any] | None:
         act_min=node.attr("act_min"),
         act_max=node.attr("act_max"),
     )
-    return Epilogue("float32", None if residual is None else "float32"), values
+    return Epilogue(storage(node.output), None if residual is None else storage(residual)), values
+
+
+def _computes_in(self: CpuLowering, x: Value, w: Value, out: Value, held: Any) -> bool:
+    """Whether kernels take these dtypes: float32, or activations and weights both in halves."""
+    if is_float32(x, w, out):
+        return True
+    halves = x.dtype is DType.FLOAT16 and isinstance(held, np.ndarray)
+    return halves and held.dtype == np.float16 and self.is_real(x, out)
+
+
+def _stored(node: Node, constant: bool) -> str:
+    """Return how the second operand of a matrix product is multiplied."""
+    if constant and node.op.name == "qmatmul":
+        return "int8"
+    return storage(node.input(0 if constant else 1))
 
 
 @row("qconv", "conv")
@@ -202,9 +217,9 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
         data, found, a_dtype = integer[0], integer[1:], storage(x)
     else:
         found, held = _float_epilogue(node, channels), _float_weights(node)
-        if found is None or held is None or not is_float32(x, w, out):
+        if found is None or held is None or not _computes_in(self, x, w, out, held[0]):
             return None
-        (data, widened), a_dtype = held, "float32"
+        (data, widened), a_dtype = held, storage(x)
     residual = node.optional(3)
     inputs = (x,) if residual is None else (x, residual)
     group = int(node.attr("group"))
@@ -223,10 +238,10 @@ def _conv(self: CpuLowering, node: Node) -> KernelCall | None:
         strides=tuple(node.attr("strides")), pads=(pads[0], pads[1], pads[2], pads[3]),
         dilations=tuple(node.attr("dilations")), groups=group, a_dtype=a_dtype,
     )  # fmt: skip
-    if a_dtype == "float32" and group == c > 1:
+    if node.op.name == "conv" and group == c > 1:
         if widened and data.dtype != np.float16:
             return None
-        packed = pack_float_depthwise(workload, data.astype(np.float32), values)
+        packed = pack_float_depthwise(workload, data.astype(x.dtype.numpy), values)
         return KernelCall(
             "depthwise",
             ("depthwise", workload, packed.facts, packed.shapes),
@@ -271,10 +286,10 @@ def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
     widened: tuple[Node, ...] = ()
     if node.op.name == "matmul":
         found = _float_epilogue(node, channels)
-        if found is None or not is_float32(a, b, out):
-            return None
         if constant and held is not None:
             data, widened = held
+        if found is None or not _computes_in(self, a, b, out, data):
+            return None
     elif constant:
         integer = _integer(self, node, b, channels)
         if integer is None:
@@ -290,7 +305,7 @@ def _matmul(self: CpuLowering, node: Node) -> KernelCall | None:
     epilogue, values = found
     workload = MatmulWorkload(
         a.shape, b.shape, epilogue, a_dtype=storage(a),
-        b_dtype="int8" if node.op.name == "qmatmul" and constant else storage(b),
+        b_dtype=_stored(node, constant),
         b_constant=constant, transpose_a=node.attr("transpose_a"),
         transpose_b=node.attr("transpose_b"),
     )  # fmt: skip

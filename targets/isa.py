@@ -75,6 +75,8 @@ class Isa:
     """What multiplies tiles of 16 x 64 bytes, beside `dot` on vectors: "tdpbusd" is AMX-INT8."""
     mcpus: tuple[str, ...] = ()
     """Processors that may be named in place of `mcpu`, for their scheduling model."""
+    halves: bool = False
+    """Whether vectors of float16 are multiplied and added, twice as many lanes as of float32."""
 
     @property
     def architecture(self) -> str:
@@ -177,7 +179,6 @@ _ARM_WITHOUT = (
     "-complxnum",
     "-cssc",
     "-fp16fml",
-    "-fullfp16",
     "-rdm",
     "-sha3",
     "-sve",
@@ -264,7 +265,7 @@ _ROWS = (
         name="arm-neon",
         mtriple="aarch64-unknown-linux-gnu",
         mcpu="cortex-a72",
-        mattr=("-dotprod", "-i8mm", *_ARM_WITHOUT),
+        mattr=("-dotprod", "-fullfp16", "-i8mm", *_ARM_WITHOUT),
         cpu_features=("asimd",),
         vector_bits=128,
         vector_registers=32,
@@ -280,8 +281,8 @@ _ROWS = (
         name="arm-dotprod",
         mtriple="aarch64-unknown-linux-gnu",
         mcpu="cortex-a76",
-        mattr=("+dotprod", "-i8mm", *_ARM_WITHOUT),
-        cpu_features=("asimd", "asimddp"),
+        mattr=("+dotprod", "+fullfp16", "-i8mm", *_ARM_WITHOUT),
+        cpu_features=("asimd", "asimddp", "asimdhp"),
         vector_bits=128,
         vector_registers=32,
         dot="sdot",
@@ -300,13 +301,14 @@ _ROWS = (
             "neoverse-n1",
             "apple-m1",
         ),
+        halves=True,
     ),
     Isa(
         name="arm-i8mm",
         mtriple="aarch64-unknown-linux-gnu",
         mcpu="neoverse-v1",
-        mattr=("+dotprod", "+i8mm", *_ARM_WITHOUT),
-        cpu_features=("asimd", "asimddp", "i8mm"),
+        mattr=("+dotprod", "+fullfp16", "+i8mm", *_ARM_WITHOUT),
+        cpu_features=("asimd", "asimddp", "asimdhp", "i8mm"),
         vector_bits=128,
         vector_registers=32,
         dot="smmla",
@@ -326,6 +328,7 @@ _ROWS = (
             "neoverse-v2",
             "apple-m2",
         ),
+        halves=True,
     ),
 )
 

@@ -16,7 +16,8 @@ import numpy as np
 from qcompiler.cpu import host_cpu
 from qcompiler.errors import TuningError
 from qcompiler.interpreter import evaluate, known
-from qcompiler.ir import Value
+from qcompiler.ir import Node, Value
+from qcompiler.ops import EvalContext
 from qcompiler.targets.choice import Tunable
 from qcompiler.targets.tune_process import (
     DeviceLostError,
@@ -28,7 +29,7 @@ from qcompiler.targets.tune_process import (
 )
 from qcompiler.types import Array, DType
 
-__all__ = ["TaskBench", "machine_of", "random_operand"]
+__all__ = ["TaskBench", "machine_of", "random_operand", "right_result"]
 
 _RUN_SECONDS = 60.0
 _LEND_SECONDS = 120.0
@@ -52,8 +53,8 @@ def random_operand(v: Value, rng: np.random.Generator) -> Array:
     Where the zero point is near the lowest code, as a rectifier leaves it: the time of some kernels
     depends on how large activations are. A fiftieth of the rows takes all codes all the same.
     """
-    if v.dtype is DType.FLOAT32:
-        return rng.standard_normal(v.shape, np.float32)
+    if v.dtype in (DType.FLOAT32, DType.FLOAT16):
+        return rng.standard_normal(v.shape, np.float32).astype(v.dtype.numpy)
     low, high = v.dtype.min, v.dtype.max
     if v.qparams is not None:
         low, high = int(v.qparams.qmin), int(v.qparams.qmax)
@@ -66,6 +67,17 @@ def random_operand(v: Value, rng: np.random.Generator) -> Array:
     )
     usual = np.minimum(small + zero, high).astype(v.dtype.numpy)
     return np.where(rng.random((*v.shape[:-1], 1)) < 0.02, every, usual)
+
+
+def right_result(node: Node, arrays: list[Array | None]) -> Array:
+    """Return what a node gives by the interpreter, in float32 where kernels multiply halves."""
+    if all(a is None or a.dtype != np.float16 for a in arrays):
+        return evaluate(node, arrays)[0]
+    wide = [None if a is None else a.astype(np.float32) for a in arrays]
+    types = tuple(None if v is None else v.type for v in node.inputs)
+    context = EvalContext(types, tuple(v.type for v in node.outputs))
+    (found,) = node.op.evaluate(wide, node.attrs, context)
+    return np.asarray(found, node.output.dtype.numpy)
 
 
 class TaskBench:
@@ -122,7 +134,7 @@ class TaskBench:
                 held = known(v)
                 operands[v] = random_operand(v, rng) if held is None else held
         read = [None if v is None else operands[v] for v in tunable.node.inputs]
-        (self.expected,) = evaluate(tunable.node, read)
+        self.expected = right_result(tunable.node, read)
         self.inputs = [operands[v] for v in tunable.inputs]
         self.loaded = {}
         self._surely(self._start)

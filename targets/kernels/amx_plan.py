@@ -30,7 +30,12 @@ import numpy.typing as npt
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.plan import Geometry, geometry_of
-from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
+from qcompiler.targets.kernels.workload import (
+    FLOATS,
+    ConvWorkload,
+    GemmParams,
+    MatmulWorkload,
+)
 
 __all__ = [
     "TILE_ROWS",
@@ -100,7 +105,7 @@ class TilesPlan:
 
 def applies(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> bool:
     """Whether tiles can compute a workload: constant weights, 16 pixels or more of one image."""
-    if isa.tiles == "none" or workload.a_dtype == "float32" or workload.epilogue.group:
+    if isa.tiles == "none" or workload.a_dtype in FLOATS or workload.epilogue.group:
         return False
     if isinstance(workload, MatmulWorkload) and not workload.b_constant:
         return False

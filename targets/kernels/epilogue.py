@@ -36,7 +36,7 @@ from qcompiler.targets.kernels.tir import (
     store,
     store_narrow,
 )
-from qcompiler.targets.kernels.workload import Epilogue
+from qcompiler.targets.kernels.workload import FLOATS, Epilogue
 
 __all__ = ["EpilogueWriter"]
 
@@ -130,7 +130,7 @@ class EpilogueWriter:
     @property
     def _late(self) -> bool:
         """Whether zero point and clamp are left to the narrowing, for conversions saturate."""
-        integers = self.facts.dot != "float" and self.row_scale is None
+        integers = self.facts.dot not in ("float", "half") and self.row_scale is None
         return self.isa.saturates and integers and self.out.dtype in ("uint8", "int8")
 
     def _bytes(self, values: Sequence[Expr]) -> Expr:
@@ -168,9 +168,9 @@ class EpilogueWriter:
 
     def _store(self, values: Sequence[Expr], index: Expr) -> None:
         lanes = lanes_of(values[0])
-        if self.out.dtype == "float32":
+        if self.out.dtype in FLOATS:
             for position, value in enumerate(values):
-                store(self.out, index + position * lanes, value)
+                store(self.out, index + position * lanes, cast(value, str(self.out.dtype)))
         elif self._late:
             together = 16 // lanes
             for first in range(0, len(values), together):
@@ -190,19 +190,21 @@ class EpilogueWriter:
             for position in range(valid):
                 store(self.out, index + position, load(narrow, position, 1))
             return
-        staged = registers(lanes, "float32" if dtype == "float32" else "int32")
+        staged = registers(lanes, "float32" if dtype in FLOATS else "int32")
         if self.facts.saturating and dtype in LIMITS:
             value = clamp(value, *LIMITS[dtype])
         store(staged, 0, value)
         for position in range(valid):
             single = load(staged, position, 1)
-            store(self.out, index + position, single if dtype == "float32" else cast(single, dtype))
+            store(self.out, index + position, cast(single, dtype))
 
     def _value(self, acc: Expr, lane: Expr, index: Expr, valid: int) -> Expr:
         """The outputs of one vector, before narrowing."""
         lanes = lanes_of(acc)
         out_dtype = self.epilogue.out_dtype
-        if self.facts.dot == "float":
+        if self.facts.dot in ("float", "half"):
+            if self.facts.dot == "half":
+                acc = acc * load(self.multiplier, lane, lanes)
             if self.residual is not None:
                 acc = acc + self._residual(self.residual, index, lanes, valid)
             if self.facts.clip:
@@ -251,10 +253,10 @@ class EpilogueWriter:
     def _residual(self, residual: Buffer, index: Expr, lanes: int, valid: int) -> Expr:
         """Residual operand of one vector: int32 lanes, or float32."""
         if valid == lanes:
-            if residual.dtype == "float32":
-                return load(residual, index, lanes)
+            if residual.dtype in FLOATS:
+                return cast(load(residual, index, lanes), "float32")
             return load_int32(residual, index, lanes)
-        dtype = "float32" if residual.dtype == "float32" else "int32"
+        dtype = "float32" if residual.dtype in FLOATS else "int32"
         staged = registers(lanes, dtype)
         with serial(lanes) as position:
             store(staged, position, splat(0, dtype, 1))

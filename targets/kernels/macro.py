@@ -42,6 +42,7 @@ from qcompiler.targets.kernels.guarded import (
     ways_of_block,
     ways_of_tile,
 )
+from qcompiler.targets.kernels.halves import half_loops
 from qcompiler.targets.kernels.neon import (
     by_element_loops,
     rows_of_tile,
@@ -69,7 +70,7 @@ from qcompiler.targets.kernels.unpack import (
     group_terms,
     unpacks_ahead,
 )
-from qcompiler.targets.kernels.workload import GemmParams
+from qcompiler.targets.kernels.workload import FLOATS, GemmParams
 
 __all__ = ["MacroKernel", "Source"]
 
@@ -124,8 +125,9 @@ class MacroKernel:
         extent = self.tasks if extent is None else extent
         lanes = self.isa.lanes()
         per_cycle = _PRODUCTS[self.isa.dot] * lanes
-        if self.geometry.a_dtype == "float32":
+        if self.geometry.a_dtype in FLOATS:
             per_cycle = (2 if self.isa.fma else 1) * lanes
+            per_cycle *= 2 if self.geometry.a_dtype == "float16" else 1
         threads = extent > 1 and worth_threads(macs / per_cycle)
         return parallel(extent) if threads else serial(extent)
 
@@ -319,7 +321,8 @@ class MacroKernel:
         return g.band_rows(self.plan.band) * g.band_width * g.c
 
     def _work_area(self, bands: int) -> Buffer:
-        dtype = "float32" if self.geometry.a_dtype == "float32" else self.geometry.dot_dtype
+        g = self.geometry
+        dtype = g.a_dtype if g.a_dtype in FLOATS else g.dot_dtype
         return scratch(bands * self._band_size + CHUNK, dtype)
 
     def _copy_bands(self) -> Buffer:
@@ -386,13 +389,13 @@ class MacroKernel:
         pixels = [(r, c) for r in range(extent[0]) for c in range(extent[1])]
         a_steps = [r * g.sh * source.pitch + c * g.sw * g.c for r, c in pixels]
 
-        dtype = "float32" if self.facts.dot == "float" else "int32"
+        dtype = {"float": "float32", "half": "float16"}.get(self.facts.dot, "int32")
         narrow = max(self.facts.depths) > 1
         acc = Accumulators(rows_of_tile(self.facts.dot, pixels), nv, lanes, dtype, narrow=narrow)
         near_tile = bind(tile - source.first_tile)
         near_row = bind(row - source.first_row)
         totals = acc
-        if self.writer.epilogue.group:
+        if self.writer.epilogue.group or self.facts.dot == "half":
             totals = Accumulators(len(pixels), nv, lanes, "float32")
         for v in range(nv):
             index = near_tile * plan.nt + v * lanes
@@ -417,6 +420,8 @@ class MacroKernel:
             outputs = [base + start for start in starts] if valid == lanes else []
             ahead = ahead_of(self, source, a_index, at, len(pixels), weight_tile, outputs)
             self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
+        elif self.facts.dot == "half":
+            half_loops(self, source, a_index, a_steps, weight_tile, (acc, totals))
         else:
             grouped_loops(self, source, a_index, a_steps, (weight_tile, tile), (acc, totals))
 

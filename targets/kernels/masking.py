@@ -19,6 +19,7 @@ from qcompiler.targets.kernels.layout import copy_run, raw, raw_dtype
 from qcompiler.targets.kernels.movement import fill_run
 from qcompiler.targets.kernels.simd import ITEM_BYTES, loop, unravel, worth_threads
 from qcompiler.targets.kernels.tir import PrimFuncBuilder
+from qcompiler.targets.kernels.workload import FLOATS
 
 __all__ = ["MaskTailWorkload", "mask_tail"]
 
@@ -46,7 +47,7 @@ def mask_tail(workload: MaskTailWorkload, isa: Isa) -> Any:
         tail = builder.argument("tail", (size,), "float32")
         y = builder.argument("y", w.shape, w.dtype)
         source, target, ends = raw(x, w.dtype), raw(y, w.dtype), tir.flat(tail)
-        number = float(w.value) if w.dtype == "float32" else int(w.value)
+        number = float(w.value) if w.dtype in FLOATS else int(w.value)
         value = tir.splat(number, raw_dtype(w.dtype), 1)
         threads = worth_threads(prod(w.shape) * item / 16.0)
         with loop(outer * size, threads=threads) as flat:

@@ -37,6 +37,7 @@ from qcompiler.targets.kernels.simd import (
     worth_threads,
 )
 from qcompiler.targets.kernels.tir import Buffer, Expr, PrimFuncBuilder
+from qcompiler.targets.kernels.workload import FLOATS
 
 __all__ = [
     "ConcatWorkload",
@@ -213,7 +214,7 @@ def pad(workload: PadWorkload, isa: Isa) -> Any:
         x = builder.argument("x", w.shape, w.dtype)
         y = builder.argument("y", out, w.dtype)
         source, target = raw(x, w.dtype), raw(y, w.dtype)
-        number = float(w.value) if w.dtype == "float32" else int(w.value)
+        number = float(w.value) if w.dtype in FLOATS else int(w.value)
         value = tir.splat(number, raw_dtype(w.dtype), 1)
         run = out[last] * inner
         with loop(prod(out[:last]), threads=_threads(out, w.dtype)) as row:

@@ -4,7 +4,7 @@
 
 Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's group):
 
-* float32: `[T, Q, V, L]`;
+* float32: `[T, Q, V, L]`, and float16 the same, as bits, divided by powers of two (see `halves`);
 * one 8-bit dot kind: int8 `[T, Q, V, L, G]`;
 * smlal: int8 `[T, Q, 2, V, L, 2]`: the first two, then the last two members of each group, and
   exact too where products are made from s8 by s8;
@@ -45,6 +45,7 @@ from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels import guarded
 from qcompiler.targets.kernels.amx_plan import tile_nibbles, tiles_constants
 from qcompiler.targets.kernels.depth import EXACT, group_time
+from qcompiler.targets.kernels.halves import column_powers, needs_halves
 from qcompiler.targets.kernels.params import plain_weights
 from qcompiler.targets.kernels.plan import (
     Dot,
@@ -162,7 +163,7 @@ def pack_conv(
         isa: The instruction set's row.
         params: The tiling the kernel will be built with.
         weight: `[CO, C / groups, KH, KW]` (OIHW), int8 with zero point 0, or float32; for float32
-            activations also float16 or `GroupedWeights` along C.
+            activations also float16 or `GroupedWeights` along C; float16 for float16 activations.
         values: The layer's other numbers.
 
     Raises:
@@ -299,6 +300,8 @@ def _pack(
     """Pack weights `[groups, n, runs, run]` and the values; `transformed` weights for Winograd."""
     plan = tile_plan(geometry, params)
     columns = column_index(geometry.n, plan.lanes, plan.nv)
+    if geometry.a_dtype == "float16":
+        return _half_constants(geometry, isa, plan, weight, columns, values)
     if geometry.a_dtype == "float32":
         parts = float_weights(weight, lambda w: _tiles(geometry, plan, w, columns))
         return _float_constants(geometry, parts, columns, values)
@@ -522,3 +525,30 @@ def _float_constants(
     if weights is not None:
         facts = replace(facts, storage=weights.storage, group=weights.group)
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _half_constants(
+    geometry: Geometry,
+    isa: Isa,
+    plan: TilePlan,
+    weight: Weights,
+    columns: Array,
+    values: GemmValues,
+) -> Packed:
+    """Constants of a float16 kernel: weights and bias divided by each column's power of two."""
+    needs_halves(isa, "product")
+    if isinstance(weight, GroupedWeights) or weight.dtype != np.float16:
+        raise CodegenError(f"weights are {weight.dtype.name}, the kernel takes float16")
+    powers = column_powers(weight, geometry)
+    divisor = powers.reshape(geometry.groups, geometry.n, 1, 1)
+    halves = (weight.astype(np.float32) / divisor).astype(np.float16)
+    tiles = _tiles(geometry, plan, halves, columns)[..., 0]
+    bias = np.zeros(powers.shape, np.float32) if values.bias is None else values.bias
+    divided = np.asarray(bias, np.float32) / powers
+    packed = _float_constants(geometry, None, columns, replace(values, bias=divided))
+    bits = np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)).view(np.uint16)
+    return Packed(
+        (bits, _per_column(powers, geometry, columns), *packed.arrays),
+        ("weight", "multiplier", *packed.names),
+        replace(packed.facts, dot="half"),
+    )

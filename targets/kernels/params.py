@@ -18,6 +18,7 @@ from qcompiler.targets.kernels import amx_plan, winograd_float_plan
 from qcompiler.targets.kernels.plan import Geometry, TilePlan, geometry_of, tile_plan
 from qcompiler.targets.kernels.winograd_plan import applies
 from qcompiler.targets.kernels.workload import (
+    FLOATS,
     PATCHES,
     ConvWorkload,
     GemmParams,
@@ -153,8 +154,8 @@ def _tilings(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> list[GemmPara
 
 
 def _lanes(geometry: Geometry, isa: Isa) -> int:
-    """The widest vector that the output columns fill, at least 128 bits."""
-    lanes = isa.lanes()
+    """The widest vector that the output columns fill, at least 128 bits, of halves 64."""
+    lanes = isa.lanes() * (2 if geometry.a_dtype == "float16" else 1)
     while lanes > 4 and lanes > geometry.n:
         lanes //= 2
     return lanes
@@ -180,9 +181,15 @@ class _StepCost:
     """Registers for each pixel's activations, held over several K-groups."""
     alone: float = 0.0
     """Cycles to narrow a vector of outputs that has no neighbour to be packed with."""
+    folded: float = 0.0
+    """Instructions to add an accumulator to its total, as a share of each K-group."""
 
 
 def _step_cost(geometry: Geometry, isa: Isa, packs_b: bool) -> _StepCost:
+    if geometry.a_dtype == "float16":
+        # Eight members of each pixel are multiplied by element; every 64 are added to totals that
+        # registers rarely hold: loaded, widened, added and stored.
+        return _StepCost(1, 6, 1, 0.125, 0.5, 4.0, held=1, folded=8 / 64)
     if geometry.a_dtype == "float32" and isa.architecture == "aarch64":
         # Loaded and multiplied by element; with fewer to spare LLVM spills or moves accumulators
         # about on some processors (Neoverse N1: 42 moves for 28 products).
@@ -215,8 +222,8 @@ def _register_tiles(geometry: Geometry, isa: Isa, cost: _StepCost) -> list[tuple
     for nv in range(1, min(8, vectors) + 1):
         others = nv * cost.registers_per_vector + cost.registers
         most = (isa.vector_registers - others) // (nv + cost.held)
-        paired = isa.dot == "smmla" and geometry.a_dtype != "float32"
-        step, limit = (2, 8) if paired else (1, 14)
+        paired = isa.dot == "smmla" and geometry.a_dtype not in FLOATS
+        step, limit = (2, 8) if paired else (1, 8 if cost.folded else 14)
         sizes = range(step, min(most, limit, pixels + pixels % step) + 1, step)
         found.extend((lanes, mt, nv) for mt in sizes)
     return found
@@ -230,7 +237,7 @@ def _cost(geometry: Geometry, cost: _StepCost, lanes: int, mt: int, nv: int) -> 
         for _, col_count, cols in plan.cols.kinds:
             pixels = rows * cols
             products = pixels * nv
-            issued = products * cost.per_product + pixels * cost.per_pixel + nv + 3
+            issued = products * (cost.per_product + cost.folded) + pixels * cost.per_pixel + nv + 3
             step = max(products * cost.cycles, issued / 4, cost.latency)
             epilogue = 25.0 + products * 3.0 + pixels * (nv % 2) * cost.alone
             total += row_count * col_count * (step * geometry.k_groups + epilogue)
@@ -240,13 +247,13 @@ def _cost(geometry: Geometry, cost: _StepCost, lanes: int, mt: int, nv: int) -> 
 def _blocked(geometry: Geometry, lanes: int, mt: int, nv: int) -> GemmParams:
     """Choose the blocks: activations of a task within half of level 2, enough tasks."""
     plan = tile_plan(geometry, GemmParams(lanes, mt, nv, 1 << 30, 1 << 30))
-    width = 4 if geometry.a_dtype == "float32" else 1
+    width = {"float32": 4, "float16": 2}.get(geometry.a_dtype, 1)
     row_bytes = plan.rows.size * geometry.sh * geometry.w * geometry.c * width
     fits = max(1, _L2_BYTES // 2 // max(row_bytes, 1))
     m_block = min(plan.rows.tiles, fits)
     # Prefer to share out rows: each task then packs its band once and reads all weights.
     wanted = -(-_TASKS // geometry.batch)
-    if geometry.direct and geometry.a_dtype != "float32":
+    if geometry.direct and geometry.a_dtype not in FLOATS:
         return GemmParams(lanes, mt, nv, *_shared(plan, geometry, wanted, row_bytes, fits))
     blocks = max(-(-plan.rows.tiles // m_block), min(wanted, plan.rows.tiles))
     weight_bytes = geometry.k_groups * geometry.k_group * plan.nt * plan.tiles * width

@@ -18,7 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.workload import ConvWorkload, GemmParams, MatmulWorkload
+from qcompiler.targets.kernels.workload import (
+    FLOATS,
+    ConvWorkload,
+    GemmParams,
+    MatmulWorkload,
+)
 
 __all__ = [
     "Axis",
@@ -34,6 +39,7 @@ __all__ = [
 
 Dot = Literal[
     "float",
+    "half",
     "vpdpbusd",
     "maddubs",
     "exact",
@@ -45,7 +51,8 @@ Dot = Literal[
     "smmla",
     "tiles",
 ]
-"""How a kernel multiplies: "maddubs" for tiles proved not to saturate, "exact" by int16 pairs,
+"""How a kernel multiplies: "half" in float16, added up in float32 (`halves`), "maddubs" for tiles
+proved not to saturate, "exact" by int16 pairs,
 "mixed" by a list of K-groups of either kind for each tile, "guarded" as the activations allow,
 "smlal", "sdot" and "smmla" by those
 instructions, "winograd" by transformed operands,
@@ -131,7 +138,7 @@ class Geometry:
         change the signedness, and so that the last run, rounded up to the group, stays in bounds.
         """
         aligned = self.run % self.k_group == 0
-        return not self.padded and aligned and self.a_dtype in (self.dot_dtype, "float32")
+        return not self.padded and aligned and self.a_dtype in (self.dot_dtype, *FLOATS)
 
     @property
     def band_width(self) -> int:
@@ -151,7 +158,7 @@ class Geometry:
 
 def geometry_of(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> Geometry:
     """The geometry of a convolution or of a matrix product (of one, for an activation B)."""
-    group = 1 if workload.a_dtype == "float32" else isa.k_group
+    group = 1 if workload.a_dtype in FLOATS else isa.k_group
     if isinstance(workload, MatmulWorkload) and not workload.b_constant:
         group = min(group, 4)  # what packs B at run time makes groups of four
     geometry = _geometry(workload, group)

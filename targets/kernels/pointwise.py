@@ -51,6 +51,7 @@ from qcompiler.targets.kernels.simd import (
 from qcompiler.targets.kernels.tir import Expr, PrimFuncBuilder
 
 __all__ = [
+    "CastWorkload",
     "ClipWorkload",
     "DequantizeWorkload",
     "FloatBinaryWorkload",
@@ -59,6 +60,7 @@ __all__ = [
     "QuantizeWorkload",
     "RequantizeWorkload",
     "TableWorkload",
+    "cast_floats",
     "clip",
     "dequantize",
     "float_binary",
@@ -144,7 +146,7 @@ class QBinaryWorkload:
 
 @dataclass(frozen=True, slots=True)
 class ClipWorkload:
-    """Limit to [low, high] in the storage dtype (8- or 16-bit, or float32); buffers: x, y."""
+    """Limit to [low, high] in the storage dtype (8- or 16-bit, or a float); buffers: x, y."""
 
     shape: Shape
     dtype: str
@@ -153,10 +155,19 @@ class ClipWorkload:
 
 
 @dataclass(frozen=True, slots=True)
+class CastWorkload:
+    """float16 as float32, or float32 rounded to float16; buffers: x, y."""
+
+    shape: Shape
+    in_dtype: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class FloatBinaryWorkload:
     """A float32 operation with broadcasting and an optional clip; buffers: a, b, y.
 
-    Operations: add, sub, mul, div, max, min.
+    Operations: add, sub, mul, div, max, min.  Operands and result may lie in memory as float16.
     """
 
     operation: str
@@ -165,16 +176,22 @@ class FloatBinaryWorkload:
     low: float | None = None
     """Lower clip bound of the result (0 is relu); None leaves it open."""
     high: float | None = None
+    a_dtype: str = "float32"
+    b_dtype: str = "float32"
+    dtype: str = "float32"
+    """Of the result."""
 
 
 @dataclass(frozen=True, slots=True)
 class FloatUnaryWorkload:
-    """A float32 function of `fmath.FUNCTIONS`; buffers: x, y."""
+    """A float32 function of `fmath.FUNCTIONS`; buffers: x, y, in memory float32 or float16."""
 
     function: str
     shape: Shape
     alpha: float = 0.0
     beta: float = 0.0
+    in_dtype: str = "float32"
+    dtype: str = "float32"
 
 
 # The engine.
@@ -221,10 +238,12 @@ def _elementwise(
     body: Callable[..., Expr],
     *,
     cycles: float,
+    as_they_are: bool = False,
 ) -> Any:
     """Generate `y = body(*operands)`, where `body` maps vectors to a vector of `dtype`.
 
-    `cycles` estimates the work for each vector of `isa.vector_bits / 8` elements.
+    `cycles` estimates the work for each vector of `isa.vector_bits / 8` elements.  What lies in
+    memory as float16, `body` sees and gives as float32, unless it takes operands `as_they_are`.
     """
     out: Shape = shapes[0]
     for shape in shapes[1:]:
@@ -232,6 +251,7 @@ def _elementwise(
     extents, strides = collapse(out, shapes)
     lanes = isa.vector_bits // 8
     threads = worth_threads(cycles * prod(extents) / lanes)
+    halved = dtype == "float16" and not as_they_are
     with PrimFuncBuilder(name) as builder:
         arguments = [
             builder.argument(f"x{i}", shape, operand)
@@ -254,7 +274,13 @@ def _elementwise(
                         )
                         for x, base, step, operand in zip(inputs, bases, inner, dtypes, strict=True)
                     ]
-                    tir.store(y, start + at, body(*values))
+                    if not as_they_are:
+                        values = [
+                            tir.bind(tir.cast(value, "float32")) if operand == "float16" else value
+                            for value, operand in zip(values, dtypes, strict=True)
+                        ]
+                    value = body(*values)
+                    tir.store(y, start + at, tir.cast(value, dtype) if halved else value)
 
         outer = extents[:-1]
         if not outer:
@@ -414,7 +440,15 @@ def clip(workload: ClipWorkload, isa: Isa) -> Any:
     def body(x: Expr) -> Expr:
         return tir.clamp(x, bound(w.low), bound(w.high))
 
-    return _elementwise("clip", isa, [w.shape], [w.dtype], w.dtype, body, cycles=3)
+    return _elementwise(
+        "clip", isa, [w.shape], [w.dtype], w.dtype, body, cycles=3, as_they_are=True
+    )
+
+
+def cast_floats(workload: CastWorkload, isa: Isa) -> Any:
+    """Generate a conversion between float widths."""
+    w = workload
+    return _elementwise("cast", isa, [w.shape], [w.in_dtype], w.dtype, lambda x: x, cycles=8)
 
 
 def float_binary(workload: FloatBinaryWorkload, isa: Isa) -> Any:
@@ -442,8 +476,8 @@ def float_binary(workload: FloatBinaryWorkload, isa: Isa) -> Any:
         f"float_{w.operation}",
         isa,
         [w.a_shape, w.b_shape],
-        ["float32", "float32"],
-        "float32",
+        [w.a_dtype, w.b_dtype],
+        w.dtype,
         body,
         cycles=20,
     )
@@ -464,4 +498,4 @@ def float_unary(workload: FloatUnaryWorkload, isa: Isa) -> Any:
     def body(x: Expr) -> Expr:
         return FUNCTIONS[w.function](x, w.alpha, w.beta)
 
-    return _elementwise(w.function, isa, [w.shape], ["float32"], "float32", body, cycles=60)
+    return _elementwise(w.function, isa, [w.shape], [w.in_dtype], w.dtype, body, cycles=60)

@@ -79,11 +79,13 @@ class PoolWorkload:
     window: Window
     channels: int
     dtype: str
-    """Of the input: uint8, int8, int16 or float32."""
+    """Of the input: uint8, int8, int16, float32 or float16."""
     averaging: Averaging | None = None
     """For quantized averages."""
     count_include_pad: bool = False
     """Averages divide by all taps in the declared padding too."""
+    float_out: str | None = None
+    """Dtype of a float average where it is not the input's; it is computed in float32."""
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -98,7 +100,8 @@ class PoolWorkload:
     @property
     def out_dtype(self) -> str:
         """Dtype of the output."""
-        return self.dtype if self.averaging is None else self.averaging.dtype
+        given = self.float_out or self.dtype
+        return given if self.averaging is None else self.averaging.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +117,17 @@ class ReduceWorkload:
     reduced: int
     inner: int
     dtype: str
-    """Of the input: float32, or 8- or 16-bit for "max", "min" and quantized means."""
+    """Of the input: a float, folded in float32, or 8- or 16-bit for "max", "min" and quantized
+    means."""
     averaging: Averaging | None = field(default=None)
+    float_out: str | None = None
+    """Dtype of a float result where it is not the input's."""
 
     @property
     def out_dtype(self) -> str:
         """Dtype of the output."""
-        return self.dtype if self.averaging is None else self.averaging.dtype
+        given = self.float_out or self.dtype
+        return given if self.averaging is None else self.averaging.dtype
 
 
 def _lowest(dtype: str) -> float:
@@ -246,7 +253,7 @@ def average_pool(workload: PoolWorkload, isa: Isa) -> Any:
                 factor = tir.load(table, T.floormod(output, positions), 1)
                 factors = tir.splat(factor, "float32", width)
                 if w.averaging is None:
-                    value = total / factors
+                    value = tir.cast(total / factors, w.out_dtype)
                 else:
                     if zero:
                         total = total - tir.splat(inside * zero, "int32", width)
@@ -303,7 +310,8 @@ class _Fold:
     @property
     def acc_dtype(self) -> str:
         """Dtype of the running value."""
-        return "int32" if self.w.averaging is not None else self.w.dtype
+        given = "float32" if self.w.dtype == "float16" else self.w.dtype
+        return "int32" if self.w.averaging is not None else given
 
     def start(self, lanes: int) -> Expr:
         """The neutral value."""
@@ -329,8 +337,8 @@ class _Fold:
             factor = float(a.factors(np.asarray(float(self.w.reduced))))
             return _averaged(self.isa, acc, tir.splat(factor, "float32", lanes), a)
         if self.w.operation == "mean":
-            return acc / tir.splat(float(self.w.reduced), "float32", lanes)
-        return acc
+            acc = acc / tir.splat(float(self.w.reduced), "float32", lanes)
+        return tir.cast(acc, self.w.out_dtype)
 
     def strided(self) -> None:
         """Vectors along the inner axis, a loop along the reduced one."""

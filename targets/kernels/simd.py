@@ -51,6 +51,7 @@ ITEM_BYTES = {
     "int8": 1,
     "bool": 1,
     "int16": 2,
+    "float16": 2,
     "int32": 4,
     "float32": 4,
     "int64": 8,

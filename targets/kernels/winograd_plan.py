@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.kernels.plan import Axis, split
-from qcompiler.targets.kernels.workload import PATCHES, ConvWorkload, Patch
+from qcompiler.targets.kernels.workload import FLOATS, PATCHES, ConvWorkload, Patch
 
 __all__ = [
     "FILTERS",
@@ -162,7 +162,7 @@ def takes_pairs(isa: Isa) -> bool:
 def applies(workload: ConvWorkload, isa: Isa) -> bool:
     """Whether there is a Winograd kernel for a convolution; `proved` says for which weights."""
     return (
-        workload.a_dtype != "float32"
+        workload.a_dtype not in FLOATS
         and not workload.epilogue.group
         and (takes_pairs(isa) or isa.dot == "smlal")
         and workload.groups == 1

@@ -18,6 +18,7 @@ The meaning, with `acc` in int32 and every float32 operation rounded by itself::
     with row scales: out = clip(f32(acc) * (row_scale[m] * multiplier[n]) + addend[n] + residual)
     int32 out:      out = acc
     float32 a:      out = clip(sum_k a * b + bias + residual, act_min, act_max), any summation order
+    float16 a:      the same, as `halves` adds up, in float32 or rounded once to float16
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import numpy.typing as npt
 from qcompiler.errors import CodegenError
 
 __all__ = [
+    "FLOATS",
     "PATCHES",
     "Algorithm",
     "ConvWorkload",
@@ -55,10 +57,12 @@ PATCHES: Mapping[Algorithm, Patch] = {
     "winograd-4x2": (4, 2),
     "winograd-4x4": (4, 4),
 }
-_A_DTYPES = ("uint8", "int8", "float32")
-_OUT_DTYPES = ("uint8", "int8", "int16", "int32", "float32")
+FLOATS = ("float32", "float16")
+"""Dtypes of the operands of a float kernel."""
+_A_DTYPES = ("uint8", "int8", *FLOATS)
+_OUT_DTYPES = ("uint8", "int8", "int16", "int32", *FLOATS)
 _FLOAT = (None, "float32")
-_RESIDUAL_DTYPES = ("uint8", "int8", "int16", "float32")
+_RESIDUAL_DTYPES = ("uint8", "int8", "int16", *FLOATS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,8 @@ class Epilogue:
     """What happens to the accumulators on their way to memory."""
 
     out_dtype: str
-    """uint8, int8, int16 (requantized), float32 (dequantized) or int32 (the sums themselves)."""
+    """uint8, int8, int16 (requantized), float32 (dequantized), int32 (the sums themselves), or
+    float16, of float16 operands."""
     residual_dtype: str | None = None
     """Dtype of a second operand of the output's shape that is added, or None."""
     row_scale: Literal["row", "tensor"] | None = None
@@ -90,16 +95,21 @@ class Epilogue:
 def _check_operands(what: str, a_dtype: str, epilogue: Epilogue) -> None:
     if a_dtype not in _A_DTYPES:
         raise CodegenError(f"{what}: activation dtype {a_dtype!r} is not one of {_A_DTYPES}")
-    is_float = a_dtype == "float32"
-    if is_float and epilogue.out_dtype != "float32":
-        raise CodegenError(f"{what}: float32 operands give float32, not {epilogue.out_dtype}")
+    is_float = a_dtype in FLOATS
+    given = FLOATS if a_dtype == "float16" else ("float32",)
+    if is_float and epilogue.out_dtype not in given:
+        raise CodegenError(
+            f"{what}: {a_dtype} operands give {' or '.join(given)}, not {epilogue.out_dtype}"
+        )
+    if not is_float and epilogue.out_dtype == "float16":
+        raise CodegenError(f"{what}: {a_dtype} operands never give float16")
     if epilogue.row_scale is not None and (
         is_float or epilogue.out_dtype != "float32" or epilogue.residual_dtype not in _FLOAT
     ):
         raise CodegenError(f"{what}: row scales turn 8-bit sums into float32: {epilogue}")
     if epilogue.residual_dtype is None or epilogue.row_scale is not None:
         return
-    if is_float != (epilogue.residual_dtype == "float32"):
+    if epilogue.residual_dtype not in given if is_float else epilogue.residual_dtype in FLOATS:
         raise CodegenError(
             f"{what}: a {epilogue.residual_dtype} residual cannot be added to {a_dtype} sums"
         )
@@ -200,10 +210,12 @@ class MatmulWorkload:
             raise CodegenError(f"matmul: operands need rank >= 2 and no empty dimension: {shapes}")
         if self.b_constant and len(self.b_shape) != 2:
             raise CodegenError(f"matmul: constant weights must be of rank 2: {shapes}")
-        if (self.a_dtype == "float32") != (self.b_dtype == "float32"):
+        if (self.a_dtype in FLOATS or self.b_dtype in FLOATS) and self.a_dtype != self.b_dtype:
             raise CodegenError(f"matmul: cannot multiply {self.a_dtype} by {self.b_dtype}")
         if self.b_constant and self.transpose_a:
             raise CodegenError("matmul: with transpose_a, pass B as an operand (b_constant=False)")
+        if self.a_dtype == "float16" and not self.b_constant:
+            raise CodegenError("matmul: a float16 product needs constant weights")
         if self.b_constant and self.b_dtype == "uint8":
             raise CodegenError("matmul: constant weights must be int8; shift uint8 weights by 128")
         if self.k != self.b_shape[-1 if self.transpose_b else -2]:
