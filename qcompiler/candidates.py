@@ -38,7 +38,8 @@ def wanted_precisions(
     Each of them costs a build and its measurement. Scales made at run time serve matrix products
     with constant weights, where those are a notable part of the work. Weights held in fewer bits
     for float products are there for limits on size, and where reading the weights is most of the
-    work: large ones that multiply few rows.
+    work: large ones that multiply few rows. Half precision is faster than float32 as well where the
+    target multiplies halves.
     """
     found = []
     asked = {Precision.parse(p) if isinstance(p, str) else p for p in (overrides or {}).values()}
@@ -49,8 +50,9 @@ def wanted_precisions(
         elif p.is_dynamic:
             worth = p is Precision.W8A8_DYNAMIC and work.share(p) >= _NOTABLE
         else:
+            faster = p is Precision.FP16 and backend.spec.multiplies_halves
             worth = limits.max_size_mb is not None or (
-                work.bound_by_weights() and work.share(p) >= _NOTABLE
+                (faster or work.bound_by_weights()) and work.share(p) >= _NOTABLE
             )
         if worth or p in asked:
             found.append(p)

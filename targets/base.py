@@ -41,6 +41,9 @@ class TargetSpec:
     """LLVM processor name, which may be overridden per compilation ("arm-dotprod:neoverse-n1")."""
     processors: tuple[str, ...] = ()
     """Processors that may be named in place of `mcpu`."""
+    multiplies_halves: bool = False
+    """Whether products of float16 weights multiply halves by halves: faster than float32, and
+    within a tolerance. Elsewhere the weights are widened, and only take less memory."""
 
 
 @dataclass(frozen=True, slots=True)

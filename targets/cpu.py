@@ -143,6 +143,7 @@ def backend_of_row(
         triple=isa.mtriple,
         mcpu=isa.mcpu,
         processors=isa.mcpus,
+        multiplies_halves=isa.halves,
     )
     return CpuBackend(spec, isa)
 

@@ -126,5 +126,7 @@ def _read_as_half(graph: Graph, node: Node, i: int) -> None:
         if reader.op.name == "cast" and reader.output.dtype is DType.FLOAT16:
             graph.set_input(node, i, reader.output)
             return
-    cast = graph.add("cast", [v], {"to": "float16"}, name=f"{node.name}/half", before=node)
+    to = {"to": DType.FLOAT16.value}
+    name = f"{node.name}/half"
+    cast = graph.add("cast", [v], to, name=name, before=node, sources=node.sources)
     graph.set_input(node, i, cast.output)

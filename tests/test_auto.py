@@ -585,6 +585,20 @@ def test_which_precisions_are_worth_a_build() -> None:
         assert found == always | more
 
 
+@pytest.mark.parametrize(
+    ("target", "tried"),
+    [("arm-neon", False), ("arm-dotprod", True), ("arm-i8mm", True), ("cuda-sm80", True)],
+)
+def test_half_precision_is_worth_a_build_where_it_is_faster(target: str, tried: bool) -> None:
+    from qcompiler.auto import wanted_precisions
+    from qcompiler.types import Precision
+    from qcompiler.workshop import prepare
+
+    prepared = prepare(MODEL, calibration=None)
+    found = wanted_precisions(get_target(target), prepared, Budget())
+    assert (Precision.FP16 in found) is tried
+
+
 def test_products_that_gain_by_scales_at_run_time_get_them() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((32, 64, 512)).astype(np.float32)

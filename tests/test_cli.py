@@ -430,7 +430,9 @@ def test_targets_lists_names_and_what_runs_here(capsys: pytest.CaptureFixture[st
     assert "w8a8" in rows["x86-avx2"]["precisions"]
     arm = rows["arm-dotprod"]
     assert arm["architecture"] == "aarch64"
-    assert arm["cpu_features"] == ["asimd", "asimddp"]
+    assert arm["cpu_features"] == ["asimd", "asimddp", "asimdhp"]
+    assert arm["multiplies_halves"] is True
+    assert rows["arm-neon"]["multiplies_halves"] is False
     assert arm["processor"] == "cortex-a76"
     assert "neoverse-n1" in arm["processors"]
     assert arm["builds_here"] is (arm["build_obstacle"] == "")

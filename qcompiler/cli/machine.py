@@ -40,6 +40,7 @@ def targets(json_output: options.JsonOption = False) -> int:
                 "processor": spec.mcpu,
                 "processors": list(spec.processors),
                 "precisions": [p.value for p in spec.precisions],
+                "multiplies_halves": spec.multiplies_halves,
                 "runs_here": not _obstacle(spec),
                 "obstacle": _obstacle(spec),
                 "missing_cpu_features": list(missing),

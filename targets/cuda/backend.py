@@ -144,5 +144,6 @@ def make(name: str) -> Backend:
             Precision.W8A8_DYNAMIC_TENSOR,
         ),
         isa=arch.isa,
+        multiplies_halves=True,
     )
     return CudaBackend(spec, arch)

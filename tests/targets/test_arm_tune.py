@@ -176,14 +176,14 @@ def test_a_board_killed_half_way_costs_nothing(
 @pytest.mark.slow
 @emulated
 def test_kernels_in_half_precision_are_tuned(tmp_path: Path) -> None:
-    """They are right where they are as near as sums of halves are, and records choose among them."""
+    """Right is what is as near as sums of halves are; records choose among what is right."""
     records = tmp_path / "records.jsonl"
     with boards(1) as farm:
         tuning = Tuning(records=records, trials=6, tracker=farm.address, key=KEY)
         driver.tune(DIGITS / "model.onnx", tuning, target=TARGET, precision="fp16")
     trials = [r for r in RecordFile(records, "arm-dotprod").read() if r.stage == "trial"]
     assert {r.status for r in trials} == {"ok"}, [r.note for r in trials]
-    assert all("float16" in r.workload for r in trials)
+    assert all("float16" in r.key.workload for r in trials)
     result = quantize_model(DIGITS / "model.onnx", precision="fp16")
     built = build_graph(result.graph, get_target(TARGET), tuning=Tuning(records=records))
     (note,) = [n for n in built.notes if "tuning records were found" in n]
