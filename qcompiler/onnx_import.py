@@ -60,6 +60,7 @@ from qcompiler.onnx_import_model import (
     needed_nodes,
     normal_domain,
     one_line,
+    plain_reads,
     read_model,
     reads,
     subgraphs,
@@ -329,6 +330,7 @@ class _Importer:
         nodes = needed_nodes(proto, self.model.name)
         read = {name for node in nodes for name in reads(node)}
         read |= {o.name for o in proto.output}
+        self.builder.plain |= plain_reads(nodes, {o.name for o in proto.output})
         for node in nodes:
             self._convert(node, scope, read)
 

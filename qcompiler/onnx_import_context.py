@@ -37,11 +37,13 @@ class Builder:
 
     Attributes:
         created: Values made since somebody emptied it, so that results can take the model's names.
+        plain: Names of the model's tensors whose numbers something reads as they are.
     """
 
     def __init__(self, graph: Graph, taken: set[str]) -> None:
         self.graph = graph
         self.created: dict[Value, None] = {}
+        self.plain: set[str] = set()
         self._taken = taken
 
     def unique(self, base: str) -> str:

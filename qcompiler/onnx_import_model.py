@@ -279,6 +279,26 @@ def reads(node: onnx.NodeProto) -> list[str]:
     return names
 
 
+_MOVES = frozenset({"Identity", "Transpose", "Reshape", "Slice"})
+_SCALED = ("DequantizeLinear", "QGemm", "QLinear")
+
+
+def plain_reads(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[str]:
+    """Return the names whose numbers something reads as they are, not by a scale given beside them.
+
+    Args:
+        nodes: Nodes of a graph, in running order; movement reads what its result is read as.
+        outputs: Names that the graph returns.
+    """
+    plain = set(outputs)
+    for node in reversed(nodes):
+        if node.op_type in _MOVES:
+            plain.update(node.input[1:] if plain.isdisjoint(node.output) else node.input)
+        elif not node.op_type.startswith(_SCALED):
+            plain.update(reads(node))
+    return plain
+
+
 def _names(graph: onnx.GraphProto) -> Iterator[object]:
     """Yield every name and text that the importer or the onnx package looks at."""
     yield graph.name

@@ -202,12 +202,31 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
         qparams = checked(scaled, qparams.zero_point, q.dtype, qparams.granularity)
     if q.data is not None and q.qparams is None:
         return constant_dequantized(ctx, q, qparams)
-    if q.producer is None and q.qparams is None and not q.uses:
-        # A quantized graph input: its type takes the parameters.
-        ctx.builder.graph.set_type(q, TensorType(q.shape, q.dtype, qparams))
+    for v in _moved_input(ctx, q, qparams):  # a quantized graph input: it takes the parameters
+        ctx.builder.graph.set_type(v, TensorType(v.shape, v.dtype, qparams))
     if q.qparams is not None and q.qparams.same_grid(qparams):
         return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
     return _affine(ctx, q, qparams)
+
+
+_MOVES = frozenset({"transpose", "reshape", "slice"})
+
+
+def _moved_input(ctx: OpContext, q: Value, qparams: QuantParams) -> list[Value]:
+    """Return a plain graph input, and what movement made of it up to q.
+
+    None where something reads its integers as they are, or has read them already.
+    """
+    chain = [q]
+    while (node := chain[-1].producer) is not None:
+        if node.op.name not in _MOVES or not qparams.is_per_tensor:
+            return []
+        chain.append(node.input(0))
+    alone = all(
+        len(v.uses) == (v is not q) and v.qparams is None and v.name not in ctx.builder.plain
+        for v in chain
+    )
+    return chain if alone and not chain[-1].is_constant else []
 
 
 def constant_dequantized(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:

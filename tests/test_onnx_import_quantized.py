@@ -271,3 +271,40 @@ def test_a_computed_weight_zero_point_is_refused() -> None:
     model = model_of([node], inputs, {"y": TensorProto.INT32}, {"w": np.ones((3, 2), np.uint8)})
     with pytest.raises(UnsupportedOpError, match="zero point of its second operand is computed"):
         qcompiler.compile(model)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_integer_input_that_is_transposed_first(rng: np.random.Generator, shared: bool) -> None:
+    """TensorFlow's layout before an int8 model: its scale belongs to the input, however it moves.
+
+    Where something else reads the plain integers, they stay plain.
+    """
+    constants = {
+        "s": f32(0.0513),
+        "z": np.int8(3),
+        "w": rng.integers(-127, 128, (4, 3, 3, 3)).astype(np.int8),
+        "sw": f32(0.0107),
+        "zw": np.int8(0),
+        "sy": f32(0.2173),
+        "flat": np.asarray([2, 4, -1]),
+    }
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]),
+        helper.make_node("DequantizeLinear", ["t", "s", "z"], ["f"]),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["v"]),
+        helper.make_node("Conv", ["f", "v"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["c", "sy", "z"], ["q"]),
+        helper.make_node("Reshape", ["q", "flat"], ["y"]),
+    ]
+    outputs = {"y": TensorProto.INT8}
+    if shared:
+        nodes.append(helper.make_node("Cast", ["t"], ["plain"], to=TensorProto.INT32))
+        outputs["plain"] = TensorProto.INT32
+    model = model_of(nodes, {"x": (TensorProto.INT8, [2, 6, 6, 3])}, outputs, constants)
+    used = operators(model)
+    assert ("qconv" in used) == (not shared)
+    assert ({"sub", "mul", "cast"} & set(used) == set()) == (not shared)
+    compiled = qcompiler.compile(model)
+    assert (compiled.inputs["x"].qparams is not None) == (not shared)
+    x = rng.integers(-128, 128, (2, 6, 6, 3)).astype(np.int8)
+    agree(model, {"x": x}, lsb=1, share=0.99)
