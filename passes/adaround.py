@@ -23,9 +23,10 @@ from qcompiler.numerics import fake_quantize
 from qcompiler.ops import Stage
 from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.insert_qdq import WeightGrids
+from qcompiler.passes.method import Method
 from qcompiler.passes.patches import Patches, bias_of, collect, groups_of, matrix_of, weights_of
 from qcompiler.passes.reconstruction import Reconstruction, Rounded
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array, QuantParams
 
@@ -41,7 +42,7 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class AdaRound(Pass):
+class AdaRound(Method):
     """Learn the rounding of weights that the plan holds in few bits."""
 
     name: ClassVar[str] = "adaround"
@@ -57,7 +58,7 @@ class AdaRound(Pass):
         if self.iterations < 1 or self.runs < 1 or self.patches < 1:
             raise UsageError("adaround: iterations, runs and patches must be at least 1")
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Round, keeping per product and on the whole only what held-out samples approve."""
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:

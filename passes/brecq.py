@@ -29,11 +29,12 @@ from qcompiler.passes.blocks import Block, Tiles, blocks_of, channel_major, tap_
 from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.insert_qdq import WeightGrids
+from qcompiler.passes.method import Method
 from qcompiler.passes.patches import collect
 from qcompiler.passes.reconstruction import Reconstruction, Rounded
 from qcompiler.passes.single_node import units
 from qcompiler.passes.trails import Trail
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array
 
@@ -50,7 +51,7 @@ Weights = dict[str, tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
-class Brecq(Pass):
+class Brecq(Method):
     """Learn the rounding of the weights of each block together."""
 
     name: ClassVar[str] = "brecq"
@@ -68,7 +69,7 @@ class Brecq(Pass):
         if min(self.iterations, self.runs, self.tiles, self.batch, self.patches) < 1:
             raise UsageError("brecq: iterations, runs, tiles, batch and patches must be at least 1")
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Round, keeping per block and on the whole only what held-out samples approve."""
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:

@@ -33,15 +33,16 @@ from qcompiler.passes.held_out import (
     weighted_products,
 )
 from qcompiler.passes.insert_qdq import WeightGrids
+from qcompiler.passes.method import Method
 from qcompiler.passes.single_node import prefix_model
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.printer import digest
 from qcompiler.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
-class CorrectBias(Pass):
+class CorrectBias(Method):
     """Shift biases so that quantized products keep their mean."""
 
     name: ClassVar[str] = "correct_bias"
@@ -51,7 +52,7 @@ class CorrectBias(Pass):
     runs: int = 32  # calibration runs to average over, at most
     form: Literal["empirical", "analytic"] = "empirical"
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Correct, and undo it where held-out samples say that it is worse."""
         plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
         grids = ctx.find(WeightGrids)

@@ -35,9 +35,10 @@ from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.gptq import on_axis
 from qcompiler.passes.insert_qdq import WeightGrids
 from qcompiler.passes.lesson import ERRORS, Lesson, operand, summed
+from qcompiler.passes.method import Method
 from qcompiler.passes.reconstruction import Reconstruction, Rounded, operand_scale, put_product
 from qcompiler.passes.views import is_picture, mirrored
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array, DType, QuantParams, TensorType
 
@@ -54,7 +55,7 @@ ROOM = 0.49
 
 
 @dataclass(frozen=True)
-class Distill(Pass):
+class Distill(Method):
     """Learn codes, scales and biases of all products together from the float network."""
 
     name: ClassVar[str] = "distill"
@@ -80,7 +81,7 @@ class Distill(Pass):
         if not all(0 <= r < np.inf for r in rates):
             raise UsageError("distill: rates and inner must be 0 or more")
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Learn, and keep what held-out samples approve."""
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:

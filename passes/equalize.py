@@ -31,7 +31,8 @@ from qcompiler.passes.channel_scales import (
     output_range,
 )
 from qcompiler.passes.held_out import accept, shares
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passes.method import Method
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array
 
@@ -44,7 +45,7 @@ MARGIN = 1.2
 
 
 @dataclass(frozen=True)
-class Equalize(Pass):
+class Equalize(Method):
     """Equalize the ranges of channels between products."""
 
     name: ClassVar[str] = "equalize"
@@ -54,7 +55,7 @@ class Equalize(Pass):
     runs: int = 32  # calibration runs for the comparison, at most
     peak_runs: int = 192  # calibration runs that channels below a clamp are looked at on, at most
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Equalize, and undo it where held-out samples say that it is worse."""
         changed = graph.clone()
         pairs = [

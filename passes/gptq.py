@@ -35,10 +35,11 @@ from qcompiler.passes.least_squares import (
     reachable,
     solved,
 )
+from qcompiler.passes.method import Method
 from qcompiler.passes.patches import Patches, bias_of, collect, matrix_of, weights_of
 from qcompiler.passes.reconstruction import Reconstruction, Rounded
 from qcompiler.passes.views import default_views
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array, PerAxis, QuantParams
 
@@ -51,7 +52,7 @@ DAMPS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True)
-class Gptq(Pass):
+class Gptq(Method):
     """Round weights column by column, spreading the error over the columns still open."""
 
     name: ClassVar[str] = "gptq"
@@ -73,7 +74,7 @@ class Gptq(Pass):
         if self.damp is not None and not 0 < self.damp < np.inf:
             raise UsageError(f"gptq: damp is {self.damp}, expected a number above 0")
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Round, keeping per product and on the whole only what held-out samples approve."""
         walk = Reconstruction.start(graph, ctx, self.runs)
         if walk is None:

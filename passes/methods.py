@@ -6,40 +6,54 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
 from qcompiler.errors import UsageError
+from qcompiler.ir import Graph
 from qcompiler.passes.adaround import AdaRound
 from qcompiler.passes.brecq import Brecq
 from qcompiler.passes.correct_bias import CorrectBias
 from qcompiler.passes.distill import Distill
 from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.method import Method
 from qcompiler.passes.smooth import Smooth
 from qcompiler.passmanager import Pass, parse_pass
-from qcompiler.plan import PrecisionPlan
+from qcompiler.plan import PrecisionPlan, selected
 from qcompiler.types import Precision
 
-METHODS: dict[str, type[Pass]] = {
+METHODS: dict[str, type[Method]] = {
     p.name: p for p in (Equalize, Smooth, AdaRound, Gptq, Brecq, Distill, CorrectBias)
 }
 
 
-def parse_methods(text: str) -> tuple[Pass, ...]:
+def parse_methods(text: str) -> tuple[Method, ...]:
     """Return the methods of a comma-separated list of text forms; "none" stands for none.
 
-    Example: `equalize,adaround{iterations=500}`.
+    Example: `equalize,gptq{only=input:image},adaround{only=fusion iterations=500}`.
 
     Raises:
-        UsageError: An unknown or repeated method, or an option that it lacks.
+        UsageError: An unknown method, one that is repeated for the same nodes, or an option that it
+            lacks.
     """
     if text.strip() == "none":
         return ()
     parts = [p.strip() for p in re.split(r",(?![^{]*\})", text) if p.strip()]
-    found = tuple(parse_pass(p, METHODS) for p in parts)
-    names = [m.name for m in found]
-    if len(set(names)) < len(names):
-        raise UsageError(f"methods {text!r}: each may be named once")
+    found = tuple(m for p in parts if isinstance(m := parse_pass(p, METHODS), Method))
+    if len({(m.name, m.only) for m in found}) < len(found):
+        raise UsageError(f"methods {text!r}: each may be named once for the same nodes")
     return found
+
+
+def check_scopes(graph: Graph, methods: Iterable[Pass]) -> None:
+    """Check that the nodes that methods work on are there, before the long part.
+
+    Raises:
+        UsageError: A selector that selects nothing.
+    """
+    for method in methods:
+        if isinstance(method, Method) and method.only:
+            selected(graph, method.only)
 
 
 DEFAULT_NARROW = "equalize,gptq"

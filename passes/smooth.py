@@ -23,7 +23,8 @@ from qcompiler.ort import Session
 from qcompiler.passes.calibrate import CalibrationSet
 from qcompiler.passes.channel_scales import divide_output, input_range, joints, multiply_input
 from qcompiler.passes.held_out import accept, shares
-from qcompiler.passmanager import Pass, PassContext
+from qcompiler.passes.method import Method
+from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array
 
@@ -32,7 +33,7 @@ LIMIT = 100.0
 
 
 @dataclass(frozen=True)
-class Smooth(Pass):
+class Smooth(Method):
     """Move the difficulty of outlier channels from activations to weights."""
 
     name: ClassVar[str] = "smooth"
@@ -46,7 +47,7 @@ class Smooth(Pass):
         if not 0.0 <= self.alpha <= 1.0:
             raise UsageError(f"smooth: alpha is {self.alpha}, expected a number from 0 to 1")
 
-    def run(self, graph: Graph, ctx: PassContext) -> bool:
+    def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Smooth, and undo it where held-out samples say that it is worse."""
         changed = graph.clone()
         found = [

@@ -349,7 +349,7 @@ def quantize_model(
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
     from qcompiler.passes.keep_float import AskedFor, KeepFloat, KeptFloat
-    from qcompiler.passes.methods import parse_methods
+    from qcompiler.passes.methods import check_scopes, parse_methods
     from qcompiler.passes.narrow_products import NarrowProducts
 
     wanted = parse_methods(methods) if isinstance(methods, str) else tuple(methods)
@@ -369,6 +369,7 @@ def quantize_model(
     _check_methods(wanted, imported_qdq)
     graph = PassManager(canonicalize_passes(), instruments).run(graph, ctx)
     check_regions(graph, regions or {})
+    check_scopes(graph, wanted)
     if imported_qdq:
         integer = PassManager([Fuse()], instruments).run(graph, ctx)
         plan = found_in(integer)

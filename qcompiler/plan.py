@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -101,7 +101,7 @@ class PrecisionPlan:
         empty: list[str] = []
         for selector, wanted in rules.items():
             precision = Precision.parse(wanted) if isinstance(wanted, str) else wanted
-            chosen = [n for n in graph.nodes if _selects(selector, n)]
+            chosen = _named(graph, selector)
             if not chosen and is_regional(selector):
                 region = select(graph, selector)
                 chosen = [n for n in region if obstacle_to(n, precision) is None]
@@ -118,11 +118,7 @@ class PrecisionPlan:
                     )
                 changes[node.name] = Decision(precision, f"asked for by {selector!r}")
         if empty:
-            raise UsageError(
-                f"no node is selected by {', '.join(map(repr, empty))}",
-                hint="a selector is a node name, a pattern over node names, op:NAME, or a region: "
-                f"{', '.join(m.name for m in modalities(graph))}",
-            )
+            raise _selects_nothing(graph, empty)
         return self.replaced(changes)
 
     def to_json(self) -> dict[str, Any]:
@@ -174,6 +170,33 @@ class PrecisionPlan:
         """Return the sha256 of the JSON form as hex."""
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def selected(graph: Graph, selector: str) -> list[Node]:
+    """Return the nodes that a selector of `PrecisionPlan.overridden` selects.
+
+    Raises:
+        UsageError: There is none.
+    """
+    chosen = _named(graph, selector)
+    if not chosen and is_regional(selector):
+        chosen = list(select(graph, selector))
+    if not chosen:
+        raise _selects_nothing(graph, [selector])
+    return chosen
+
+
+def _selects_nothing(graph: Graph, selectors: Sequence[str]) -> UsageError:
+    return UsageError(
+        f"no node is selected by {', '.join(map(repr, selectors))}",
+        hint="a selector is a node name, a pattern over node names, op:NAME, or a region: "
+        f"{', '.join(m.name for m in modalities(graph))}",
+    )
+
+
+def _named(graph: Graph, selector: str) -> list[Node]:
+    """Return the nodes that a selector other than a region selects."""
+    return [n for n in graph.nodes if _selects(selector, n)]
 
 
 def _selects(selector: str, node: Node) -> bool:
@@ -416,7 +439,7 @@ def edges_in_eight_bits(graph: Graph, plan: PrecisionPlan) -> PrecisionPlan:
 def _asked(precision: Precision) -> str:
     """Return the reason of a node that has a precision without calibration."""
     if precision is Precision.FP16:
-        return "weights held in float16, computed in float32"
+        return "weights held in float16"
     if precision.is_weight_only:
         return f"weights held in int{precision.weight_bits} by groups, computed in float32"
     if precision.is_dynamic:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from qcompiler.data import SampleSet, load_samples
+from qcompiler.driver import Quantized, quantize_model
 from qcompiler.driver import compile as compile_model
-from qcompiler.driver import quantize_model
 from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
-from qcompiler.ops import Stage
+from qcompiler.modality import select
+from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.adaround import AdaRound
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
 from qcompiler.passes.channel_scales import input_range, joints, output_range
@@ -444,3 +445,65 @@ def test_methods_need_integers() -> None:
     model = str(MODELS / "model.onnx")
     with pytest.raises(UsageError, match="the plan has none"):
         quantize_model(model, precision="fp32", methods="equalize", stage=Stage.QDQ)
+
+
+# ---------------------------------------------------------------------------- parts of a network
+
+
+def hybrid(methods: str) -> Quantized:
+    """The small two-input model of the project at four-bit weights."""
+    folder = Path(__file__).parents[2] / "models" / "digits_hybrid"
+    with np.load(folder / "calib.npz") as z:
+        samples = {k: z[k][:48] for k in z.files}
+    return quantize_model(
+        folder / "model.onnx", calibration=samples, precision="w4a8", methods=methods
+    )
+
+
+def codes(result: Quantized) -> dict[str, bytes]:
+    """Product -> its weights as stored, and their scales."""
+    found = {}
+    for n in result.graph.nodes:
+        if n.op.kind is OpKind.COMPUTE and n.input(1).is_constant:
+            q = n.input(1).qparams
+            held = b"" if q is None else q.scale.tobytes()
+            found[n.name] = n.input(1).array().tobytes() + held
+    return found
+
+
+def test_a_method_works_on_the_region_that_it_is_given() -> None:
+    plain = hybrid("none")
+    assert plain.float_graph is not None
+    regions = {
+        s: {n.name for n in select(plain.float_graph, s)} for s in ("input:image", "input:rows")
+    }
+    before = codes(plain)
+    image = codes(hybrid("gptq{only=input:image patches=256}"))
+    both = hybrid("gptq{only=input:image patches=256},gptq{only=input:rows patches=256}")
+    assert both.methods == ("gptq", "gptq")
+    changed = {n for n in before if image[n] != before[n]}
+    assert changed
+    assert changed <= regions["input:image"]
+    after = codes(both)
+    now = {n for n in before if after[n] != before[n]}
+    assert now - changed
+    assert now <= regions["input:image"] | regions["input:rows"]
+    # What the first method found stays, and the plan is again that of the whole network.
+    assert all(after[n] == image[n] for n in changed)
+    assert all(d.precision.is_integer for n, d in both.plan.nodes.items() if n in before)
+
+
+def test_methods_for_parts_are_named_once_each() -> None:
+    found = parse_methods("gptq{only=input:image},gptq{only=fusion runs=4}")
+    assert [m.only for m in found] == ["input:image", "fusion"]
+    assert [m.spec() for m in found] == ["gptq{only=input:image}", "gptq{only=fusion runs=4}"]
+    with pytest.raises(UsageError, match="named once for the same nodes"):
+        parse_methods("gptq{only=fusion},gptq{only=fusion runs=4}")
+
+
+def test_a_part_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match=r"no node is selected by 'input:sound'") as caught:
+        hybrid("gptq{only=input:sound}")
+    assert "input:image" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match=r"no node is selected by 'layer9\.\*'"):
+        hybrid("gptq{only=layer9.*}")
