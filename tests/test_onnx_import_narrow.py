@@ -104,6 +104,22 @@ def test_matmul_nbits(rng: np.random.Generator, bits: int, block: int, asymmetri
     assert sum(a.nbytes for a in compiled.artifact.params.arrays) < 128 * 24 * 4 / 2
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_accuracy_level_is_leave_that_is_not_taken(rng: np.random.Generator, bits: int) -> None:
+    """Level 4 lets activations be int8: the result stays that of float32, within theirs."""
+    model, w = nbits(rng, 128, 24, bits, 32, False)
+    coarse = onnx.ModelProto()
+    coarse.CopyFrom(model)
+    coarse.graph.node[0].attribute.append(helper.make_attribute("accuracy_level", 4))
+    x = rng.standard_normal((2, 3, 128)).astype(np.float32)
+    exact = x @ w.T + numpy_helper.to_array(model.graph.initializer[2])
+    got, plain = (qcompiler.compile(m)({"x": x})["y"] for m in (coarse, model))
+    np.testing.assert_array_equal(got, plain)
+    theirs = runtime(coarse, x)
+    assert np.abs(got - exact).max() <= 1e-5 * np.abs(exact).max()
+    assert np.abs(got - theirs).max() <= 0.02 * np.abs(exact).max()
+
+
 def test_a_last_block_that_is_not_full(rng: np.random.Generator) -> None:
     model, w = nbits(rng, 72, 24, 4, 32, True)
     x = rng.standard_normal((2, 3, 72)).astype(np.float32)
