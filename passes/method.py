@@ -7,6 +7,7 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 
+from qcompiler.blas import one_thread
 from qcompiler.ir import Graph
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import Decision, PrecisionPlan, selected
@@ -32,6 +33,11 @@ class Method(Pass):
         Raises:
             UsageError: `only` selects nothing.
         """
+        with one_thread():  # one seed gives the same codes with any number of threads
+            return self._improve_part(graph, ctx)
+
+    def _improve_part(self, graph: Graph, ctx: PassContext) -> bool:
+        """Improve the part of the graph that `only` selects."""
         if not self.only:
             return self.improve(graph, ctx)
         chosen = {n.name for n in selected(graph, self.only)}
