@@ -31,6 +31,7 @@ from qcompiler.passes.least_squares import (
     best_scales,
     cross_moments,
     damped,
+    group_scales,
     moments,
     reachable,
     solved,
@@ -41,12 +42,16 @@ from qcompiler.passes.reconstruction import Reconstruction, Rounded
 from qcompiler.passes.views import default_views
 from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
-from qcompiler.types import Array, PerAxis, QuantParams
+from qcompiler.types import Array, PerAxis, PerGroup, QuantParams
 
 SHRINKS = np.linspace(1.0, 0.4, 13)
 """Scales to try, as shares of the one that covers every weight of the channel."""
 FINE_SHRINKS = np.linspace(1.0, 0.4, 31)
 """The same for products of few columns."""
+GROUP_SHRINKS = np.linspace(1.15, 0.7, 10)
+"""The same for groups of columns; above 1 a weight of the sign with fewer codes fits too."""
+FACTORS = np.linspace(1.1, 0.85, 6)
+"""Factors to try on all the scales of an output channel with several."""
 DAMPS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """Pulls towards the weights given to try, as shares of each operand's variance."""
 
@@ -76,7 +81,7 @@ class Gptq(Method):
 
     def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Round, keeping per product and on the whole only what held-out samples approve."""
-        walk = Reconstruction.start(graph, ctx, self.runs)
+        walk = Reconstruction.start(graph, ctx, self.runs, grouped=True)
         if walk is None:
             return False
         views = self.views
@@ -120,11 +125,32 @@ class Gptq(Method):
         full = np.maximum(np.abs(rows).max(2) / top, np.finfo(np.float32).tiny)
         least = walk.least_scale(node.name, bias.reshape(-1)).reshape(full.shape)
         limits = (grid.qmin, grid.qmax)
+        columns = grouped_columns(node, grid)
+        if columns is not None:
+            codes, parts = group_scales(m, rows, columns, GROUP_SHRINKS, limits, FACTORS, rng)
+            every = parts[:, :, columns]
+            found = np.swapaxes(codes * every, 1, 2).astype(np.float32)
+            chosen = in_groups(grid, parts[0])
+            return self._better(node, grid, found, chosen, aim_bias, train, test)
         shrinks = FINE_SHRINKS if w.shape[1] <= SMALL else SHRINKS
         codes, scale = best_scales(m, rows, full, shrinks, limits, least, rng)
         found = np.swapaxes(codes * scale[:, :, None], 1, 2).astype(np.float32)
-        new_bias = fitted_bias(train, found, aim_bias.astype(np.float32))
         chosen = on_axis(grid, scale.reshape(-1), 0 if node.op.name == "conv" else 1)
+        return self._better(node, grid, found, chosen, aim_bias, train, test)
+
+    @staticmethod
+    def _better(
+        node: Node,
+        grid: QuantParams,
+        found: Array,
+        chosen: QuantParams,
+        aim_bias: Array,
+        train: Patches,
+        test: Patches,
+    ) -> tuple[Rounded, bool]:
+        """Return weights found [G, K, O] with their bias, or what rounding to nearest gives."""
+        new_bias = fitted_bias(train, found, aim_bias.astype(np.float32))
+        bias = bias_of(node, found.shape[0], found.shape[2])
         old = fake_quantize(node.input(1).array(), grid)
         flat = bias.reshape(-1).astype(np.float32)
         if test.error(found, new_bias) < test.error(matrix_of(node, old), bias):
@@ -172,3 +198,24 @@ def on_axis(grid: QuantParams, scale: Array, axis: int) -> QuantParams:
     zeros = np.zeros(scale.shape, np.int32)
     kind = grid.storage
     return QuantParams(scale.astype(np.float32), zeros, kind, grid.qmin, grid.qmax, PerAxis(axis))
+
+
+def grouped_columns(node: Node, grid: QuantParams) -> Array | None:
+    """Return the group of each of the K columns of a product; None without scales per group."""
+    if not isinstance(grid.granularity, PerGroup):
+        return None
+    size, shape = grid.granularity.group_size, node.input(1).shape
+    taps = int(np.prod(shape[2:])) if node.op.name == "conv" else 1
+    column = np.arange(shape[1] * taps if node.op.name == "conv" else shape[0])
+    return column // taps // size * taps + column % taps
+
+
+def in_groups(grid: QuantParams, scale: Array) -> QuantParams:
+    """Return a grid with other scales [O, N], N in the order of `grouped_columns`."""
+    granularity = grid.granularity
+    assert isinstance(granularity, PerGroup)
+    if granularity.axis == 0:  # a matrix product: [K / size, O]
+        scale = scale.T
+    held = np.ascontiguousarray(scale.reshape(grid.scale.shape), np.float32)
+    zeros = np.zeros(held.shape, np.int32)
+    return QuantParams(held, zeros, grid.storage, grid.qmin, grid.qmax, granularity)

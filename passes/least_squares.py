@@ -143,29 +143,35 @@ class Columns:
         return cls(order, np.ascontiguousarray(u, np.float32))
 
 
+def spread(s: Array, count: int) -> Array:
+    """Return scales of rows [G, R], or of every weight [G, R, K], as [G, R, K]."""
+    return s if s.ndim == 3 else np.broadcast_to(s[:, :, None], (*s.shape, count))
+
+
 def round_columns(columns: Columns, w: Array, s: Array, limits: tuple[int, int]) -> Array:
     """Return codes for rows of weights, each with a scale of its own.
 
     Args:
         columns: The columns, from the moments of the operands.
         w: Real weights [G, R, K].
-        s: Scales [G, R].
+        s: Scales [G, R], or of every weight [G, R, K].
         limits: Least and greatest code.
     """
     order, u = columns.order, columns.u
     open_w = np.take_along_axis(w, order[:, None, :], 2).astype(np.float32)
     codes = np.empty_like(open_w)
-    s = s.astype(np.float32)
     count = w.shape[2]
+    s = spread(s.astype(np.float32), count)
+    s = np.take_along_axis(s, np.broadcast_to(order[:, None, :], s.shape), 2)
     for start in range(0, count, BLOCK):
         end = min(start + BLOCK, count)
         errors = np.empty((*w.shape[:2], end - start), np.float32)
         part = open_w[:, :, start:end]
         for i in range(start, end):
             j = i - start
-            q = np.clip(np.rint(part[:, :, j] / s), *limits)
+            q = np.clip(np.rint(part[:, :, j] / s[:, :, i]), *limits)
             codes[:, :, i] = q
-            errors[:, :, j] = (part[:, :, j] - q * s) / u[:, None, i, i]
+            errors[:, :, j] = (part[:, :, j] - q * s[:, :, i]) / u[:, None, i, i]
             part[:, :, j:] -= errors[:, :, j, None] * u[:, None, i, i:end]
         if end < count:
             open_w[:, :, end:] -= errors @ u[:, start:end, end:]
@@ -177,18 +183,20 @@ def round_columns(columns: Columns, w: Array, s: Array, limits: tuple[int, int])
 def descend(m: Moments, codes: Array, w: Array, s: Array, limits: tuple[int, int]) -> Array:
     """Move single codes by whole steps while that lowers the error; shapes as `round_columns`."""
     q = codes.astype(np.float64)
-    s = s.astype(np.float64)
-    slope = (q * s[:, :, None] - w) @ m.h
+    s = spread(s.astype(np.float64), q.shape[2])
+    slope = (q * s - w) @ m.h
     for _ in range(SWEEPS):
         moved = 0
         for i in range(q.shape[2]):
-            best = np.clip(np.rint(q[:, :, i] - slope[:, :, i] / (m.h[:, None, i, i] * s)), *limits)
+            unit = s[:, :, i]
+            best = q[:, :, i] - slope[:, :, i] / (m.h[:, None, i, i] * unit)
+            best = np.clip(np.rint(best), *limits)
             step = best - q[:, :, i]
             changed = int(np.count_nonzero(step))
             if changed:
                 moved += changed
                 q[:, :, i] = best
-                slope += (step * s)[:, :, None] * m.h[:, None, i]
+                slope += (step * unit)[:, :, None] * m.h[:, None, i]
         if not moved:
             break
     return q
@@ -196,7 +204,7 @@ def descend(m: Moments, codes: Array, w: Array, s: Array, limits: tuple[int, int
 
 def squared_error(m: Moments, codes: Array, w: Array, s: Array) -> Array:
     """Return the error of each row [G, R]."""
-    off = codes * s[:, :, None] - w
+    off = codes * spread(s, codes.shape[2]) - w
     return np.asarray(((off @ m.h) * off).sum(2))
 
 
@@ -236,6 +244,63 @@ def best_scales(
     if not thorough:
         codes = descend(m, codes, w, scale, limits)
     return kicked(m, codes, w, scale, limits, rng), scale
+
+
+def group_scales(
+    m: Moments,
+    w: Array,
+    groups: Array,
+    shrinks: Array,
+    limits: tuple[int, int],
+    factors: Array,
+    rng: np.random.Generator,
+) -> tuple[Array, Array]:
+    """Return (codes [G, R, K], scales [G, R, N]) where columns of a row share scales in groups.
+
+    A group's scale is the one with the least error in its own weights, each counting as much as
+    the columns still open cannot make up for; then all scales of a row are tried larger and
+    smaller together.
+
+    Args:
+        m: Moments of the operands.
+        w: Real weights [G, R, K].
+        groups: Group of each column [K], 0 to N - 1.
+        shrinks: Factors to try on the scale that covers the weights of a group.
+        limits: Least and greatest code.
+        factors: Factors to try on all scales of a row.
+        rng: For random changes of codes.
+    """
+    columns = Columns.of(m)
+    held = np.empty(columns.order.shape)
+    np.put_along_axis(held, columns.order, np.diagonal(columns.u, axis1=1, axis2=2), 1)
+    cost = (1 / held**2)[:, None, :]
+    top = max(limits[1], -limits[0])
+    count = int(groups.max()) + 1
+    members = [np.flatnonzero(groups == n) for n in range(count)]
+    s = np.empty((*w.shape[:2], count))
+    for n, at in enumerate(members):
+        part, weight = w[:, :, at], cost[:, :, at]
+        full = np.maximum(np.abs(part).max(2) / top, np.finfo(np.float32).tiny)
+        best = np.full(full.shape, np.inf)
+        for shrink in shrinks:
+            tried = (full * shrink)[:, :, None]
+            q = np.clip(np.rint(part / tried), *limits)
+            error = (weight * (q * tried - part) ** 2).sum(2)
+            s[:, :, n] = np.where(error < best, tried[:, :, 0], s[:, :, n])
+            best = np.minimum(error, best)
+    least = np.full(w.shape[:2], np.inf)
+    codes, scale = np.zeros(w.shape), s
+    for factor in factors:
+        tried = (s * factor).astype(np.float32)
+        q = round_columns(columns, w, tried[:, :, groups], limits)
+        error = squared_error(m, q, w, tried[:, :, groups])
+        better = error < least
+        least = np.where(better, error, least)
+        scale = np.where(better[:, :, None], tried, scale)
+        codes[better] = q[better]
+    every = scale[:, :, groups]
+    codes = descend(m, codes, w, every, limits)
+    return kicked(m, codes, w, every, limits, rng), scale
 
 
 def kicked(

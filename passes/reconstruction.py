@@ -85,16 +85,24 @@ class Reconstruction:
     runs: list[Batch] = field(default_factory=list)
 
     @classmethod
-    def start(cls, graph: Graph, ctx: PassContext, runs: int) -> Reconstruction | None:
+    def start(
+        cls, graph: Graph, ctx: PassContext, runs: int, grouped: bool = False
+    ) -> Reconstruction | None:
         """Return the start of a walk; None where there is no product to change.
 
         Products that the plan holds in fewer than 8 bits are changed; all of them where there is
         none. With fewer runs than asked for, where the live values take too much memory.
+
+        Args:
+            graph: The graph to change.
+            ctx: Plan, table and samples.
+            runs: Calibration runs to learn from, at most.
+            grouped: Whether products whose weights share scales in groups are changed too.
         """
         plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
         names = weighted_products(graph, plan)
-        # Weights with a scale per group keep the codes that are nearest.
-        names = [n for n in names if plan.precision(n) is not Precision.W4A8_GROUP]
+        if not grouped:
+            names = [n for n in names if plan.precision(n) is not Precision.W4A8_GROUP]
         narrow = {n for n in names if plan.precision(n).weight_bits < 8}
         wanted = narrow or set(names)
         found = tuple(u for u in units(graph) if u.node in wanted)
@@ -257,9 +265,11 @@ def put_product(qdq: Graph, name: str, new: Rounded) -> None:
     node = qdq.node(name)
     weights, bias = node.input(1).producer, node.input(2).producer
     assert weights is not None
-    assert bias is not None
     old = weights.input(0).name
     qdq.set_input(weights, 0, qdq.constant(quantize(new.weights, new.grid), old, new.grid))
+    if bias is None:  # beside scales per group it stays float
+        qdq.set_input(node, 2, qdq.constant(new.bias.astype(np.float32), node.input(2).name))
+        return
     x = operand_scale(node)
     scale = (np.float64(x) * new.grid.scale.astype(np.float64)).astype(np.float32)
     q = QuantParams(
