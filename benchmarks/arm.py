@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -30,7 +29,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,6 +38,11 @@ import qcompiler
 Array = np.ndarray[Any, np.dtype[Any]]
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT / "tests/targets"), str(ROOT / "models")]
+import builders  # noqa: E402 (beside the models)
+import catalogue  # noqa: E402
+import emulation  # noqa: E402 (beside the tests)
+
 SOURCES = Path(__file__).with_name("emulated")
 MODELS = ("resnet20", "mobilenetv2", "encoder")
 FORMS = ("int8", "uint8")
@@ -51,22 +54,6 @@ _CPUINFO = (
     "CPU variant\t: 0x3\nCPU part\t: 0xd0c\nCPU revision\t: 1\n\n"
 )
 """A Neoverse N1, for ONNX Runtime, which reads it; Linux shows the host's."""
-
-
-def imported(name: str, path: Path) -> ModuleType:
-    """Import a module by its path."""
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-emulation = imported("emulation", ROOT / "tests/targets/emulation.py")
 
 
 @dataclass(frozen=True)
@@ -212,10 +199,9 @@ def case(name: str, folder: Path) -> Case:
     Raises:
         emulation.MissingError: The model is not here.
     """
-    builders = imported("builders", ROOT / "models/builders.py").BUILDERS
-    if name in builders:
+    if name in builders.BUILDERS:
         path = folder / f"{name}.onnx"
-        path.write_bytes(builders[name]().SerializeToString())
+        path.write_bytes(builders.BUILDERS[name]().SerializeToString())
         shapes = {i: s.shape for i, s in qcompiler.compile(path, precision="fp32").inputs.items()}
         rng = np.random.default_rng(0)
         samples = {
@@ -223,7 +209,6 @@ def case(name: str, folder: Path) -> Case:
             for i, shape in shapes.items()
         }
         return Case(name, path, samples)
-    catalogue = imported("catalogue", ROOT / "models/catalogue.py")
     reason = catalogue.skip_reason(name)
     if reason:
         raise emulation.MissingError(reason)

@@ -14,7 +14,6 @@ came with LLVM 17 and 18 (Debian: package llvm-19); older ones take a Cortex-A57
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import shutil
@@ -22,7 +21,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,6 +30,9 @@ from qcompiler.targets.kernels import depthwise, gemm
 from qcompiler.targets.kernels.gemm import ConvWorkload, Epilogue, GemmValues
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests/targets"))
+import machine_code  # noqa: E402 (beside the tests)
+
 PROCESSORS = (
     ("arm-neon", "cortex-a53"),
     ("arm-neon", "cortex-a72"),
@@ -58,19 +59,6 @@ _MULTIPLY = re.compile(r"(sdot|smmla|smlal2?|smull2?|fmla)\s+v\d+\.(\w+), v\d+\.
 _UNIT = re.compile(r"^.*Unit|[^A-Za-z0-9]")
 _PRODUCTS = {"sdot": 16, "smmla": 32, "8h": 8, "4s": 4}
 _NEWEST = (21, 20, 19, 18, 17)
-
-
-def _by_path(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-machine_code = _by_path("machine_code", ROOT / "tests/targets/machine_code.py")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qcompiler.errors import TuningError
+from qcompiler.tuning import TaskOutcome, Tuning, TuningOutcome
 
 __all__ = [
     "GENERATOR_VERSION",
@@ -277,6 +278,17 @@ class Records:
 class RecordFile:
     """A file of records of one target."""
 
+    @classmethod
+    def to_tune(cls, tuning: Tuning, target: str) -> RecordFile:
+        """Return the file that a search adds to.
+
+        Raises:
+            TuningError: None was named.
+        """
+        if tuning.records is None:
+            raise TuningError("tuning needs a file for its records, got none")
+        return cls(tuning.records, target)
+
     def __init__(self, path: str | os.PathLike[str], target: str) -> None:
         """Name the file; nothing is read or made yet.
 
@@ -288,6 +300,19 @@ class RecordFile:
         if self.path.is_dir():
             self.path = self.path / f"{target}{_SUFFIX}"
         self.target = target
+
+    def outcome(
+        self, records: Records, tasks: Iterable[TaskOutcome], started: float
+    ) -> TuningOutcome:
+        """Return what a search left behind that began at `started` (`time.monotonic`)."""
+        return TuningOutcome(
+            target=self.target,
+            machine=records.machine,
+            records=str(self.path),
+            tasks=tuple(tasks),
+            seconds=time.monotonic() - started,
+            notes=tuple(records.notes),
+        )
 
     def read(self, machine: str = "") -> Records:
         """Return the merged records of the target; a file that does not exist holds none.

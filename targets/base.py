@@ -20,6 +20,9 @@ from qcompiler.records import Records
 from qcompiler.tuning import Tuning, TuningOutcome
 from qcompiler.types import Array, Precision
 
+VIEWS = frozenset({"reshape"})
+"""Operators that move nothing in memory: every target has them, without a kernel."""
+
 
 @dataclass(frozen=True, slots=True)
 class TargetSpec:

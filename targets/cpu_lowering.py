@@ -18,10 +18,10 @@ import numpy as np
 
 from qcompiler import numerics
 from qcompiler.ir import Node, Value
-from qcompiler.targets.base import Support
+from qcompiler.targets.base import VIEWS, Support
 from qcompiler.targets.choice import Choose, default_choice
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.tvm_lower import VIEWS, KernelCall
+from qcompiler.targets.tvm_lower import KernelCall
 from qcompiler.types import Array, DType, QuantParams
 
 Row = Callable[["CpuLowering", Node], "KernelCall | None"]

@@ -22,11 +22,9 @@ from qcompiler.errors import UnsupportedByTargetError, UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.plan import precision_of
-from qcompiler.targets.base import Region
+from qcompiler.targets.base import VIEWS, Region
 from qcompiler.targets.branches import Guards, guarded, guards_of, in_order
 from qcompiler.types import Array, Precision
-
-VIEWS = frozenset({"reshape"})
 
 
 @dataclass(frozen=True, slots=True)

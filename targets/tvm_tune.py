@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.cpu import default_threads, missing_features
-from qcompiler.errors import TuningError, UnsupportedByTargetError
+from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.records import Record, RecordFile, Records, Status, WorkloadKey, now
@@ -488,8 +488,7 @@ def tune_graph(
         TuningError: The records cannot be read or written, or a tracker lends no device.
         UnsupportedByTargetError: This machine cannot run the target's code.
     """
-    if tuning.records is None:
-        raise TuningError("tuning needs a file for its records, got none")
+    file = RecordFile.to_tune(tuning, target)
     remote = _remote(tuning)
     missing = missing_features(isa.cpu_features) if remote is None else ()
     if missing:
@@ -497,7 +496,6 @@ def tune_graph(
             f"cannot tune for {target} here: this CPU lacks {', '.join(missing)}",
             hint="tune on a machine that has them, or over a tracker; records are portable",
         )
-    file = RecordFile(tuning.records, target)
     records = file.read(machine_of(remote))
     tasks = collect_tasks(graph, isa, target)
     for task in tasks:
@@ -516,14 +514,7 @@ def tune_graph(
             session.run()
         finally:
             session.bench.worker.stop()
-    return TuningOutcome(
-        target=target,
-        machine=records.machine,
-        records=str(file.path),
-        tasks=tuple(_outcome(task) for task in tasks),
-        seconds=time.monotonic() - started,
-        notes=tuple(records.notes),
-    )
+    return file.outcome(records, (_outcome(task) for task in tasks), started)
 
 
 def _remote(tuning: Tuning) -> Remote | None:

@@ -14,9 +14,9 @@ from qcompiler.passes.split_to_slices import SplitToSlices
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import precision_of
 from qcompiler.records import Records
-from qcompiler.targets.base import Backend, Built, Region, Support, TargetSpec, TuningBudget
+from qcompiler.targets.base import VIEWS, Backend, Built, Region, Support, TargetSpec, TuningBudget
 from qcompiler.targets.cuda.arch import Arch, arch_named
-from qcompiler.targets.cuda.lowering import VIEWS, Lowered, Maker, lower_graph, lower_node
+from qcompiler.targets.cuda.lowering import Lowered, Maker, lower_graph, lower_node
 from qcompiler.targets.cuda.nvcc import compile_fatbin, find_nvcc
 from qcompiler.targets.cuda.program import Parameters, program_json
 from qcompiler.targets.cuda.source import module_source

@@ -18,6 +18,7 @@ from qcompiler import numerics
 from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
+from qcompiler.targets.base import VIEWS
 from qcompiler.targets.cuda.arch import Arch
 from qcompiler.targets.cuda.halves import with_halves
 from qcompiler.targets.cuda.maps import Operand, map_launch, row_major
@@ -36,7 +37,6 @@ from qcompiler.targets.cuda.source import KernelText
 from qcompiler.targets.cuda.windows import depthwise_launch
 from qcompiler.types import Array, DType, QuantParams
 
-VIEWS = frozenset({"reshape"})
 EIGHT_BITS = (DType.INT8, DType.UINT8)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
 _LARGEST = 1 << 31  # kernels count elements in int32

@@ -20,7 +20,7 @@ import numpy as np
 
 from qcompiler.cuda_driver import check_device, compile_source, driver
 from qcompiler.cuda_executor import CudaExecutor
-from qcompiler.errors import CodegenError, QCompilerError, TuningError, UnsupportedByTargetError
+from qcompiler.errors import CodegenError, QCompilerError, UnsupportedByTargetError
 from qcompiler.ir import Graph, Value
 from qcompiler.manifest import TensorSpec
 from qcompiler.passmanager import ProgressFn, no_progress
@@ -131,8 +131,7 @@ def tune_graph(
         TuningError: No file for the records, or it cannot be read or written.
         UnsupportedByTargetError: No GPU here runs the target, or a tracker was asked for.
     """
-    if tuning.records is None:
-        raise TuningError("tuning needs a file for its records, got none")
+    file = RecordFile.to_tune(tuning, target)
     if tuning.tracker is not None:
         raise UnsupportedByTargetError(
             f"target {target} is tuned on the GPU of this machine, not over a tracker",
@@ -140,7 +139,6 @@ def tune_graph(
         )
     check_device(arch.isa, "what is tuned")
     gpu = driver()
-    file = RecordFile(tuning.records, target)
     records = file.read(gpu.name)
     tasks = collect(graph, arch, target)
     for task in tasks:
@@ -175,14 +173,7 @@ def tune_graph(
             closed += 1
             progress("tune", closed, len(order))
         waiting = again
-    return TuningOutcome(
-        target=target,
-        machine=gpu.name,
-        records=str(file.path),
-        tasks=tuple(_outcome(t, arch) for t in tasks),
-        seconds=time.monotonic() - started,
-        notes=tuple(records.notes),
-    )
+    return file.outcome(records, (_outcome(t, arch) for t in tasks), started)
 
 
 def collect(graph: Graph, arch: Arch, target: str) -> list[_Task]:

@@ -8,7 +8,6 @@ a test is skipped. The slow tests run the other modules of this folder on the AR
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -16,13 +15,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import emulation
 import numpy as np
 import pytest
 import tvm
+from by_path import imported
 from machine_code import innermost_loops, spills
 
 from qcompiler.artifact import ParamBlock
@@ -363,23 +362,13 @@ def test_precisions_that_need_no_calibration(isa: Isa, precision: str) -> None:
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
 
 
-def catalogue() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("catalogue", MODELS / "catalogue.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["catalogue"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 @emulated
 @pytest.mark.parametrize("name", ["resnet20", "kws_dscnn", "mobilenetv2"])
 @each_row
 def test_a_model_equals_the_artifact_of_x86(isa: Isa, name: str) -> None:
     """The same numbers on both architectures, and both are the interpreter's, bit for bit."""
-    models = catalogue()
+    models = imported("catalogue", MODELS / "catalogue.py")
     reason = models.skip_reason(name)
     if reason:
         pytest.skip(reason)

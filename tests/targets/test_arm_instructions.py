@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from by_path import imported
 
 import qcompiler
 
@@ -19,17 +17,7 @@ DIGITS = ROOT / "models" / "digits_cnn"
 TARGET = "arm-dotprod:neoverse-n1"
 
 
-def _benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("arm_benchmark", ROOT / "benchmarks/arm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["arm_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = _benchmark()
+benchmark = imported("arm_benchmark", ROOT / "benchmarks/arm.py")
 
 
 def _counter() -> object:

@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from by_path import imported
 
 from qcompiler.targets.isa import isa_named, with_processor
 
@@ -18,17 +16,7 @@ _NEOVERSE = 18
 """The first LLVM with models of Neoverse N1, N2 and V1."""
 
 
-def _benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("arm_loops", ROOT / "benchmarks/arm_loops.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["arm_loops"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-loops = _benchmark()
+loops = imported("arm_loops", ROOT / "benchmarks/arm_loops.py")
 
 
 @pytest.mark.parametrize(

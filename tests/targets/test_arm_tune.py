@@ -5,19 +5,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import emulation
 import numpy as np
 import pytest
 import tvm
+from by_path import imported
 
 from qcompiler import driver
 from qcompiler.cli import main as command_line
@@ -46,19 +44,7 @@ TARGET = "arm-dotprod:neoverse-n1"
 emulated = pytest.mark.skipif(bool(emulation.why_not()), reason=emulation.why_not() or "runs")
 
 
-def _by_path(name: str) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-remote = _by_path("test_tune_remote")
+remote = imported("test_tune_remote", HERE / "test_tune_remote.py")
 
 
 @contextlib.contextmanager
@@ -176,15 +162,13 @@ def test_a_board_killed_half_way_costs_nothing(
 @pytest.mark.slow
 @emulated
 def test_kernels_in_half_precision_are_tuned(tmp_path: Path) -> None:
-    """Right is what is as near as sums of halves are; records choose among what is right."""
+    """Other tilings of them count as right: as near the interpreter as sums of halves are."""
     records = tmp_path / "records.jsonl"
     with boards(1) as farm:
         tuning = Tuning(records=records, trials=6, tracker=farm.address, key=KEY)
-        driver.tune(DIGITS / "model.onnx", tuning, target=TARGET, precision="fp16")
+        outcome = driver.tune(DIGITS / "model.onnx", tuning, target=TARGET, precision="fp16")
+    assert outcome.tasks
+    assert all("float16" in task.workload for task in outcome.tasks)
     trials = [r for r in RecordFile(records, "arm-dotprod").read() if r.stage == "trial"]
+    assert len(trials) == 6
     assert {r.status for r in trials} == {"ok"}, [r.note for r in trials]
-    assert all("float16" in r.key.workload for r in trials)
-    result = quantize_model(DIGITS / "model.onnx", precision="fp16")
-    built = build_graph(result.graph, get_target(TARGET), tuning=Tuning(records=records))
-    (note,) = [n for n in built.notes if "tuning records were found" in n]
-    assert "for 0 of" not in note

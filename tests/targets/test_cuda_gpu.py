@@ -7,14 +7,12 @@ They need NVIDIA's driver, a GPU of compute capability 7.5 or later, and nvcc or
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from by_path import imported
 from cuda_emulator import emulator
 
 import qcompiler
@@ -38,18 +36,6 @@ from qcompiler.tuning import Tuning
 HERE = Path(__file__).parent
 
 
-def _module(name: str, path: Path) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _problem() -> str | None:
     try:
         capability = cuda_driver.driver().capability
@@ -62,7 +48,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(_problem() is not None, reason=_problem() or "no GPU"),
 ]
-catalogue = _module("qcompiler_model_catalogue", HERE.parents[1] / "models" / "catalogue.py")
+catalogue = imported("qcompiler_model_catalogue", HERE.parents[1] / "models" / "catalogue.py")
 
 
 def own_target() -> str:
@@ -114,30 +100,30 @@ ORDERED = {
 
 @pytest.mark.parametrize(("file", "name"), [(f, n) for f, names in SHARED.items() for n in names])
 def test_kernels(on_gpu: None, rng: np.random.Generator, file: str, name: str) -> None:
-    getattr(_module(f"{file}_on_gpu", HERE / f"{file}.py"), name)(rng)
+    getattr(imported(f"{file}_on_gpu", HERE / f"{file}.py"), name)(rng)
 
 
 @pytest.mark.parametrize(("file", "name"), [(f, n) for f, names in ORDERED.items() for n in names])
 def test_more_kernels(on_gpu: None, rng: np.random.Generator, file: str, name: str) -> None:
-    getattr(_module(f"{file}_on_gpu", HERE / f"{file}.py"), name)(rng, "0")
+    getattr(imported(f"{file}_on_gpu", HERE / f"{file}.py"), name)(rng, "0")
 
 
 def test_convolutions(on_gpu: None, rng: np.random.Generator) -> None:
-    module = _module("test_cuda_products_on_gpu", HERE / "test_cuda_products.py")
+    module = imported("test_cuda_products_on_gpu", HERE / "test_cuda_products.py")
     module.test_convolutions(rng, own_target(), "0")
 
 
 def test_every_tile(
     on_gpu: None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = _module("test_cuda_products_on_gpu", HERE / "test_cuda_products.py")
+    module = imported("test_cuda_products_on_gpu", HERE / "test_cuda_products.py")
     arch = ARCHES[own_target()]
     tiles: tuple[Tile, ...] = candidates(arch, 300, packed4=False, out_bytes=1)
     module.run_with_tiles(rng, list(tiles), monkeypatch)
 
 
 def test_tuning(tmp_path: Path) -> None:
-    models = _module("test_cuda_models_on_gpu", HERE / "test_cuda_models.py")
+    models = imported("test_cuda_models_on_gpu", HERE / "test_cuda_models.py")
     model, calibration, evaluation = models.model_of("digits_cnn")
     made = get_target(own_target())
     result = quantize_model(model, calibration=calibration, precision="w8a8")
@@ -159,7 +145,7 @@ def test_tuning(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
 def test_models(name: str, precision: str, tmp_path: Path) -> None:
-    models = _module("test_cuda_models_on_gpu", HERE / "test_cuda_models.py")
+    models = imported("test_cuda_models_on_gpu", HERE / "test_cuda_models.py")
     model, calibration, evaluation = models.model_of(name)
     result = quantize_model(model, calibration=calibration, precision=precision)
     made = get_target(own_target())
@@ -176,7 +162,7 @@ def test_models(name: str, precision: str, tmp_path: Path) -> None:
 def test_a_model_for_an_earlier_gpu_runs_through_its_ptx(rng: np.random.Generator) -> None:
     if own_target() == "cuda-sm75":
         pytest.skip("this GPU is of the first generation")
-    runtime = _module("test_cuda_runtime_on_gpu", HERE / "test_cuda_runtime.py")
+    runtime = imported("test_cuda_runtime_on_gpu", HERE / "test_cuda_runtime.py")
     graph = runtime.chain()
     made = backend.make("cuda-sm75")
     built = made.build(made.lower(graph), TuningBudget())

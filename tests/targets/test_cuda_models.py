@@ -4,14 +4,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from by_path import imported
 from cuda_emulator import emulator
 
 import qcompiler
@@ -26,19 +24,7 @@ from qcompiler.types import Precision
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _module(name: str, path: Path) -> ModuleType:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-catalogue = _module("qcompiler_model_catalogue", ROOT / "models" / "catalogue.py")
+catalogue = imported("qcompiler_model_catalogue", ROOT / "models" / "catalogue.py")
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from by_path import imported
 
 from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
@@ -37,16 +35,6 @@ EXTERNAL = (
     "mnist",
     "minilm",
 )
-
-
-def catalogue() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("catalogue", MODELS / "catalogue.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["catalogue"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def integer_values(graph: Graph) -> list[Value]:
@@ -175,7 +163,7 @@ def test_products_at_run_time_scales_are_exact_in_a_model(per: str, target: str)
 @pytest.mark.parametrize("target", ROWS)
 @pytest.mark.parametrize("name", EXTERNAL)
 def test_external_models(name: str, target: str) -> None:
-    models = catalogue()
+    models = imported("catalogue", MODELS / "catalogue.py")
     reason = models.skip_reason(name)
     if reason:
         pytest.skip(reason)
