@@ -40,7 +40,7 @@ from qcompiler.passes.reconstruction import Reconstruction, Rounded, operand_sca
 from qcompiler.passes.views import is_picture, mirrored
 from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
-from qcompiler.types import Array, DType, QuantParams, TensorType
+from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
 
 CHECKS = 8
 """In how many parts the steps fall after which held-out runs are asked, in the second half."""
@@ -83,7 +83,7 @@ class Distill(Method):
 
     def improve(self, graph: Graph, ctx: PassContext) -> bool:
         """Learn, and keep what held-out samples approve."""
-        walk = Reconstruction.start(graph, ctx, self.runs)
+        walk = Reconstruction.start(graph, ctx, self.runs, grouped=True)
         if walk is None:
             return False
         code_rate = self.code_rate
@@ -183,7 +183,7 @@ class Learned:
 
     Args:
         codes: Codes in the shape of the weights, channels on `axis`.
-        grid: Their grid.
+        grid: Their grid, with a scale per channel, or per group along the summed axis.
         bias: Bias [O].
         least: Least scale of each channel [O].
         operand_scale: Scale of what the product reads.
@@ -202,10 +202,16 @@ class Learned:
         self.grid, self.axis, self.least, self._x = grid, axis, least, operand_scale
         self._others = tuple(i for i in range(codes.ndim) if i != axis)
         self._v = codes.astype(np.float32)
-        self._s = np.broadcast_to(grid.scale, (codes.shape[axis],)).astype(np.float32)
+        granularity = grid.granularity
+        self._groups = granularity if isinstance(granularity, PerGroup) else None
+        shape = (codes.shape[axis],) if self._groups is None else grid.scale.shape
+        self._s = np.broadcast_to(grid.scale, shape).astype(np.float32)
         self._log = np.zeros_like(self._s)
         self._bias = bias.astype(np.float32)
-        self._reach = np.abs(self._v).sum(self._others) * self._s
+        if self._groups is None:
+            self._reach = np.abs(self._v).sum(self._others) * self._s
+        else:
+            self._reach = np.abs(self._v * self._wide(self._s)).sum(self._others)
         self._moments = [[np.zeros_like(a)] * 2 for a in (self._v, self._log, self._bias)]
         self._count = 0
 
@@ -217,6 +223,8 @@ class Learned:
         assert weights is not None
         bias = walk.changed.node(name).input(2).array()
         least = walk.least_scale(name, bias)
+        if isinstance(grid.granularity, PerGroup):  # the bias stays float
+            least = np.zeros(1, np.float32)
         axis = 0 if node.op.name == "conv" else 1
         codes = weights.input(0).array()
         return cls(codes, grid, bias, least, operand_scale(node), axis)
@@ -228,19 +236,39 @@ class Learned:
         scale: Array = np.maximum(self._s * np.exp(self._log), self.least).astype(np.float32)
         return scale
 
+    def _wide(self, scale: Array) -> Array:
+        """Return scales so that they fit the codes."""
+        if self._groups is None:
+            return np.expand_dims(scale, self._others)
+        return np.repeat(scale, self._groups.group_size, self._groups.axis)
+
+    def _per_scale(self, a: Array) -> Array:
+        """Return the sums of what shares a scale, given an array in the shape of the codes."""
+        if self._groups is None:
+            return np.asarray(a.sum(self._others))
+        axis, size = self._groups.axis, self._groups.group_size
+        parts = (*a.shape[:axis], a.shape[axis] // size, size, *a.shape[axis + 1 :])
+        return np.asarray(a.reshape(parts).sum(axis + 1))
+
     def operands(self, name: str) -> dict[str, Array]:
-        """Return the present weights and bias as a lesson takes them, both rounded."""
-        scale = self._scale()
-        held = quantize_bias(self._bias, self._x, scale).q
-        bias = held * (np.float64(self._x) * scale.astype(np.float64)).astype(np.float32)
-        weights = self._codes() * np.expand_dims(scale, self._others)
+        """Return the present weights and bias as a lesson takes them, both as they are rounded."""
+        scale, bias = self._scale(), self._bias
+        if self._groups is None:
+            held = quantize_bias(bias, self._x, scale).q
+            bias = held * (np.float64(self._x) * scale.astype(np.float64)).astype(np.float32)
+        weights = self._codes() * self._wide(scale)
         return {operand(name, 1): weights, operand(name, 2): bias.astype(np.float32)}
 
     def rounded(self) -> Rounded:
         """Return the present weights."""
-        scale = self._scale()
-        weights = self._codes() * np.expand_dims(scale, self._others)
-        return Rounded(weights, on_axis(self.grid, scale, self.axis), self._bias.copy())
+        scale, old = self._scale(), self.grid
+        weights = self._codes() * self._wide(scale)
+        if self._groups is None:
+            grid = on_axis(old, scale, self.axis)
+        else:
+            zero, granularity = old.zero_point, old.granularity
+            grid = QuantParams(scale, zero, old.storage, old.qmin, old.qmax, granularity)
+        return Rounded(weights, grid, self._bias.copy())
 
     def update(
         self, name: str, slopes: Mapping[str, Array], rates: tuple[float, float, float]
@@ -256,8 +284,8 @@ class Learned:
         if dw is None or db is None:
             return
         self._count += 1
-        d = dw * np.expand_dims(self._scale(), self._others)
-        ds = (d * self._codes()).sum(self._others)
+        d = dw * self._wide(self._scale())
+        ds = self._per_scale(d * self._codes())
         code_rate, scale_rate, bias_rate = rates
         if code_rate:
             self._v -= np.float32(code_rate) * self._adam(0, d)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""`gptq` on weights that share scales in groups along K."""
+"""`gptq` and `distill` on weights that share scales in groups along K."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qcompiler.data import load_samples
 from qcompiler.ir import Graph
 from qcompiler.numerics import fake_quantize, quantize
 from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.distill import Distill, Learned
 from qcompiler.passes.gptq import Gptq, grouped_columns
 from qcompiler.passes.held_out import Judge, quantized, shares
 from qcompiler.passes.insert_qdq import WeightGrids
@@ -30,7 +31,7 @@ from qcompiler.passes.patches import matrix_of
 from qcompiler.passes.single_node import units
 from qcompiler.passmanager import PassContext, PassManager
 from qcompiler.plan import PrecisionPlan, uniform
-from qcompiler.types import Array, PerGroup
+from qcompiler.types import Array, DType, PerGroup, QuantParams
 
 NET = """(float[1,3,12,12] x) => (float[1,5] y) {
   a = Conv <pads = [1,1,1,1]> (x, w1, b1)
@@ -164,3 +165,41 @@ def test_grouped_products_are_rounded_with_what_they_read(
         results.append([quantize(after.node(n).input(1).array(), grids.nodes[n]) for n in grouped])
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("axis", "shape"), [(1, (6, 48, 3, 3)), (0, (48, 6))])
+def test_slopes_by_scales_of_groups(
+    axis: int, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """A step of each scale alone goes against the slope that differences show."""
+    held = list(shape)
+    held[axis] //= 16
+    scale = np.exp(rng.standard_normal(held)).astype(np.float32)
+    zero = np.zeros(held, np.int32)
+    grid = QuantParams(scale, zero, DType.INT8, -8, 7, PerGroup(axis, 16))
+    codes = rng.integers(-8, 8, shape)
+    bias = np.zeros(6, np.float32)
+    p = Learned(codes, grid, bias, np.zeros(1, np.float32), 0.1, 1 - axis)
+    before = p.rounded()
+    np.testing.assert_allclose(before.weights, fake_quantize(before.weights, grid), rtol=1e-6)
+    slope = rng.standard_normal(shape).astype(np.float32)
+    p.update("p", {"lesson/p/w": slope, "lesson/p/b": bias}, (0.0, 1e-2, 0.0))
+    moved = p.rounded().grid.scale > scale
+    for at in np.ndindex(*held):
+        more = scale.copy()
+        more[at] *= 1.5
+        change = codes * (np.repeat(more, 16, axis) - np.repeat(scale, 16, axis))
+        assert moved[at] == ((slope * change).sum() < 0)
+
+
+def test_grouped_products_are_learned_together(net: Graph, samples: dict[str, Array]) -> None:
+    ctx = prepared(net, samples)
+    plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
+    judge = Judge(net, list(shares(ctx.get(CalibrationSet), 8)[1]))
+    nearest = judge.error(quantized(net, plan, table))
+    p = Distill(epochs=8, batch=8, scale_rate=4e-3, bias_rate=4e-4)
+    after = PassManager([p], given=tuple(ctx.artifacts)).run(net, ctx)
+    grids = ctx.get(WeightGrids)
+    assert "kept" in ctx.log[-1]
+    assert judge.error(quantized(after, plan, table, grids)) < 0.7 * nearest
+    assert sum(isinstance(g.granularity, PerGroup) for g in grids.nodes.values()) >= 3
