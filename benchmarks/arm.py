@@ -8,9 +8,12 @@ int8 and in uint8), and the same QDQ file goes to our compiler and to ONNX Runti
 aarch64. One C++ program runs either of them, in one thread, under qemu's user mode; a plugin of
 qemu counts. An inference is the difference of 11 runs and 1 run, over 10.
 
+With ``--floats``: our artifacts of the float models alone, in float32 and in half precision, 2 runs
+less 1 run, since qemu computes halves in software.
+
 Usage: ``python benchmarks/arm.py [--target arm-dotprod:neoverse-n1] [--models resnet20,encoder]
-[--json FILE]``. Needs Debian's packages qemu-user (its static sibling loads no plugins), gcc and
-g++-aarch64-linux-gnu, and downloads the aarch64 wheels of TVM and ONNX Runtime once.
+[--floats] [--json FILE]``. Needs Debian's packages qemu-user (its static sibling loads no plugins),
+gcc and g++-aarch64-linux-gnu, and downloads the aarch64 wheels of TVM and ONNX Runtime once.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ import emulation  # noqa: E402 (beside the tests)
 
 SOURCES = Path(__file__).with_name("emulated")
 MODELS = ("resnet20", "mobilenetv2", "encoder")
+GEMM = "gemm 128x384x1536"
+FLOATS = ("fp32", "fp16")
 FORMS = ("int8", "uint8")
 FEW, MANY = 1, 11
 CALIBRATION = 32
@@ -87,6 +92,7 @@ class Counter:
         inputs: Mapping[str, Array],
         outputs: Mapping[str, Any],
         cpu: str = "neoverse-n1",
+        most: int = MANY,
     ) -> Count:
         """Count one inference.
 
@@ -95,6 +101,7 @@ class Counter:
             inputs: One batch.
             outputs: Dtype of each output.
             cpu: Emulated processor.
+            most: Runs of which one is taken off.
         """
         with tempfile.TemporaryDirectory(prefix="qcompiler-count-") as text:
             folder = Path(text)
@@ -106,8 +113,8 @@ class Counter:
             for i, name in enumerate(outputs):
                 arguments.append(f"{name}:{folder / f'out{i}'}")
             few = self._run(model, FEW, arguments, folder / "counts", cpu)
-            many = self._run(model, MANY, arguments, folder / "counts", cpu)
-            instructions, dots = ((b - a) / (MANY - FEW) for a, b in zip(few, many, strict=True))
+            many = self._run(model, most, arguments, folder / "counts", cpu)
+            instructions, dots = ((b - a) / (most - FEW) for a, b in zip(few, many, strict=True))
             found = {
                 name: np.frombuffer((folder / f"out{i}").read_bytes(), dtype)
                 for i, (name, dtype) in enumerate(outputs.items())
@@ -194,11 +201,17 @@ class Case:
 
 
 def case(name: str, folder: Path) -> Case:
-    """Return a model: "encoder" and others of models/builders.py, else one of the catalogue.
+    """Return a model: "gemm MxKxN", "encoder" and others of models/builders.py, or the catalogue's.
 
     Raises:
         emulation.MissingError: The model is not here.
     """
+    if name.startswith("gemm "):
+        path = folder / "gemm.onnx"
+        rng = np.random.default_rng(0)
+        m, k, n = map(int, name.removeprefix("gemm ").split("x"))
+        path.write_bytes(_gemm(m, k, n, rng))
+        return Case(name, path, {"x": rng.standard_normal((m, k)).astype(np.float32)})
     if name in builders.BUILDERS:
         path = folder / f"{name}.onnx"
         path.write_bytes(builders.BUILDERS[name]().SerializeToString())
@@ -214,6 +227,23 @@ def case(name: str, folder: Path) -> Case:
         raise emulation.MissingError(reason)
     found = catalogue.external(name, CALIBRATION, 1)
     return Case(name, found.path, found.calibration)
+
+
+def _gemm(m: int, k: int, n: int, rng: np.random.Generator) -> bytes:
+    """Return an ONNX model of one product with constant weights."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    w = (rng.standard_normal((k, n)) / np.sqrt(k)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "gemm",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [m, k])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [m, n])],
+        [numpy_helper.from_array(w, "w")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    found: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    return found
 
 
 def quantized(given: Case, form: str, folder: Path) -> Path:
@@ -283,6 +313,44 @@ def bench(name: str, target: str) -> dict[str, Any]:
     return found
 
 
+def bench_floats(name: str, target: str) -> dict[str, Any]:
+    """Count the float model in float32 and in half precision; returns the figures."""
+    found: dict[str, Any] = {"model": name, "target": target}
+    results: dict[str, Mapping[str, Array]] = {}
+    with tempfile.TemporaryDirectory(prefix="qcompiler-arm-") as text:
+        folder = Path(text)
+        given = case(name, folder)
+        inputs = {
+            i: array if name.startswith("gemm ") else array[:1]
+            for i, array in given.samples.items()
+        }
+        for precision in FLOATS:
+            compiled = qcompiler.compile(given.model, target=target, precision=precision)
+            artifact = folder / f"{precision}.qcm"
+            compiled.save(artifact)
+            outputs = {o: s.dtype.numpy for o, s in compiled.outputs.items()}
+            counted = counter().count(str(artifact), inputs, outputs, most=FEW + 1)
+            found[precision] = counted.instructions
+            results[precision] = counted.outputs
+    found["ratio"] = found["fp16"] / found["fp32"]
+    found["error"] = max(
+        float(np.linalg.norm(half.astype(np.float64) - whole) / np.linalg.norm(whole))
+        for half, whole in zip(results["fp16"].values(), results["fp32"].values(), strict=True)
+    )
+    return found
+
+
+def float_table(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table, in millions of instructions."""
+    heading = "| model | fp32 | fp16 | fp16 / fp32 | error of the outputs |"
+    lines = [
+        f"| {row['model']} | {row['fp32'] / 1e6:.2f} | {row['fp16'] / 1e6:.2f} | "
+        f"{row['ratio']:.2f} | {row['error']:.1e} |"
+        for row in rows
+    ]
+    return "\n".join([heading, "|---|---|---|---|---|", *lines])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table, in millions of instructions."""
     lines = [
@@ -305,16 +373,19 @@ def main() -> None:
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--target", default="arm-dotprod:neoverse-n1")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--models")
+    parser.add_argument("--floats", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    usual = (*MODELS, GEMM) if options.floats else MODELS
+    names = options.models.split(",") if options.models else usual
     try:
-        rows = [bench(name, options.target) for name in options.models.split(",")]
+        rows = [(bench_floats if options.floats else bench)(n, options.target) for n in names]
     except emulation.MissingError as error:
         raise SystemExit(str(error)) from None
     print(f"millions of instructions per inference, {options.target} on neoverse-n1\n")
-    print(table(rows))
-    for row in rows:
+    print(float_table(rows) if options.floats else table(rows))
+    for row in [] if options.floats else rows:
         print(f"{row['model']}: our most over their least: {row['ratio']:.2f}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -69,3 +69,22 @@ def test_at_most_four_fifths_of_the_instructions_of_onnx_runtime(name: str) -> N
     for form in benchmark.FORMS:
         assert figures[form]["correlation"] > 0.98
         assert figures[form]["onnxruntime_dots"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("gemm 24x256x192", 0.45),
+        pytest.param("mobilenetv2", 0.5, marks=pytest.mark.slow),
+        # Most of its float32 convolutions are Winograd's, with a third of the products.
+        pytest.param("resnet20", 0.9, marks=pytest.mark.slow),
+    ],
+)
+def test_half_precision_takes_fewer_instructions_than_float32(name: str, most: float) -> None:
+    _counter()
+    try:
+        figures = benchmark.bench_floats(name, TARGET)
+    except benchmark.emulation.MissingError as error:
+        pytest.skip(str(error))
+    assert figures["ratio"] <= most, benchmark.float_table([figures])
+    assert 0 < figures["error"] <= 0.02
