@@ -214,3 +214,29 @@ def test_small_models_keep_every_product_in_integers(name: str) -> None:
         samples = {k: z[k][:32] for k in z.files}
     found = quantize_model(folder / "model.onnx", calibration=samples)
     assert found.kept is None
+
+
+def test_a_locked_compilation_makes_the_same_mixture(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "target": "reference",
+        "calibration": {"x": frames(3.0)},
+        "input_shapes": {"x": (FRAMES, WIDTH)},
+    }
+    first = qcompiler.compile(network(), precision="w8a8", **given)
+    first.save(tmp_path / "net.qcm")
+    again = qcompiler.compile(network(), precision="w8a8", locked=tmp_path / "net.qcm", **given)
+    assert again.artifact.plan == first.artifact.plan
+    x = {"x": frames(3.0)}
+    np.testing.assert_array_equal(again(x)["e"], first(x)["e"])
+
+
+def test_a_range_of_sizes_has_the_mixture_of_the_samples() -> None:
+    made = qcompiler.compile(
+        network(cell=True),
+        calibration={"x": frames(3.0)},
+        input_shapes={"x": ((1, FRAMES), WIDTH)},
+    )
+    assert made.plan["nodes"]["front"]["precision"] == "fp32"
+    found = made({"x": frames(3.0)[:40]})["y"]
+    want = run(quantized(3.0, cell=True, precision="fp32").graph, {"x": frames(3.0)})["y"][:40]
+    assert float(10 * np.log10(np.mean(want**2) / np.mean((found - want) ** 2))) > 20
