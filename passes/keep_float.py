@@ -274,10 +274,11 @@ class _Sums:
         a = self._filled.real(value, exact, batch).astype(np.float64)
         b = self._filled.real(value, other, batch)
         signal, noise = self._powers.get(value, (0.0, 0.0))
-        self._powers[value] = (
-            signal + float((a**2).sum()),
-            noise + float(((b - a) ** 2).sum()),
-        )
+        with np.errstate(invalid="ignore", over="ignore"):  # what holds infinities does not count
+            self._powers[value] = (
+                signal + float((a**2).sum()),
+                noise + float(((b - a) ** 2).sum()),
+            )
 
     def worst(self) -> _Left:
         """Return what is left of the value that is worst."""

@@ -15,14 +15,17 @@ from onnx import TensorProto, helper, numpy_helper
 import qcompiler
 from qcompiler import fallback
 from qcompiler.auto import Choice
+from qcompiler.data import Batch
 from qcompiler.driver import Quantized, quantize_model
 from qcompiler.interpreter import run
+from qcompiler.ir import Graph
 from qcompiler.ops import Stage
-from qcompiler.passes.keep_float import AskedFor, KeepFloat, KeptFloat
+from qcompiler.passes.keep_float import AskedFor, KeepFloat, KeptFloat, _Left, _Sums
+from qcompiler.passes.sample_axes import Filled
 from qcompiler.passmanager import parse_pass
 from qcompiler.plan import Decision, PrecisionPlan
 from qcompiler.registry import get_target
-from qcompiler.types import Array, Precision
+from qcompiler.types import Array, DType, Precision, TensorType
 
 WIDTH, HIDDEN, FRAMES = 16, 8, 96
 
@@ -240,3 +243,12 @@ def test_a_range_of_sizes_has_the_mixture_of_the_samples() -> None:
     found = made({"x": frames(3.0)[:40]})["y"]
     want = run(quantized(3.0, cell=True, precision="fp32").graph, {"x": frames(3.0)})["y"][:40]
     assert float(10 * np.log10(np.mean(want**2) / np.mean((found - want) ** 2))) > 20
+
+
+def test_results_with_infinities_decide_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    graph, x = Graph("net"), np.float32([[np.inf, 1.0], [2.0, 3.0]])
+    v = graph.add_input("x", TensorType(x.shape, DType.FLOAT32))
+    sums = _Sums(Filled(graph), {v: 0.0})
+    sums.add(v, x, x + 1, Batch({"x": x}, 2, 2))
+    assert sums.worst() == _Left()
+    assert not recwarn.list
