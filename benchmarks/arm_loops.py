@@ -50,6 +50,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "h": 28, "w": 28, "c": 64, "co": 64, "kh": 3, "kw": 3, "pads": (1, 1, 1, 1),
         "a_dtype": "float32",
     },
+    "3x3, float16": {
+        "h": 28, "w": 28, "c": 64, "co": 64, "kh": 3, "kw": 3, "pads": (1, 1, 1, 1),
+        "a_dtype": "float16",
+    },
     "depthwise 3x3": {
         "h": 28, "w": 28, "c": 96, "co": 96, "kh": 3, "kw": 3, "pads": (1, 1, 1, 1), "groups": 96
     },
@@ -103,6 +107,8 @@ def hot_loop(shape: dict[str, Any], isa: Isa) -> list[str]:
     import tvm
 
     a_dtype = shape.get("a_dtype", "int8")
+    if a_dtype == "float16" and not isa.halves:
+        return []
     workload = ConvWorkload(n=1, epilogue=Epilogue(a_dtype), **{"a_dtype": a_dtype, **shape})
     rng = np.random.default_rng(0)
     weight = rng.integers(-127, 128, workload.weight_shape).astype(np.int8)
@@ -113,7 +119,7 @@ def hot_loop(shape: dict[str, Any], isa: Isa) -> list[str]:
         packed = depthwise.pack_depthwise(workload, isa, params, weight, values)
         function = depthwise.build_depthwise(workload, isa, params, packed, "kernel")
     else:
-        given = weight.astype(np.float32) if a_dtype == "float32" else weight
+        given = weight if a_dtype == "int8" else weight.astype(a_dtype)
         params = gemm.default_params(workload, isa)
         packed = gemm.pack_conv(workload, isa, params, given, values)
         function = gemm.build_conv(workload, isa, params, packed, "kernel")
@@ -157,7 +163,7 @@ def model(body: list[str], isa: Isa, mca: str) -> Loop:
 
 def _modelled(body: list[str], isa: Isa, mca: str) -> dict[str, Any]:
     command = [mca, f"-mtriple={isa.mtriple}", f"-mcpu={isa.mcpu}", "-json"]
-    command += ["-mattr=+dotprod,+i8mm", f"-iterations={ITERATIONS}"]
+    command += ["-mattr=+dotprod,+fullfp16,+i8mm", f"-iterations={ITERATIONS}"]
     done = subprocess.run(
         command, input="\n".join(body) + "\n", capture_output=True, text=True, check=False
     )
