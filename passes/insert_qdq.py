@@ -12,8 +12,9 @@ chain of elementwise functions that becomes one table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import networkx as nx
@@ -268,8 +269,16 @@ class _Insertion:
                 scheme="symmetric",
             )
         if kind is Kind.S8:
-            return choose_qparams(lo, hi, storage=DType.INT8, scheme="symmetric", bits=width)
-        return choose_qparams(lo, hi, storage=DType.UINT8, bits=width)
+            q = choose_qparams(lo, hi, storage=DType.INT8, scheme="symmetric", bits=width)
+        else:
+            q = choose_qparams(lo, hi, storage=DType.UINT8, bits=width)
+        return replace(q, spread=self._spread(values, q.s))
+
+    def _spread(self, values: Collection[Value], scale: float) -> float | None:
+        """The root mean square of calibrated values, of the widest one, in steps."""
+        found = [self.table.find(v.name) for v in values if not v.is_constant]
+        squares = [t.mean**2 + t.deviation**2 for t in found if t is not None and t.count]
+        return math.sqrt(max(squares)) / scale if squares else None
 
     def _range(self, v: Value, kind: Kind) -> tuple[float, float]:
         if v.is_constant:

@@ -9,11 +9,12 @@ types, table entries and constants change, never a real value.
 from __future__ import annotations
 
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 
 import numpy as np
 
 from qcompiler.ir import Graph, Value
-from qcompiler.types import Array, DType, QuantParams, TensorType
+from qcompiler.types import Array, DType, TensorType
 
 _SHIFT = 128
 
@@ -80,13 +81,12 @@ def shifted(t: TensorType, wanted: DType) -> TensorType:
     if q is None:
         return t
     by = _SHIFT if wanted is DType.UINT8 else -_SHIFT
-    moved = QuantParams(
-        q.scale,
-        np.asarray(q.zero_point, np.int32) + by,
-        wanted,
-        q.qmin + by,
-        q.qmax + by,
-        q.granularity,
+    moved = replace(
+        q,
+        zero_point=np.asarray(q.zero_point, np.int32) + by,
+        storage=wanted,
+        qmin=q.qmin + by,
+        qmax=q.qmax + by,
     )
     return TensorType(t.shape, wanted, moved)
 

@@ -35,6 +35,7 @@ def _granularity_json(g: Granularity) -> list[Any]:
 
 def qparams_json(q: QuantParams) -> dict[str, Any]:
     """Return quantization parameters as JSON; scales are exact (hexadecimal floats)."""
+    spread = {} if q.spread is None else {"spread": q.spread}
     return {
         "scale": [float(s).hex() for s in q.scale.reshape(-1)],
         "zero_point": q.zero_point.reshape(-1).tolist(),
@@ -43,6 +44,7 @@ def qparams_json(q: QuantParams) -> dict[str, Any]:
         "qmin": q.qmin,
         "qmax": q.qmax,
         "granularity": _granularity_json(q.granularity),
+        **spread,
     }
 
 
@@ -58,6 +60,7 @@ def qparams_from_json(d: dict[str, Any]) -> QuantParams:
         d["qmin"],
         d["qmax"],
         makers[kind](*rest),
+        d.get("spread"),
     )
 
 

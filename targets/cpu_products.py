@@ -97,6 +97,7 @@ def _epilogue(
         "a_zero_point": xq.z,
         "a_qmin": xq.qmin,
         "a_qmax": xq.qmax,
+        "a_spread": xq.spread,
     }
     if out.qparams is None:
         if residual is not None:

@@ -69,6 +69,7 @@ class Isa:
     "sum_u8" (absolute differences of u8 added by eights to int64), "dot_s8s8" (as "dot_u8s8"),
     "matmul_s8s8" (2 x 8 by 8 x 2 products added to 2 x 2 int32), "mul_s8" (s8 x s8 to int16),
     "mul_s16" (int16 x int16 to int32),
+    "sign_i8" (the first operand with the sign of the second),
     "pairs_i16" (neighbouring int16 added to int32), "gather_f32" (float32 at int32 indices),
     "table_4" and "table_4_else" (16 indices into 64 bytes; others give 0, or keep a byte)."""
     tiles: TileKind = "none"
@@ -126,6 +127,7 @@ _AVX2: dict[IntrinsicKey, str] = {
     ("pack_i16", 256): "llvm.x86.avx2.packssdw",
     ("pack_u8", 256): "llvm.x86.avx2.packuswb",
     ("pack_i8", 256): "llvm.x86.avx2.packsswb",
+    ("sign_i8", 256): "llvm.x86.avx2.psign.b",
 }
 # AVX-VNNI (VEX) and AVX512-VNNI (EVEX) share the LLVM intrinsic; the features choose the encoding.
 _AVXVNNI: dict[IntrinsicKey, str] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ def _concat_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
 def _united(a: QuantParams, b: QuantParams) -> QuantParams:
     """Return the common grid with the union of both clamp ranges."""
     lo, hi = min(a.qmin, b.qmin), max(a.qmax, b.qmax)
-    return QuantParams(a.scale, a.zero_point, a.storage, lo, hi, a.granularity)
+    spread = None if a.spread is None or b.spread is None else max(a.spread, b.spread)
+    return replace(a, qmin=lo, qmax=hi, spread=spread)
 
 
 def _concat(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:

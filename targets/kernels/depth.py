@@ -16,13 +16,22 @@ Source: shared design notes, "Below the multiply floor on x86", points 1 and 2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EXACT", "SECTION_TIME", "TileOrder", "chain_depth", "group_time", "plan_depths"]
+__all__ = [
+    "EXACT",
+    "SECTION_TIME",
+    "TileOrder",
+    "chain_depth",
+    "group_time",
+    "mean_time",
+    "plan_depths",
+]
 
 Array = npt.NDArray[Any]
 
@@ -112,6 +121,13 @@ def plan_depths(packed: Array, a_max: int) -> int | list[TileOrder]:
     if best and plain[best] <= listed:
         return best
     return orders
+
+
+def mean_time(orders: int | list[TileOrder], packed: Array) -> float:
+    """Estimated time of a K-group of weights [T, Q, V, L, G], relative to depth 1."""
+    if isinstance(orders, int):
+        return group_time(orders)
+    return sum(order.cost for order in orders) / math.prod(packed.shape[:2])
 
 
 def chain_depth(packed: Array, largest: int) -> int:

@@ -36,13 +36,14 @@ from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.fetch import Ahead, ahead_of
 from qcompiler.targets.kernels.grouped import grouped_loops
-from qcompiler.targets.kernels.guarded import (
-    classify,
-    guarded_loops,
-    ways_of_block,
-    ways_of_tile,
-)
 from qcompiler.targets.kernels.halves import half_loops
+from qcompiler.targets.kernels.near import (
+    far_size_of_block,
+    far_size_of_tile,
+    far_sums,
+    near_whole,
+    with_near,
+)
 from qcompiler.targets.kernels.neon import (
     by_element_loops,
     rows_of_tile,
@@ -64,7 +65,6 @@ from qcompiler.targets.kernels.tir import (
     scratch,
     serial,
     splat,
-    when,
 )
 from qcompiler.targets.kernels.unpack import (
     group_terms,
@@ -97,10 +97,10 @@ class Source:
     """The activations in int16, for K-groups multiplied by int16 pairs (`Facts.wide`)."""
     wide_from: Expr = 0
     """Element of `buffer` that `wide` begins with."""
-    ways: Buffer | None = None
-    """The ways that register tiles take (see `guarded`), from tile row `first_row_tile` on."""
-    ways_from: Expr = 0
-    """Element of `ways` that they begin with."""
+    far: Buffer | None = None
+    """What `buffer` leaves of the activations, in lists (see `near_plan`)."""
+    far_from: Expr = 0
+    """Element of `far` where those of tile row `first_row_tile` begin."""
     first_row_tile: Expr = 0
 
 
@@ -134,14 +134,14 @@ class MacroKernel:
     def emit(self) -> None:
         """The loop over tasks."""
         g, plan = self.geometry, self.plan
-        bands, wide, ways = None, None, None
+        bands, wide, near = None, None, None
         if plan.col_blocks > 1:  # tasks of several column blocks share a band
             if not g.direct:
                 bands = self._copy_bands()
             if self.facts.wide:
                 wide = self._widened_whole(self.a if bands is None else bands)
-            if self.facts.dot == "guarded":
-                ways = self._ways_of_all()
+            if self.facts.far != "none":
+                near = near_whole(self, bands)
         with self.task_loop(g.macs) as task:
             block = bind(task % plan.col_blocks)
             outer = bind(task // plan.col_blocks)
@@ -151,17 +151,18 @@ class MacroKernel:
             begin = bind(block * plan.col_block)
             end = bind(minimum(begin + plan.col_block, plan.tiles))
             if bands is None:
-                source = self._source(image, first)
+                source = self.source_of_block(image, first)
                 if self.facts.wide:
                     source = self._with_wide(source, first, wide)
             else:
-                pitch = g.band_width * g.c
-                start = outer * self._band_size - self.first_row_of(first) * (g.sh * pitch)
-                source = Source(bands, bind(start), pitch, image, wide=wide)
-            if self.facts.dot == "guarded":
-                mine = classify(self, source, (first, last)) if ways is None else ways
-                start = 0 if ways is None else bind(outer * ways_of_block(self))
-                source = replace(source, ways=mine, ways_from=start, first_row_tile=first)
+                source = replace(self.source_in_band(bands, image, outer, first), wide=wide)
+            if near is not None:
+                begin_far = bind(outer * far_size_of_block(self))
+                source = replace(
+                    source, buffer=near[0], far=near[1], far_from=begin_far, first_row_tile=first
+                )
+            elif self.facts.far != "none":
+                source = with_near(self, source, (first, last))
             self.emit_task(source, (first, last), (begin, end))
 
     def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
@@ -199,6 +200,10 @@ class MacroKernel:
     def step(self, acc: Accumulators) -> Step:
         """The step of a kernel with one kind of K-groups."""
         return Step(self.isa, self.facts.dot, self.constants["weight"], acc, self.facts.storage)
+
+    def narrow_step(self, acc: Accumulators) -> Step:
+        """The step that multiplies one K-group of 8-bit weights by `vpmaddubsw`."""
+        return Step(self.isa, "maddubs", self.constants["weight"], acc)
 
     @contextmanager
     def _each_group(self, step: Step, tile: Expr) -> Iterator[tuple[Step, Expr]]:
@@ -242,16 +247,16 @@ class MacroKernel:
             for col_from, col_count, cols in plan.cols.kinds:
                 with serial(col_count) as col_tile:
                     col = bind(col_from * plan.cols.size + col_tile * cols)
-                    way = None
-                    if source.ways is not None:
+                    far = None
+                    if source.far is not None:
                         before = (row_tile - source.first_row_tile) * plan.cols.tiles
-                        before = (before + col_from + col_tile) * ways_of_tile(self.geometry)
-                        way = bind(source.ways_from + before)
+                        before = (before + col_from + col_tile) * far_size_of_tile(self)
+                        far = bind(source.far_from + before)
                     if tiles[1] is None:
-                        self._tile(source, (row, col), (size, cols), tiles[0], way)
+                        self._tile(source, (row, col), (size, cols), tiles[0], far)
                         continue
                     with serial(*tiles) as tile:
-                        self._tile(source, (row, col), (size, cols), tile, way)
+                        self._tile(source, (row, col), (size, cols), tile, far)
 
     def first_row_of(self, row_tile: Expr) -> Expr:
         """First output row of a tile row."""
@@ -260,7 +265,8 @@ class MacroKernel:
             return row_tile * rows.size
         return row_tile * (rows.size - 1) + minimum(row_tile, rows.big)
 
-    def _source(self, image: Expr, first: Expr) -> Source:
+    def source_of_block(self, image: Expr, first: Expr) -> Source:
+        """Where a block of tile rows from `first` on reads: in place, or a band copied for it."""
         g = self.geometry
         if g.direct:
             return Source(self.a, bind(image * (g.h * g.w * g.c)), g.w * g.c, image)
@@ -271,14 +277,20 @@ class MacroKernel:
             self._copy_row(image, first_row, row, band, bind(row * pitch))
         return Source(band, bind(0 - first_row * (g.sh * pitch)), pitch, image)
 
+    def source_in_band(self, bands: Buffer, image: Expr, block: Expr, first: Expr) -> Source:
+        """The source of a block of tile rows from `first` on, whose band is among `bands`."""
+        pitch = self.geometry.band_width * self.geometry.c
+        start = block * self.band_size - self.first_row_of(first) * (self.geometry.sh * pitch)
+        return Source(bands, bind(start), pitch, image)
+
     def _with_wide(self, source: Source, first: Expr, whole: Buffer | None) -> Source:
         """The source of a task with its activations in int16 as well."""
         g = self.geometry
         if whole is not None:
             return replace(source, wide=whole)
         if not g.direct:
-            area = scratch(self._band_size + CHUNK, "int16")
-            widen_elements(area, 0, source.buffer, 0, self._band_size)
+            area = scratch(self.band_size + CHUNK, "int16")
+            widen_elements(area, 0, source.buffer, 0, self.band_size)
             return replace(source, wide=area)
         pitch = g.w * g.c
         row = bind(self.first_row_of(first) * g.sh)
@@ -289,25 +301,13 @@ class MacroKernel:
             widen_elements(area, near * pitch, source.buffer, begin + near * pitch, pitch)
         return replace(source, wide=area, wide_from=begin)
 
-    def _ways_of_all(self) -> Buffer:
-        """The ways of all blocks of tile rows, one after the other."""
-        g, plan = self.geometry, self.plan
-        count, size = g.batch * plan.row_blocks, ways_of_block(self)
-        ways = scratch(count * size, "int32")
-        with self.task_loop(g.macs, count) as index:
-            first = bind(index % plan.row_blocks * plan.row_block)
-            last = bind(minimum(first + plan.row_block, plan.rows.tiles))
-            source = self._source(bind(index // plan.row_blocks), first)
-            classify(self, source, (first, last), (ways, bind(index * size)))
-        return ways
-
     def _widened_whole(self, narrow: Buffer) -> Buffer:
         """All activations in int16."""
         g = self.geometry
         if g.direct:
             pieces, size = g.batch * g.h, g.w * g.c
         else:
-            pieces, size = g.batch * self.plan.row_blocks, self._band_size
+            pieces, size = g.batch * self.plan.row_blocks, self.band_size
         area = scratch(pieces * size + CHUNK, "int16")
         with self.task_loop(g.macs, pieces) as piece:
             start = bind(piece * size)
@@ -315,7 +315,7 @@ class MacroKernel:
         return area
 
     @property
-    def _band_size(self) -> int:
+    def band_size(self) -> int:
         """Elements of a padded band of input rows."""
         g = self.geometry
         return g.band_rows(self.plan.band) * g.band_width * g.c
@@ -323,7 +323,7 @@ class MacroKernel:
     def _work_area(self, bands: int) -> Buffer:
         g = self.geometry
         dtype = g.a_dtype if g.a_dtype in FLOATS else g.dot_dtype
-        return scratch(bands * self._band_size + CHUNK, dtype)
+        return scratch(bands * self.band_size + CHUNK, dtype)
 
     def _copy_bands(self) -> Buffer:
         """Copy the bands of all tasks, one after the other."""
@@ -354,25 +354,20 @@ class MacroKernel:
         at: tuple[Expr, Expr],
         extent: tuple[int, int],
         tile: Expr,
-        way: Expr = None,
+        far: Expr = None,
     ) -> None:
-        """One register tile: `extent` pixels from pixel `at`, the vectors of one column tile."""
+        """One register tile: `extent` pixels from pixel `at`, the vectors of one column tile.
+
+        The list of what is far in them begins at element `far`.
+        """
         g, plan = self.geometry, self.plan
         row, col = at
         a_index = source.origin + row * (g.sh * source.pitch) + col * (g.sw * g.c)
         if g.groups > 1:
             a_index = a_index + tile // plan.group_tiles * g.cg
         a_index = bind(a_index)
-        if way is None:
-            with own_function(f"{self.name}_tile"):
-                self._tile_body(source, a_index, at, extent, tile)
-            return
-        deep = bind(load(source.ways, way, 1))
-        facts = replace(self.facts, dot="maddubs", depths=(2,))
-        with when(deep == 2), own_function(f"{self.name}_tile"):
-            replace(self, facts=facts)._tile_body(source, a_index, at, extent, tile)
-        with when(deep != 2), own_function(f"{self.name}_tile"):
-            self._tile_body(source, a_index, at, extent, tile, way)
+        with own_function(f"{self.name}_tile"):
+            self._tile_body(source, a_index, at, extent, tile, far)
 
     def _tile_body(
         self,
@@ -381,13 +376,13 @@ class MacroKernel:
         at: tuple[Expr, Expr],
         extent: tuple[int, int],
         tile: Expr,
-        way: Expr = None,
+        far: Expr = None,
     ) -> None:
         g, plan = self.geometry, self.plan
         lanes, nv = plan.lanes, plan.nv
         row, col = at
         pixels = [(r, c) for r in range(extent[0]) for c in range(extent[1])]
-        a_steps = [r * g.sh * source.pitch + c * g.sw * g.c for r, c in pixels]
+        a_steps = self.pixel_steps(source, extent)
 
         dtype = {"float": "float32", "half": "float16"}.get(self.facts.dot, "int32")
         narrow = max(self.facts.depths) > 1
@@ -414,9 +409,9 @@ class MacroKernel:
         starts, valid = self.columns(tile)
         base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
         lane = bind(tile * plan.nt)
-        if way is not None:
-            guarded_loops(self, source, a_index, a_steps, weight_tile, acc, way)
-        elif totals is acc:
+        if source.far is not None:
+            far_sums(self, (source.far, far), len(pixels), weight_tile, acc)
+        if totals is acc:
             outputs = [base + start for start in starts] if valid == lanes else []
             ahead = ahead_of(self, source, a_index, at, len(pixels), weight_tile, outputs)
             self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)
@@ -429,6 +424,12 @@ class MacroKernel:
             step = (r * g.ow + c) * channels
             values = [totals.get(m, v) for v in range(nv)]
             self.writer.store_row(values, lane, [base + start + step for start in starts], valid)
+
+    def pixel_steps(self, source: Source, extent: tuple[int, int]) -> list[int]:
+        """Offset of the activations of each pixel of a register tile from the first's."""
+        g = self.geometry
+        pixels = [(r, c) for r in range(extent[0]) for c in range(extent[1])]
+        return [r * g.sh * source.pitch + c * g.sw * g.c for r, c in pixels]
 
     def columns(self, tile: Expr) -> tuple[list[Expr], int]:
         """Output channel of the vectors of a tile (see `plan.column_index`), and valid lanes.
@@ -520,7 +521,7 @@ class MacroKernel:
                 step = Step(self.isa, "exact", self.constants["weight_exact"], acc)
                 group = load(spans, span + len(depths) + 1, 1)
             else:
-                step = Step(self.isa, "maddubs", self.constants["weight"], acc)
+                step = self.narrow_step(acc)
             size = max(depth, 1)
             count = bind(load(spans, span + section, 1))
             first = bind(group * step.weight_elements)

@@ -16,7 +16,8 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   `[groups, 2, V, L, 2]`; `offsets` int32 `[T, Q]` of the activations in that order; `spans` int32
   `[T, sections + 2]` (blocks of each section, index of the tile's first K-group in the int8 and
   in the int16 weights);
-* guarded: int8 `[T, Q, V, L, G]`, and `guard` int8 `[K]` (see `guarded`);
+  where activations are split (see `near_plan`), `places` int32 `[T, Q]` of the K-groups in that
+  order, `compress` (`near_plan.compress_table`) and, by blocks, `rows` int8 `[K]`;
 * winograd: int16 `[blocks, positions, C / 2, V, L, 2]`, or int8 where the kernel transforms them
   (see `winograd_plan.Transformed`), and the bias times the power of two by which the kernel shifts
   the sums right;
@@ -42,10 +43,17 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels import guarded
 from qcompiler.targets.kernels.amx_plan import tile_nibbles, tiles_constants
 from qcompiler.targets.kernels.depth import EXACT, group_time
 from qcompiler.targets.kernels.halves import column_powers, needs_halves
+from qcompiler.targets.kernels.near_plan import (
+    Sides,
+    Split,
+    Stored,
+    compress_table,
+    largest_rows,
+    may_split,
+)
 from qcompiler.targets.kernels.params import plain_weights
 from qcompiler.targets.kernels.plan import (
     Dot,
@@ -94,10 +102,19 @@ __all__ = ["SCALARS", "Facts", "Packed", "operand_shift", "pack_conv", "pack_mat
 
 Array = npt.NDArray[Any]
 
-SCALARS = ("fill", "zero_point", "low", "high", "residual_multiplier", "residual_zero_point")
+SCALARS = (
+    "fill",
+    "zero_point",
+    "low",
+    "high",
+    "residual_multiplier",
+    "residual_zero_point",
+    "base",
+    "size",
+)
 """Meaning of the scalars, float32: the stored value of a padded activation; the output's zero
 point; the clamp of the requantized value before the zero point is added (or of a float32 output);
-the residual's multiplier and zero point."""
+the residual's multiplier and zero point; first and size of the window of near activations."""
 
 _SMALL = 0.95
 """Factor on the time of a kernel whose weights are 4 bits wide: Winograd holds 8 to 64 bits for
@@ -133,6 +150,8 @@ class Facts:
     """Dot "winograd": the outputs that are computed together."""
     wide: bool = False
     """Whether K-groups multiplied by int16 pairs read activations that were widened beforehand."""
+    far: Sides = "none"
+    """How activations are split (see `near_plan`)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -319,7 +338,6 @@ def _pack(
     count = geometry.groups * geometry.n
     flat = weight.reshape(count, -1).astype(np.int64)
     bias = _bias(values, count)
-    corrected = (bias - a_zero_point * flat.sum(1)).astype(np.uint64).astype(np.uint32)
     multiplier = _multiplier(values, count)
     spread = max(abs(a_max - a_zero_point), abs(a_min - a_zero_point))
     reach = np.abs(flat).sum(1) * spread + np.abs(bias)
@@ -327,9 +345,9 @@ def _pack(
     dot: Dot = "winograd"
     depths: tuple[int, ...] = (1,)
     storage: Storage = "plain"
+    split: Split | None = None
     if transformed is not None:
         arrays["weight"] = transformed.weight
-        corrected = corrected << np.uint32(transformed.shift)
     elif params.algorithm == "tiles":
         dot = "tiles"
         arrays |= tiles_constants(geometry, params, weight.reshape(count, -1), columns)
@@ -338,9 +356,11 @@ def _pack(
             arrays["weight"] = tile_nibbles(arrays["weight"])
     else:
         tiles = _tiles(geometry, plan, weight, columns)
-        asks = not epilogue.group and guarded.applies(isa, geometry, weight)
-        guard = guarded.guard_row(weight) if asks else None
-        dot, depths = pack_weights(geometry, isa, tiles, (a_zero_point, largest), arrays, guard)
+        splits = None
+        if not epilogue.group and may_split(isa, geometry, weight, largest):
+            splits = largest_rows(weight), params.mt
+        stored = Stored(a_zero_point, largest, values.a_spread)
+        dot, depths, split = pack_weights(geometry, isa, tiles, stored, arrays, splits)
         if dot != "mixed" and fits_int4(weight):
             storage = "int4"
             groups = tiles.transpose(0, 3, 1, 2, 4)
@@ -354,15 +374,26 @@ def _pack(
         group = epilogue.group // isa.k_group
         scales = _tiles(geometry, plan, values.group_multiplier, columns)
         arrays |= _group_terms(tiles, scales, group, a_zero_point)
+    if split is not None:
+        arrays["compress"] = compress_table()
+        if split.sides == "blocks":
+            arrays["rows"] = largest_rows(weight)
     if dot not in ("mixed", "winograd", "tiles") and geometry.k_rows * geometry.k_cols > 1:
         arrays["offsets"] = k_offsets(geometry).astype(np.int32)
     if group:
         addend = np.zeros(count, np.float32) if values.addend is None else values.addend
         arrays["bias"] = _per_column(addend, geometry, columns)
     else:
+        base = 0 if split is None else split.base
+        corrected = bias - (a_zero_point - base) * flat.sum(1)
+        corrected = corrected.astype(np.uint64).astype(np.uint32)
+        if transformed is not None:
+            corrected = corrected << np.uint32(transformed.shift)
         arrays["bias"] = _per_column(corrected.view(np.int32), geometry, columns)
     scalars, saturating = _requantization(epilogue, values, reach, multiplier)
     scalars[0] = a_zero_point
+    if split is not None:
+        scalars[6:8] = split.base, split.size
     clip = _clip(values, scalars) if epilogue.row_scale is not None else False
     if group:
         saturating = False  # the sums are not bounded here
@@ -382,6 +413,7 @@ def _pack(
         group=group,
         patch=(1, 1) if transformed is None else transformed.patch,
         wide=isa.dot == "maddubs" and _uses_pairs(dot, depths) and is_wide(plan.tiles),
+        far="none" if split is None else split.sides,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
 

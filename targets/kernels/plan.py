@@ -44,7 +44,6 @@ Dot = Literal[
     "maddubs",
     "exact",
     "mixed",
-    "guarded",
     "winograd",
     "smlal",
     "sdot",
@@ -52,10 +51,8 @@ Dot = Literal[
     "tiles",
 ]
 """How a kernel multiplies: "half" in float16, added up in float32 (`halves`), "maddubs" for tiles
-proved not to saturate, "exact" by int16 pairs,
-"mixed" by a list of K-groups of either kind for each tile, "guarded" as the activations allow,
-"smlal", "sdot" and "smmla" by those
-instructions, "winograd" by transformed operands,
+proved not to saturate, "exact" by int16 pairs, "mixed" by a list of K-groups of either kind for
+each tile, "smlal", "sdot" and "smmla" by those instructions, "winograd" by transformed operands,
 "tiles" by AMX."""
 
 Storage = Literal["plain", "int4", "half", "group8", "group4"]

@@ -55,6 +55,7 @@ __all__ = [
     "own_function",
     "parallel",
     "prefetch",
+    "ramp",
     "registers",
     "reinterpret",
     "requantized",
@@ -227,6 +228,11 @@ def splat(value: float | Expr, dtype: str, lanes: int) -> Expr:
     """`lanes` copies of a number or of a scalar expression of `dtype`."""
     scalar = tirx.const(value, dtype) if isinstance(value, (int, float)) else value
     return scalar if lanes == 1 else T.broadcast(scalar, lanes)
+
+
+def ramp(first: Expr, lanes: int) -> Expr:
+    """The int32 numbers `first`, `first + 1` and so on."""
+    return T.ramp(first, 1, lanes)
 
 
 def load(buffer: Buffer, index: Expr, lanes: int) -> Expr:

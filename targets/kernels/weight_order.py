@@ -7,22 +7,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels import guarded
 from qcompiler.targets.kernels.depth import (
     EXACT,
-    SECTION_TIME,
     TileOrder,
     chain_depth,
-    group_time,
+    mean_time,
     plan_depths,
 )
+from qcompiler.targets.kernels.near_plan import Split, Stored, best_split
 from qcompiler.targets.kernels.plan import Dot, Geometry
 
 __all__ = ["is_wide", "k_offsets", "pack_weights"]
@@ -37,53 +35,60 @@ def pack_weights(
     geometry: Geometry,
     isa: Isa,
     tiles: Array,
-    stored: tuple[int, int],
+    stored: Stored,
     arrays: dict[str, Array],
-    guard: Array | None = None,
-) -> tuple[Dot, tuple[int, ...]]:
+    splits: tuple[Array, int] | None = None,
+) -> tuple[Dot, tuple[int, ...], Split | None]:
     """Put the weights of `[T, V, L, Q, G]` tiles in `arrays`.
 
     Args:
         geometry: The product.
         isa: The instruction set's row.
         tiles: The weights.
-        stored: Zero point and largest of the stored activations.
+        stored: What is known of the stored activations.
         arrays: Where the packed weights go.
-        guard: `guarded.guard_row`, where that kernel applies.
+        splits: Where activations may be split: `near_plan.largest_rows` of the weights, and the
+            pixels of a register tile.
 
     Returns:
-        How they will be multiplied, and to which depths.
+        How they will be multiplied, to which depths, and how activations are split.
     """
     groups = tiles.transpose(0, 3, 1, 2, 4)  # [T, Q, V, L, G]
     if isa.dot in ("vpdpbusd", "sdot", "smmla"):
         arrays["weight"] = np.ascontiguousarray(groups)
-        return isa.dot, (1,)
+        return isa.dot, (1,), None
     if isa.dot == "none":
         arrays["weight"] = _even_odd(groups)
-        return "exact", (1,)
+        return "exact", (1,), None
     if isa.dot == "smlal":
         arrays["weight"] = _halves(groups)
-        depth = chain_depth(groups, stored[1])
-        return ("smlal", (depth,)) if depth else ("exact", (1,))
-    orders = plan_depths(groups, stored[1])
-    if guard is not None:
-        if isinstance(orders, int):
-            time = group_time(orders)
-        else:
-            time = sum(order.cost for order in orders) / math.prod(groups.shape[:2])
-        if guarded.expected_time(guard, *stored) + SECTION_TIME / groups.shape[1] < time:
-            arrays["weight"] = np.ascontiguousarray(groups)
-            arrays["guard"] = guard
-            return "guarded", guarded.DEPTHS
+        depth = chain_depth(groups, stored.largest)
+        return ("smlal", (depth,), None) if depth else ("exact", (1,), None)
+    orders = plan_depths(groups, stored.largest)
+    split = None
+    if splits is not None:
+        time = mean_time(orders, groups)
+        found = best_split(groups, geometry, splits[0], stored, splits[1], time)
+        if found is not None:
+            orders, split = found
     if isinstance(orders, int):
         arrays["weight"] = np.ascontiguousarray(groups)
-        return "maddubs", (orders,)
+        return "maddubs", (orders,), split
     depths = sorted({depth for order in orders for depth in order.blocks}, reverse=True)
     if depths == [EXACT]:
         arrays["weight"] = _int16_pairs(groups, is_wide(len(groups)))
-        return "exact", (1,)
+        return "exact", (1,), None
     _pack_lists(geometry, groups, orders, depths, arrays)
-    return "mixed", tuple(depths)
+    if split is not None:  # no K-group is left to the exact section
+        arrays["places"] = np.argsort(_flat(orders, depths), axis=1).astype(np.int32)
+    return "mixed", tuple(depths), split
+
+
+def _flat(orders: list[TileOrder], depths: list[int]) -> Array:
+    """The K-groups of each tile in its order, [T, Q]."""
+    none = np.empty((0, 1), np.int64)
+    lists = [[order.blocks.get(depth, none).reshape(-1) for depth in depths] for order in orders]
+    return np.stack([np.concatenate(sections) for sections in lists])
 
 
 def _pack_lists(
@@ -99,7 +104,7 @@ def _pack_lists(
     """
     none = np.empty((0, 1), np.int64)
     lists = [[order.blocks.get(depth, none) for depth in depths] for order in orders]
-    flat = [np.concatenate([section.reshape(-1) for section in sections]) for sections in lists]
+    flat = _flat(orders, depths)
     exact = [order.blocks.get(EXACT, none).size for order in orders]
     safe = [len(order) - count for order, count in zip(flat, exact, strict=True)]
     every = range(len(orders))
@@ -107,7 +112,7 @@ def _pack_lists(
     if EXACT in depths:
         unsafe = np.concatenate([groups[t, flat[t][safe[t] :]] for t in every])
         arrays["weight_exact"] = _int16_pairs(unsafe, is_wide(len(groups)))
-    arrays["offsets"] = k_offsets(geometry)[np.stack(flat)].astype(np.int32)
+    arrays["offsets"] = k_offsets(geometry)[flat].astype(np.int32)
     counts = np.asarray([[len(section) for section in sections] for sections in lists])
     first = np.stack([np.cumsum(safe) - safe, np.cumsum(exact) - exact], axis=1)
     arrays["spans"] = np.concatenate([counts, first], axis=1).astype(np.int32)

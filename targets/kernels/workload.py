@@ -272,6 +272,8 @@ class GemmValues:
     a_qmax: int | None = None
     """Tightest known range of the stored activations; None means the dtype's.  A smaller maximum
     lets more weights through the proof of no saturation."""
+    a_spread: float | None = None
+    """Root mean square of their distance from the zero point, where it is known."""
     b_zero_point: int = 0
     """Zero point of an activation B; constant weights have none."""
     zero_point: int = 0

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -403,3 +405,21 @@ def test_missing_range_names_the_tensor():
     with pytest.raises(CalibrationError, match=r"no range for x, relu_0\.out,") as caught:
         insert(net.g, CalibrationTable({}, digest(net.g)))
     assert caught.value.value == "x"
+
+
+def test_what_is_quantized_says_how_far_it_spreads() -> None:
+    """The root mean square in steps, for the kernels' choice; no part of what the grid is."""
+    net = small_cnn()
+    table = observed(net.g, net.sample())
+    name = next(n for n in net.g.nodes if n.op.name == "relu").output.name
+    seen = replace(table.tensors[name], mean=3.0, deviation=4.0, count=100)
+    table = replace(table, tensors={**table.tensors, name: seen})
+    graph, _ = insert(net.g, table)
+    (q,) = (v.qparams for v in graph.values() if v.name == f"{name}_q")
+    assert q is not None
+    assert q.spread == pytest.approx(5.0 / q.s)
+    assert q == replace(q, spread=None)
+    assert hash(q) == hash(replace(q, spread=None))
+    others = [v.qparams for v in graph.values() if v.name != f"{name}_q" and v.qparams is not None]
+    assert others
+    assert all(o.spread is None for o in others)  # nothing was counted there

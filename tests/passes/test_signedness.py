@@ -14,6 +14,7 @@ from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage
 from qcompiler.passes.signed_activations import SignedActivations
+from qcompiler.passes.signedness import shifted
 from qcompiler.passes.unsigned_activations import UnsignedActivations
 from qcompiler.passmanager import Pass, PassContext, PassManager
 from qcompiler.types import DType, QuantParams, TensorType
@@ -81,3 +82,10 @@ def test_inputs_results_constants_and_tables(dtype: DType, wanted: str) -> None:
     assert [v.type for v in after_graph.output_values] == types
     assert [v.dtype for v in after_graph.inputs] == [dtype]
     assert {v.dtype.value for v in activations(after_graph)} <= {wanted}
+
+
+def test_a_moved_grid_keeps_its_spread() -> None:
+    q = QuantParams(np.float32(0.5), np.int32(3), DType.INT8, -128, 127, spread=20.0)
+    moved = shifted(TensorType((2, 3), DType.INT8, q), DType.UINT8).qparams
+    assert moved is not None
+    assert (moved.z, moved.qmin, moved.qmax, moved.spread) == (131, 0, 255, 20.0)
