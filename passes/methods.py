@@ -80,5 +80,5 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
         if not isinstance(plan, PrecisionPlan):
             plan = PrecisionPlan.load(os.fspath(plan))
         wanted = [d.precision for d in plan.nodes.values()]
-    # Weights in groups: the methods that round have no scale per group, and leave them alone.
-    return DEFAULT_NARROW if Precision.W4A8 in wanted else ""
+    narrow = {Precision.W4A8, Precision.W4A8_GROUP}
+    return DEFAULT_NARROW if narrow.intersection(wanted) else ""

@@ -373,9 +373,9 @@ def test_methods_by_text() -> None:
 def test_methods_of_a_precision(net: Graph, tmp_path: Path) -> None:
     plan = uniform(net, "w4a8")
     plan.save(tmp_path / "plan.json")
-    for narrow in ("w4a8", plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
+    for narrow in ("w4a8", "w4a8-group", plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
         assert default_methods(narrow) == "equalize,gptq"
-    for wide in ("w8a8", "fp32", "auto", "w4", "w4a8-group", uniform(net)):
+    for wide in ("w8a8", "fp32", "auto", "w4", uniform(net)):
         assert default_methods(wide) == ""
     assert parse_methods(default_methods("w4a8")) == (Equalize(), Gptq())
     assert parse_methods("none") == ()
