@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from qcompiler.ir import Graph
+from qcompiler.targets.choice import Tunable
 from qcompiler.targets.cpu_lowering import CpuLowering
 from qcompiler.targets.halves import HalfRules, with_halves
 from qcompiler.targets.isa import Isa
@@ -21,6 +24,14 @@ _TIED = frozenset({
 })  # fmt: skip
 
 
+def _unpacked(tunable: Tunable) -> tuple[Any, Any]:
+    """Choose nothing: whether there is a kernel does not depend on it, and packing takes time."""
+    from qcompiler.targets.kernels.packing import Facts, Packed
+
+    del tunable
+    return None, Packed((), (), Facts("half", saturating=False, zero_point=False, clip=False))
+
+
 def for_row(graph: Graph, isa: Isa) -> Graph:
     """Return the graph as a row computes it: itself, or a copy with halves where the row has them.
 
@@ -29,6 +40,6 @@ def for_row(graph: Graph, isa: Isa) -> Graph:
     """
     if not isa.halves:
         return graph
-    lowering = CpuLowering(isa)
+    lowering = CpuLowering(isa, _unpacked)
     rules = HalfRules(_EITHER, _TIED, can=lambda node: bool(lowering.supports(node)))
     return with_halves(graph, rules)

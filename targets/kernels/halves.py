@@ -51,8 +51,8 @@ _WIDE = 8
 """Members of K of a pixel that are loaded together, for multiplication by element."""
 _MARGIN = 0.96
 """What the weights of a block may add up to, divided: rounding makes sums 3.2 % larger at most."""
-_POWERS = (-24, 24)
-"""Exponents of a column's power of two: beyond these, float16 holds no such weights."""
+_POWERS = (-24, 64)
+"""Exponents of a column's power of two: no float16 is below the first but 0."""
 
 
 def needs_halves(isa: Isa, what: str) -> None:

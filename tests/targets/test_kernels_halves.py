@@ -570,3 +570,11 @@ def test_bundled_models_in_half_precision(isa: Isa, name: str) -> None:
                 size = np.abs(want).max()
                 np.testing.assert_allclose(found, want, rtol=0, atol=4e-3 * size)
                 assert found.argmax() == want.argmax()
+
+
+def test_many_taps_of_the_largest_weights_do_not_overflow_either() -> None:
+    powers = powers_of(np.asarray([961 * LARGEST, 2.0**-24, 0.0]))
+    assert powers[0] == 2.0**26
+    assert 961 * LARGEST / powers[0] <= 0.96
+    assert powers[1] == 2.0**-23
+    assert powers[2] == 1
