@@ -233,7 +233,7 @@ def test_rejections():
     full = ConvWorkload(1, 5, 5, 16, 16, 3, 3, Epilogue("uint8"))
     with pytest.raises(CodegenError, match="depthwise: expected groups == channels and 8-bit"):
         build_depthwise(full, isa, params, packed)
-    with pytest.raises(CodegenError, match="depthwise: expected groups == channels and float32"):
+    with pytest.raises(CodegenError, match="depthwise: expected groups == channels and floats"):
         build_float_depthwise(w, isa, packed)
     real = ConvWorkload(1, 5, 5, 4, 4, 3, 3, Epilogue("float32"), groups=4, a_dtype="float32")
     with pytest.raises(CodegenError, match="depthwise weights are int8"):
