@@ -166,7 +166,12 @@ def quantized(ctx: OpContext, x: Value, at: int, storage: DType, axis: int = 1) 
         x = ctx.emit("cast", x, to="float32")
     if not _is_static(ctx, at):
         return _by_arithmetic(ctx, x, at, storage, axis)
-    result = TensorType(x.shape, storage, static_qparams(ctx, at, x.shape, storage, axis))
+    grid = static_qparams(ctx, at, x.shape, storage, axis)
+    if storage in _WIDENED and ctx.builder.plain.isdisjoint(ctx.proto.output):
+        # Nothing sees the storage: bytes hold the few codes, and kernels clamp to them.
+        storage, least, greatest = _WIDENED[storage], storage.min, storage.max
+        grid = QuantParams(grid.scale, grid.zero_point, storage, least, greatest, grid.granularity)
+    result = TensorType(x.shape, storage, grid)
     return ctx.builder.emit("quantize", [x], {}, ctx.name, types=[result])[0]
 
 
@@ -209,6 +214,7 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
     return _affine(ctx, q, qparams)
 
 
+_WIDENED = {DType.INT4: DType.INT8, DType.UINT4: DType.UINT8}
 _MOVES = frozenset({"transpose", "reshape", "slice"})
 
 

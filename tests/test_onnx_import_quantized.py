@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler.driver import quantize_model
-from qcompiler.errors import UnsupportedOpError
+from qcompiler.errors import UnsupportedByTargetError, UnsupportedOpError
 
 MS = "com.microsoft"
 
@@ -308,3 +308,73 @@ def test_an_integer_input_that_is_transposed_first(rng: np.random.Generator, sha
     assert (compiled.inputs["x"].qparams is not None) == (not shared)
     x = rng.integers(-128, 128, (2, 6, 6, 3)).astype(np.int8)
     agree(model, {"x": x}, lsb=1, share=0.99)
+
+
+@pytest.mark.parametrize("storage", [TensorProto.INT4, TensorProto.UINT4])
+@pytest.mark.parametrize("op", ["MatMul", "Conv", "Transpose"])
+def test_activations_in_four_bits(rng: np.random.Generator, storage: int, op: str) -> None:
+    """Bytes hold the sixteen codes: products are integer, values beyond the range saturate."""
+    low = -8 if storage == TensorProto.INT4 else 0
+    shape = [4, 16] if op != "Conv" else [1, 4, 5, 5]
+    weights = rng.integers(-127, 128, (16, 8) if op != "Conv" else (6, 4, 3, 3)).astype(np.int8)
+    tensors = [
+        helper.make_tensor("z", storage, [], [low + 6]),
+        numpy_helper.from_array(f32(0.31), "s"),
+        numpy_helper.from_array(weights, "w"),
+        numpy_helper.from_array(f32(0.013), "sw"),
+        numpy_helper.from_array(np.int8(0), "zw"),
+        helper.make_tensor("zy", storage, [], [low + 7]),
+        numpy_helper.from_array(f32(1.7), "sy"),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["f"]),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["v"]),
+    ]
+    if op == "Transpose":
+        nodes[1:] = [
+            helper.make_node("Transpose", ["q"], ["t"], perm=[1, 0]),
+            helper.make_node("DequantizeLinear", ["t", "s", "z"], ["y"]),
+        ]
+    else:
+        nodes += [
+            helper.make_node(op, ["f", "v"], ["c"]),
+            helper.make_node("QuantizeLinear", ["c", "sy", "zy"], ["p"]),
+            helper.make_node("DequantizeLinear", ["p", "sy", "zy"], ["y"]),
+        ]
+    graph = helper.make_graph(
+        nodes,
+        "four",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        tensors,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    if op != "Transpose":
+        assert {"qmatmul", "qconv"} & set(operators(model))
+    found = quantize_model(model).graph
+    held = next(n.output.qparams for n in found.nodes if n.op.name == "quantize")
+    assert held is not None
+    assert (held.qmin, held.qmax) == (low, low + 15)
+    x = {"x": (3 * rng.standard_normal(shape)).astype(np.float32)}
+    found_y = qcompiler.compile(model)(x)["y"]
+    step = 0.31 if op == "Transpose" else 1.7
+    apart = np.abs(found_y - runtime(model, x)[0]) / step
+    assert apart.max() <= 1.01  # one code, where a sum lies on a tie
+    assert (apart < 0.01).mean() >= 0.97
+
+
+def test_four_bits_that_something_sees_are_refused_by_name() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], "quantizer")],
+        "four",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
+        [helper.make_tensor_value_info("y", TensorProto.INT4, [4])],
+        [
+            numpy_helper.from_array(f32(0.5), "s"),
+            helper.make_tensor("z", TensorProto.INT4, [], [0]),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    with pytest.raises(UnsupportedByTargetError, match="quantizer"):
+        qcompiler.compile(model)
