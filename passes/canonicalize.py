@@ -13,6 +13,7 @@ from __future__ import annotations
 from qcompiler.passes.conv_1d_to_2d import Conv1dTo2d
 from qcompiler.passes.conv_3d_to_2d import Conv3dTo2d
 from qcompiler.passes.conv_transpose_to_conv import ConvTransposeToConv
+from qcompiler.passes.crop_kernels import CropKernels
 from qcompiler.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from qcompiler.passes.eliminate_dead import EliminateDead
 from qcompiler.passes.fold_affine import FoldAffine
@@ -32,8 +33,13 @@ from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.passmanager import Pass
 
 
-def canonicalize_passes() -> tuple[Pass, ...]:
-    """Return the passes in order; they work at stages FLOAT and QDQ."""
+def canonicalize_passes(*, one_size: bool = True) -> tuple[Pass, ...]:
+    """Return the passes in order; they work at stages FLOAT and QDQ.
+
+    Args:
+        one_size: Whether the graph serves its own extents only; else nothing that follows from
+            them changes what it computes with.
+    """
     return (
         EliminateDead(),
         WidenFloats(),
@@ -56,6 +62,7 @@ def canonicalize_passes() -> tuple[Pass, ...]:
         Conv1dTo2d(),
         ConvTransposeToConv(),
         Conv3dTo2d(),
+        *((CropKernels(),) if one_size else ()),
         HoistClamps(),
         SimplifyMovement(),
         FoldConstants(),

@@ -249,7 +249,7 @@ def _float_graph(
     if graph.stage is not Stage.FLOAT:
         raise UsageError("a model that is quantized already serves one size per artifact",
                          hint="give one extent per axis")  # fmt: skip
-    return PassManager(canonicalize_passes()).run(graph, PassContext())
+    return PassManager(canonicalize_passes(one_size=False)).run(graph, PassContext())
 
 
 def _quantized_like(
