@@ -18,7 +18,7 @@ rounded by itself, then quantized by a division.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -178,8 +178,17 @@ def qsoftmax(workload: QSoftmaxWorkload, isa: Isa) -> Any:
         kernel = _QSoftmax(w, isa, x, tir.flat(table), tir.flat(output), depth)
         if inner > 1:
             threads = worth_threads(4.0 * prod(w.shape))
-            with loop(outer, threads=threads) as o, loop(inner) as i:
-                kernel.strided(tir.bind(o * (depth * inner) + i), inner)
+            place = stack if depth * 4 <= STACK_BYTES else workspace
+            with loop(outer, threads=threads) as o:
+                area = place(depth, "int32")
+                row = replace(kernel, x=place(depth, "uint8"), y=place(depth, w.dtype))
+                with loop(inner) as i:
+                    base = tir.bind(o * (depth * inner) + i)
+                    with loop(depth) as k:
+                        tir.store(row.x, k, tir.load(x, base + k * inner, 1))
+                    row.row(tir.bind(0), area)
+                    with loop(depth) as k:
+                        tir.store(kernel.y, base + k * inner, tir.load(row.y, k, 1))
         else:
             cost = 0.4 if _in_registers(w, isa) else 2.0
             threads = worth_threads(cost * prod(w.shape))
@@ -227,25 +236,6 @@ class _QSoftmax:
         if w.dtype == "float32":
             return real
         return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, self.isa)
-
-    def strided(self, base: Expr, inner: int) -> None:
-        """A row whose elements are `inner` apart."""
-        largest, total = stack(1, "uint8"), stack(1, "int64")
-        tir.store(largest, 0, tir.splat(0, "uint8", 1))
-        with loop(self.depth) as k:
-            code = self._codes(base + k * inner, 1)
-            tir.store(largest, 0, T.max(tir.load(largest, 0, 1), code))
-        top = tir.bind(tir.load(largest, 0, 1))
-
-        def entry(k: Expr) -> Expr:
-            return tir.bind(self.table[tir.cast(top - self._codes(base + k * inner, 1), "int32")])
-
-        tir.store(total, 0, tir.splat(0, "int64", 1))
-        with loop(self.depth) as k:
-            tir.store(total, 0, tir.load(total, 0, 1) + tir.cast(entry(k), "int64"))
-        factor = self._factor(tir.load(total, 0, 1))
-        with loop(self.depth) as k:
-            tir.store(self.y, base + k * inner, self._output(entry(k), factor))
 
     def row(self, base: Expr, area: Buffer) -> None:
         """A contiguous row; `area` holds its T values."""

@@ -81,23 +81,29 @@ def exp_exact(x: Expr) -> Expr:
 
 
 def softmax_scores(workload: ScoresWorkload, isa: Isa) -> Any:
-    """Generate the softmax; rows along the last axis are vectorised, other axes are scalar."""
+    """Generate the softmax; rows along other axes than the last are copied together first."""
     w = workload
     axis = w.axis % len(w.shape)
     outer, depth, inner = prod(w.shape[:axis]), w.shape[axis], prod(w.shape[axis + 1 :])
-    threads = worth_threads(prod(w.shape) * 30.0 / (isa.lanes() if inner == 1 else 1))
+    threads = worth_threads(prod(w.shape) * 30.0 / isa.lanes())
+    place = stack if depth * 4 <= STACK_BYTES else workspace
     with PrimFuncBuilder("softmax_scores") as builder:
         source = builder.argument("x", w.shape, "float32")
         output = builder.argument("y", w.shape, w.dtype)
         x, y = tir.flat(source), tir.flat(output)
         with loop(outer * inner, threads=threads) as row:
-            area = (stack if depth * 4 <= STACK_BYTES else workspace)(depth, "int32")
+            area = place(depth, "int32")
             if inner == 1:
-                base, lanes = tir.bind(row * depth), isa.lanes() * 2
+                _row(w, x, y, area, tir.bind(row * depth), depth, isa.lanes() * 2)
             else:
+                near_x, near_y = place(depth, "float32"), place(depth, w.dtype)
                 first = T.floordiv(row, inner) * (depth * inner) + T.floormod(row, inner)
-                base, lanes = tir.bind(first), 1
-            _row(w, x, y, area, base, depth, inner, lanes)
+                base = tir.bind(first)
+                with loop(depth) as k:
+                    tir.store(near_x, k, tir.load(x, base + k * inner, 1))
+                _row(w, near_x, near_y, area, tir.bind(0), depth, isa.lanes() * 2)
+                with loop(depth) as k:
+                    tir.store(y, base + k * inner, tir.load(near_y, k, 1))
     return builder.finish()
 
 
@@ -108,16 +114,16 @@ def _row(
     area: Buffer,
     base: Expr,
     depth: int,
-    step: int,
     lanes: int,
 ) -> None:
+    """Softmax of the contiguous row from element `base` of `x` and `y` on."""
     top = stack(1, "float32")
     tir.store(top, 0, tir.splat(float("-inf"), "float32", 1))
     for offset, count, width in vector_spans(depth, lanes, overlap=True):
         best = stack(width, "float32")
-        tir.store(best, 0, tir.load(x, base + offset * step, width))
+        tir.store(best, 0, tir.load(x, base + offset, width))
         with loop(count) as k:
-            value = tir.load(x, base + (k * width + offset) * step, width)
+            value = tir.load(x, base + (k * width + offset), width)
             tir.store(best, 0, T.max(tir.load(best, 0, width), value))
         part = reduce_lanes("max", tir.load(best, 0, width)) if width > 1 else tir.load(best, 0, 1)
         tir.store(top, 0, T.max(tir.load(top, 0, 1), part))
@@ -130,7 +136,7 @@ def _row(
         tir.store(acc, 0, tir.splat(0, dtype, width))
         with loop(count) as k:
             at = tir.bind(k * width + offset)
-            value = tir.load(x, base + at * step, width)
+            value = tir.load(x, base + at, width)
             below = settle(value - tir.splat(peak, "float32", width))
             least = _const(EXP_LEAST, below)
             # NaN (a row of -inf) counts as the least, as in the definition.
@@ -151,4 +157,4 @@ def _row(
             real = exact_mul(tir.cast(t, "float32"), tir.splat(factor, "float32", width))
             if w.dtype != "float32":
                 real = quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype)
-            tir.store(y, base + at * step, real)
+            tir.store(y, base + at, real)
