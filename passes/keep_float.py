@@ -7,7 +7,9 @@ fits the loud one leaves nothing of the quiet ones, and no later product makes u
 network loses most of its result, and nearly all of that in one or two products. So the network is
 run once in integers and once in float on calibration samples; where too little is left of a result,
 each product is tried with its operand in 8 bits and everything else in float, and those that alone
-cost too much stay in float. What other networks compute is not touched.
+cost too much stay in float. What other networks compute is not touched; nor is one whose loss is
+spread over many products, or that would be little better for it: there a budget decides
+(`precision="auto"`), at the price of time that it states.
 """
 
 from __future__ import annotations
@@ -75,6 +77,8 @@ class KeepFloat(Pass):
     floor: float = 15.0  # dB: a network whose results all keep this is left as it is
     alone: float = 20.0  # dB: a product that alone leaves less makes a third of that noise
     steps: float = 5.0  # dB more of both for what recurrent operators read
+    gain: float = 5.0  # dB that must be won, or nothing changes: two thirds of the noise
+    share: float = 0.125  # of the products that may stay in float, two in any case
     runs: int = 8  # runs, at most, to measure on
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
@@ -109,11 +113,13 @@ class KeepFloat(Pass):
             for n, left in found.items()
             if n in open_nodes and left.beyond < self.alone
         }
-        if changes:
+        if changes and len(changes) <= max(2, int(self.share * len(open_nodes))):
             plan = plan.replaced(changes)
+            after = _whole(graph, plan, table, points, batches)
+            if after.beyond < whole.beyond + self.gain:
+                return False
             ctx.put(plan)
             ctx.put(KeptFloat(changes))
-            after = _whole(graph, plan, table, points, batches)
             ctx.log.append(
                 f"{self.name}: in 8 bits {whole.sqnr:.1f} dB are left of {whole.value!r}; "
                 f"{', '.join(changes)} stay float, with which {after.sqnr:.1f} dB are"

@@ -18,8 +18,9 @@ from qcompiler.auto import Choice
 from qcompiler.data import Batch
 from qcompiler.driver import Quantized, quantize_model
 from qcompiler.interpreter import run
-from qcompiler.ir import Graph
-from qcompiler.ops import Stage
+from qcompiler.ir import Graph, Node
+from qcompiler.ops import OpKind, Stage
+from qcompiler.passes import keep_float
 from qcompiler.passes.keep_float import AskedFor, KeepFloat, KeptFloat, _Left, _Sums
 from qcompiler.passes.sample_axes import Filled
 from qcompiler.passmanager import parse_pass
@@ -129,6 +130,39 @@ def test_a_network_that_8_bits_hold_is_left_as_it_is(cell: bool) -> None:
     assert found.kept is None
     assert not found.log
     assert left(found, 0.3) > 25
+
+
+def test_where_little_is_won_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that the named products do not explain is left to budgets."""
+    monkeypatch.setattr(keep_float, "_whole", lambda *_: _Left(10.0, 10.0, "y"))
+    found = quantized(3.0)
+    assert found.plan.precision("front") is Precision.W8A8
+    assert found.kept is None
+    assert not found.log
+
+
+def test_a_loss_that_is_spread_over_many_products_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(__file__).parents[2] / "models" / "digits_cnn"
+    with np.load(folder / "calib.npz") as z:
+        samples = {k: z[k][:8] for k in z.files}
+    many: list[int] = []
+
+    def each(graph: Graph, *_: Any) -> dict[Node, _Left]:
+        found = [n for n in graph.nodes if n.op.kind is OpKind.COMPUTE][: many[-1]]
+        return dict.fromkeys(found, _Left(5.0, 5.0, "y"))
+
+    def whole(graph: Graph, plan: PrecisionPlan, *_: Any) -> _Left:
+        kept = sum(d.precision is Precision.FP32 for d in plan.nodes.values())
+        return _Left(40.0 if kept else 2.0, 2.0, "y")
+
+    monkeypatch.setattr(keep_float, "_whole", whole)
+    monkeypatch.setattr(keep_float, "_each_alone", each)
+    for count, kept in ((2, True), (3, False)):
+        many.append(count)
+        found = quantize_model(folder / "model.onnx", calibration=samples)
+        assert (found.kept is not None) == kept
 
 
 def test_what_is_asked_for_by_name_stays() -> None:
