@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -103,7 +103,14 @@ class KeepFloat(Pass):
         if whole.beyond >= self.floor:
             return False
         fit = max(1, MEMORY // max(most_live(graph), 1))
-        found = _each_alone(graph, plan, table, points, batches[:fit])
+        most = max(2, int(self.share * len(open_nodes)))
+        found: dict[Node, _Left] = {}
+        culprits = 0
+        for node, left in _each_alone(graph, plan, table, points, batches[:fit]):
+            found[node] = left
+            culprits += node in open_nodes and left.beyond < self.alone
+            if culprits > most:  # spread over many: none of them explains it
+                return False
         changes = {
             n.name: Decision(
                 Precision.FP32,
@@ -113,7 +120,7 @@ class KeepFloat(Pass):
             for n, left in found.items()
             if n in open_nodes and left.beyond < self.alone
         }
-        if changes and len(changes) <= max(2, int(self.share * len(open_nodes))):
+        if changes:
             plan = plan.replaced(changes)
             after = _whole(graph, plan, table, points, batches)
             if after.beyond < whole.beyond + self.gain:
@@ -194,8 +201,8 @@ def _each_alone(
     table: CalibrationTable,
     points: Mapping[Value, float],
     batches: Sequence[Batch],
-) -> dict[Node, _Left]:
-    """Return what each product leaves of the points when only its operands are in 8 bits.
+) -> Iterator[tuple[Node, _Left]]:
+    """Yield what each product leaves of the points when only its operands are in 8 bits.
 
     Products after a recurrent operator are judged by the outputs that they reach themselves.
     """
@@ -204,10 +211,10 @@ def _each_alone(
     trail, filled = Trail(graph, batches), Filled(graph)
     known = {v.name: v for v in graph.values()}
     levels: dict[Value, _Left] = {}
-    found: dict[Node, _Left] = {}
     for at, node in enumerate(graph.nodes):
         if node.op.kind is not OpKind.COMPUTE or not plan.precision(node.name).is_integer:
             continue
+        left = []
         for i, v in enumerate(node.operands[:2]):
             entry = table.find(v.name)
             if v.is_constant or v not in primary or entry is None:
@@ -234,8 +241,9 @@ def _each_alone(
                     filled,
                     batches,
                 )
-            found[node] = min(found.get(node, _Left()), levels[v])
-    return found
+            left.append(levels[v])
+        if left:
+            yield node, min(left)
 
 
 def _reached(nodes: Sequence[Node], value: Value, ends: Iterable[Value]) -> list[Value]:

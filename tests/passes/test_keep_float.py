@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,9 @@ def test_a_loss_that_is_spread_over_many_products_changes_nothing(
         samples = {k: z[k][:8] for k in z.files}
     many: list[int] = []
 
-    def each(graph: Graph, *_: Any) -> dict[Node, _Left]:
-        found = [n for n in graph.nodes if n.op.kind is OpKind.COMPUTE][: many[-1]]
-        return dict.fromkeys(found, _Left(5.0, 5.0, "y"))
+    def each(graph: Graph, *_: Any) -> Iterator[tuple[Node, _Left]]:
+        for node in [n for n in graph.nodes if n.op.kind is OpKind.COMPUTE][: many[-1]]:
+            yield node, _Left(5.0, 5.0, "y")
 
     def whole(graph: Graph, plan: PrecisionPlan, *_: Any) -> _Left:
         kept = sum(d.precision is Precision.FP32 for d in plan.nodes.values())
