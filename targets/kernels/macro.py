@@ -42,8 +42,10 @@ from qcompiler.targets.kernels.near import (
     far_size_of_tile,
     far_sums,
     near_whole,
+    whole_sums,
     with_near,
 )
+from qcompiler.targets.kernels.near_plan import most_listed
 from qcompiler.targets.kernels.neon import (
     by_element_loops,
     rows_of_tile,
@@ -65,6 +67,7 @@ from qcompiler.targets.kernels.tir import (
     scratch,
     serial,
     splat,
+    when,
 )
 from qcompiler.targets.kernels.unpack import (
     group_terms,
@@ -102,6 +105,8 @@ class Source:
     far_from: Expr = 0
     """Element of `far` where those of tile row `first_row_tile` begin."""
     first_row_tile: Expr = 0
+    whole: Source | None = None
+    """The activations before they were split, for tiles where much is far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +164,12 @@ class MacroKernel:
             if near is not None:
                 begin_far = bind(outer * far_size_of_block(self))
                 source = replace(
-                    source, buffer=near[0], far=near[1], far_from=begin_far, first_row_tile=first
+                    source,
+                    buffer=near[0],
+                    far=near[1],
+                    far_from=begin_far,
+                    first_row_tile=first,
+                    whole=source,
                 )
             elif self.facts.far != "none":
                 source = with_near(self, source, (first, last))
@@ -366,8 +376,17 @@ class MacroKernel:
         if g.groups > 1:
             a_index = a_index + tile // plan.group_tiles * g.cg
         a_index = bind(a_index)
-        with own_function(f"{self.name}_tile"):
+        if source.far is None or source.whole is None:
+            with own_function(f"{self.name}_tile"):
+                self._tile_body(source, a_index, at, extent, tile)
+            return
+        count = bind(load(source.far, far, 1))
+        most = most_listed(g)
+        with when(count <= most), own_function(f"{self.name}_tile"):
             self._tile_body(source, a_index, at, extent, tile, far)
+        a_index = bind(a_index - source.origin + source.whole.origin)
+        with when(count > most), own_function(f"{self.name}_tile"):
+            self._tile_body(source.whole, a_index, at, extent, tile)
 
     def _tile_body(
         self,
@@ -411,7 +430,9 @@ class MacroKernel:
         lane = bind(tile * plan.nt)
         if source.far is not None:
             far_sums(self, (source.far, far), len(pixels), weight_tile, acc)
-        if totals is acc:
+        if self.facts.far != "none" and source.far is None:
+            whole_sums(self, source, a_index, a_steps, weight_tile, acc)
+        elif totals is acc:
             outputs = [base + start for start in starts] if valid == lanes else []
             ahead = ahead_of(self, source, a_index, at, len(pixels), weight_tile, outputs)
             self._k_loops(source, a_index, a_steps, weight_tile, acc, ahead)

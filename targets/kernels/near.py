@@ -9,6 +9,7 @@ magnitude of what is far is multiplied with weights that have its sign (`vpsignb
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -49,7 +50,14 @@ if TYPE_CHECKING:
     from qcompiler.targets.kernels.macro import MacroKernel, Source
     from qcompiler.targets.kernels.register_tile import Accumulators
 
-__all__ = ["far_size_of_block", "far_size_of_tile", "far_sums", "near_whole", "with_near"]
+__all__ = [
+    "far_size_of_block",
+    "far_size_of_tile",
+    "far_sums",
+    "near_whole",
+    "whole_sums",
+    "with_near",
+]
 
 _PIXEL = 1 << 24
 """What an entry's place has for each pixel, beside the K-group."""
@@ -306,6 +314,58 @@ def far_sums(
                 acc.put(m, v, load(sums, m * nt + v * lanes, lanes))
 
 
+def whole_sums(
+    kernel: MacroKernel,
+    source: Source,
+    a_index: Expr,
+    a_steps: Sequence[int],
+    tile: Expr,
+    acc: Accumulators,
+) -> None:
+    """Add all products of activations that are not split, by `vpmaddwd`: exact for any numbers.
+
+    The int32 sums of a K-group's halves stay apart until the end, which is how widened bytes lie.
+
+    Args:
+        kernel: The kernel under construction.
+        source: The activations before they were split.
+        a_index: Element of the first pixel's.
+        a_steps: Offset of each pixel from the first.
+        tile: Column tile in the weights.
+        acc: The register tile to add to.
+    """
+    lanes, weight, groups = acc.lanes, kernel.constants["weight"], kernel.geometry.k_groups
+    size = kernel.narrow_step(acc).weight_elements
+    first = bind(tile * (groups * size))
+    offsets = kernel.constants.get("offsets")
+    table = bind(tile * groups) if kernel.facts.dot == "mixed" else 0
+    base = bind(cast(load(kernel.constants["scalars"], 6, 1), "int16"))
+    name = kernel.isa.intrinsic("madd_i16", 32 * lanes)
+    assert name is not None  # see `may_split`
+    for v in range(acc.nv):  # one after the other: twice the accumulators would not fit
+        halves = acc.of_columns(2)
+        for m, h in itertools.product(range(len(a_steps)), range(2)):
+            halves.put(m, h, splat(0, "int32", lanes))
+        with serial(groups) as k:
+            at = k * 4 if offsets is None else load(offsets, table + k, 1)
+            at = bind(a_index + at)
+            parts = []
+            for h in range(2):
+                start = first + k * size + (2 * v + h) * 2 * lanes
+                parts.append(bind(cast(load(weight, start, 2 * lanes), "int16")))
+            for m, step in enumerate(a_steps):
+                quad = cast(load(source.buffer, at + step, 4), "int16") - splat(base, "int16", 4)
+                words = splat(reinterpret(quad, "int64", 1), "int64", lanes // 2)
+                pixel = bind(reinterpret(words, "int16", 2 * lanes))
+                for h, part in enumerate(parts):
+                    products = intrinsic(f"int32x{lanes}", name, pixel, part)
+                    halves.put(m, h, halves.get(m, h) + products)
+        for m in range(len(a_steps)):
+            both = [bind(halves.get(m, h)) for h in range(2)]
+            even, odd = (shuffle(both, range(at, 2 * lanes, 2)) for at in range(2))
+            acc.put(m, v, acc.get(m, v) + even + odd)
+
+
 def far_size_of_tile(kernel: MacroKernel) -> int:
     """Elements of the list of what is far in a register tile."""
     return far_size(kernel.geometry, kernel.plan.rows.size * kernel.plan.cols.size)
@@ -328,7 +388,10 @@ def with_near(kernel: MacroKernel, source: Source, rows: tuple[Expr, Expr]) -> S
         area = scratch(kernel.band_size + CHUNK, "uint8")
     _split(kernel, source, rows, (lists, 0), (area, begin), begin)
     origin = bind(source.origin - begin)
-    return replace(source, buffer=area, origin=origin, far=lists, first_row_tile=rows[0])
+    first = rows[0]
+    return replace(
+        source, buffer=area, origin=origin, far=lists, first_row_tile=first, whole=source
+    )
 
 
 def near_whole(kernel: MacroKernel, bands: Buffer | None) -> tuple[Buffer, Buffer]:

@@ -27,7 +27,8 @@ There are two ways to split:
   two halves.
 
 The numbers are those of any other kernel, whatever the activations are; only the time depends on
-them, and it is bounded: a list has each K-group twice at most.  `near` emits the code.
+them.  A register tile where much is far multiplies its whole activations as int16 pairs, widened
+with the weights in registers.  `near` emits the code.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ __all__ = [
     "far_size",
     "largest_rows",
     "may_split",
+    "most_listed",
     "one_pixel_each",
 ]
 
@@ -219,6 +221,11 @@ def largest_rows(weight: Array) -> Array:
     """
     largest = np.abs(weight.reshape(-1, weight.shape[-1]).astype(np.int16)).max(0)
     return np.pad(largest, (0, -len(largest) % LANES)).astype(np.int8)
+
+
+def most_listed(geometry: Geometry) -> int:
+    """Entries of a register tile's list from which int16 pairs of whole activations are faster."""
+    return geometry.k_groups + geometry.k_groups // 2
 
 
 def one_pixel_each(geometry: Geometry) -> bool:

@@ -254,5 +254,9 @@ def test_deep_loops_have_no_vector_on_the_stack(zero_point: int) -> None:
     for loop in deep:
         assert "rsp" not in loop, loop
         assert loop.count("vpaddw") == loop.count("vpmaddwd") == loop.count("vpaddd") == 6
+    whole = [loop for loop in loops if "vpmovsxbw" in loop]  # tiles where much is far
+    assert whole
+    assert all("vpmaddwd" in loop for loop in whole)
+    assert near_plan.most_listed(geometry_of(workload, AVX2)) == 96  # of 64 K-groups
     listed = [loop for loop in loops if "vpsignb" in loop]
     assert bool(listed) == (zero_point == 128)
