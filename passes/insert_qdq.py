@@ -66,6 +66,10 @@ class WeightGrids:
     nodes: Mapping[str, QuantParams] = field(default_factory=dict)
 
 
+_BOUNDED = 0.6
+"""Root mean square that is assumed of what sigmoid and its like give: they use all of [0, 1]."""
+
+
 @dataclass(frozen=True)
 class InsertQdq(Pass):
     """Insert quantize/dequantize pairs by the precision plan and the calibration table.
@@ -275,9 +279,11 @@ class _Insertion:
         return replace(q, spread=self._spread(values, q.s))
 
     def _spread(self, values: Collection[Value], scale: float) -> float | None:
-        """The root mean square of calibrated values, of the widest one, in steps."""
+        """The root mean square of the widest value, in steps; None where it is not known."""
         found = [self.table.find(v.name) for v in values if not v.is_constant]
         squares = [t.mean**2 + t.deviation**2 for t in found if t is not None and t.count]
+        if any(self._known(v) and not v.is_constant for v in values):
+            squares.append(_BOUNDED**2)
         return math.sqrt(max(squares)) / scale if squares else None
 
     def _range(self, v: Value, kind: Kind) -> tuple[float, float]:

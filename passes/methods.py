@@ -60,6 +60,10 @@ DEFAULT_NARROW = "equalize,gptq"
 """Methods for weights of 4 bits: what `docs/accuracy.md` measures as the default pipeline."""
 
 
+_NARROW = frozenset({Precision.W4A8, Precision.W4A8_GROUP})
+"""Precisions whose weights round to nearest too coarsely."""
+
+
 def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
     """Return the methods that a precision gets where none are named.
 
@@ -74,11 +78,11 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
     if isinstance(precision, str) and precision == "auto":
         return ""
     if isinstance(precision, str) and not precision.endswith(".json"):
-        wanted = [Precision.parse(precision)]
+        return DEFAULT_NARROW if Precision.parse(precision) in _NARROW else ""
     else:
         plan = precision
         if not isinstance(plan, PrecisionPlan):
             plan = PrecisionPlan.load(os.fspath(plan))
         wanted = [d.precision for d in plan.nodes.values()]
-    narrow = {Precision.W4A8, Precision.W4A8_GROUP}
-    return DEFAULT_NARROW if narrow.intersection(wanted) else ""
+    # Measured plans take weights in groups here and there, as they are: without methods.
+    return DEFAULT_NARROW if Precision.W4A8 in wanted else ""

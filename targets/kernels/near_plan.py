@@ -154,6 +154,9 @@ def best_split(
 ) -> tuple[int | list[TileOrder], Split] | None:
     """The fastest split that takes less than `time`, with the order of the K-groups.
 
+    Activations on both sides of their zero point of which nothing is known are not split: they may
+    as well be spread evenly (what tanh gives, or rows that are quantized at run time).
+
     Args:
         packed: int8 weights [T, Q, V, L, G].
         geometry: The product.
@@ -173,7 +176,7 @@ def best_split(
         blocks = group_time(2) + lists(_split_blocks(row[: geometry.run], stored))
         if blocks < time:
             time, found = blocks, (2, Split("blocks"))
-    for size in _sizes(packed):
+    for size in _sizes(packed) if stored.rectified or stored.spread is not None else ():
         base = min(max(0, stored.zero_point - (size + 1) // 2), 255 - size)
         split = Split("both" if base else "above", base, size)
         extra = lists(_outside(split, stored))

@@ -168,7 +168,8 @@ def test_who_splits() -> None:
         return packed.facts.far
 
     assert far(weight) == "blocks"
-    assert far(weight, a_zero_point=128) == "both"
+    assert far(weight, a_zero_point=128, a_spread=20.0) == "both"
+    assert far(weight, a_zero_point=128) == "none"  # nothing is known of them
     assert far(weight, a_zero_point=50, a_spread=20.0) == "above"
     assert far(weight, a_spread=200.0) == "none"  # most of them are far
     assert far(weight, a_qmax=127) == "none"  # nothing is
