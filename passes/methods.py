@@ -70,7 +70,8 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
     Eight bits need none. Weights of four bits rounded to nearest can ruin a network.
 
     Args:
-        precision: As `qcompiler.compile` takes it; "auto" measures its plans without methods.
+        precision: As `qcompiler.compile` takes it. "auto" measures its plans without methods; a
+            saved plan gets those that it was made with.
 
     Raises:
         UsageError: Unknown precision, or a plan that cannot be read.
@@ -79,10 +80,11 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
         return ""
     if isinstance(precision, str) and not precision.endswith(".json"):
         return DEFAULT_NARROW if Precision.parse(precision) in _NARROW else ""
-    else:
-        plan = precision
-        if not isinstance(plan, PrecisionPlan):
-            plan = PrecisionPlan.load(os.fspath(plan))
-        wanted = [d.precision for d in plan.nodes.values()]
-    # Measured plans take weights in groups here and there, as they are: without methods.
-    return DEFAULT_NARROW if Precision.W4A8 in wanted else ""
+    plan = precision
+    if not isinstance(plan, PrecisionPlan):
+        plan = PrecisionPlan.load(os.fspath(plan))
+    if not plan.has_integers:
+        return ""
+    if plan.methods is not None:
+        return plan.methods
+    return DEFAULT_NARROW if _NARROW.intersection(d.precision for d in plan.nodes.values()) else ""

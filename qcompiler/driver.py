@@ -418,7 +418,8 @@ def quantize_model(
         prepared = (start, ctx.find(WeightGrids) or WeightGrids())
         passes = passes[cut:]
     integer = PassManager(passes, instruments, given=tuple(ctx.artifacts)).run(start, ctx)
-    plan = ctx.get(PrecisionPlan)
+    ran = ",".join(m.spec() for m in wanted)
+    plan = dataclasses.replace(ctx.get(PrecisionPlan), methods=ran)
     sources["plan"] = plan.digest()
     return Quantized(
         graph,

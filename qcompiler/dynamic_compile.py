@@ -278,7 +278,7 @@ def _quantized_like(
     tails, like = mask_tails(graph, axes, {s: lo for s, (lo, _) in ranges.symbols.items()})
     if result.prepared is not None and result.float_graph is not None:
         _with_constants_of(graph, result.prepared[0], result.float_graph, result.methods)
-    plan = PrecisionPlan(dict(result.plan.nodes))
+    plan = dataclasses.replace(result.plan, graph="")
     plan = plan.replaced({  # movement follows its neighbours, whatever they are
         n.name: Decision(Precision.W8A8, "keeps what fills up the extent at zero")
         for n in graph.nodes

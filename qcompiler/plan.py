@@ -9,7 +9,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -44,10 +44,13 @@ class PrecisionPlan:
     Attributes:
         nodes: Node name -> decision, in the graph's order.
         graph: Digest of the graph it was made for; empty where it fits any graph with the names.
+        methods: Text form of the post-training methods that ran under it; None where nothing is
+            known of them, as in a plan written by hand.
     """
 
     nodes: Mapping[str, Decision] = field(default_factory=dict)
     graph: str = ""
+    methods: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", dict(self.nodes))
@@ -81,7 +84,7 @@ class PrecisionPlan:
 
     def replaced(self, changes: Mapping[str, Decision]) -> PrecisionPlan:
         """Return the plan with some decisions replaced or added."""
-        return PrecisionPlan({**self.nodes, **changes}, self.graph)
+        return replace(self, nodes={**self.nodes, **changes})
 
     def overridden(self, graph: Graph, rules: Mapping[str, Precision | str]) -> PrecisionPlan:
         """Return the plan with precisions forced by rules; later rules win.
@@ -123,21 +126,28 @@ class PrecisionPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
-        return {
-            "format": FORMAT,
-            "graph": self.graph,
-            "nodes": {name: d.to_json() for name, d in self.nodes.items()},
-        }
+        doc: dict[str, Any] = {"format": FORMAT, "graph": self.graph}
+        if self.methods is not None:
+            doc["methods"] = self.methods
+        doc["nodes"] = {name: d.to_json() for name, d in self.nodes.items()}
+        return doc
 
     @classmethod
     def from_json(cls, doc: object) -> PrecisionPlan:
         """Return the plan that `to_json` wrote.
 
         Raises:
-            UsageError: Not such a document, another format version, or an unknown precision.
+            UsageError: Not such a document, another format version, an unknown precision, or
+                methods that are no text.
         """
         if not isinstance(doc, Mapping) or not isinstance(doc.get("nodes"), Mapping):
             raise UsageError("a precision plan is a JSON object with 'format', 'graph', 'nodes'")
+        methods = doc.get("methods")
+        if not isinstance(methods, str | None):
+            raise UsageError(
+                f"precision plan: 'methods' is {methods!r}, expected a text like 'equalize,gptq'",
+                hint="an empty text stands for none",
+            )
         if doc.get("format") != FORMAT:
             raise UsageError(f"precision plan of format {doc.get('format')!r}, expected {FORMAT}")
         nodes: dict[str, Decision] = {}
@@ -147,7 +157,7 @@ class PrecisionPlan:
             nodes[str(name)] = Decision(
                 Precision.parse(str(entry["precision"])), str(entry.get("reason", ""))
             )
-        return cls(nodes, str(doc.get("graph", "")))
+        return cls(nodes, str(doc.get("graph", "")), methods)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the JSON form to a file."""

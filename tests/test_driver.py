@@ -23,6 +23,7 @@ from qcompiler.errors import (
 )
 from qcompiler.onnx_export import to_onnx
 from qcompiler.ops import Stage
+from qcompiler.plan import PrecisionPlan
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn"
 MODEL = DIGITS / "model.onnx"
@@ -271,3 +272,27 @@ def test_methods_that_nobody_chose_leave_quantized_models_alone() -> None:
     assert made.artifact.params.data == plain.artifact.params.data
     with pytest.raises(UsageError, match="the model is quantized already"):
         qcompiler.compile(quantized, precision="w4a8", methods="gptq")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("precision", ["w4a8", "w4a8-group"])
+def test_a_saved_plan_keeps_the_methods_it_was_made_with(
+    precision: str, calibration: dict[str, Any], tmp_path: Path
+) -> None:
+    def parameters(precision: str, methods: str | None) -> tuple[bytes, PrecisionPlan]:
+        made = qcompiler.compile(
+            MODEL, target="reference", calibration=calibration, precision=precision, methods=methods
+        )
+        return bytes(made.artifact.params.data), PrecisionPlan.from_json(made.plan)
+
+    path = tmp_path / "plan.json"
+    found = []
+    for methods, recorded in (("none", ""), (None, "equalize,gptq")):
+        data, plan = parameters(precision, methods)
+        assert plan.methods == recorded
+        plan.save(path)
+        again, kept = parameters(str(path), None)
+        assert again == data
+        assert kept.methods == plan.methods
+        found.append(data)
+    assert found[0] != found[1]

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -121,6 +123,10 @@ def test_json(tmp_path):
     assert again == plan
     assert again.digest() == plan.digest()
     assert again.digest() != plan.overridden(network(), {"t": "fp32"}).digest()
+    made = dataclasses.replace(plan, methods="equalize,gptq")
+    made.save(tmp_path / "p.json")
+    assert PrecisionPlan.load(tmp_path / "p.json") == made
+    assert made.overridden(network(), {"t": "fp32"}).methods == "equalize,gptq"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +137,7 @@ def test_json(tmp_path):
         ('{"format": 2, "nodes": {}}', "precision plan of format 2, expected 1"),
         ('{"format": 1, "nodes": {"a": {}}}', "node 'a' has no 'precision'"),
         ('{"format": 1, "nodes": {"a": {"precision": "x"}}}', "unknown precision 'x'"),
+        ('{"format": 1, "nodes": {}, "methods": ["gptq"]}', "'methods' is .'gptq'., expected a text"),
     ],
 )
 def test_damaged_plans(tmp_path, text, message):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -377,6 +378,10 @@ def test_methods_of_a_precision(net: Graph, tmp_path: Path) -> None:
         assert default_methods(narrow) == "equalize,gptq"
     for wide in ("w8a8", "fp32", "auto", "w4", uniform(net)):
         assert default_methods(wide) == ""
+    for ran in ("", "adaround{iterations=5 runs=2},equalize"):  # as the plan was made
+        assert default_methods(dataclasses.replace(plan, methods=ran)) == ran
+    floats = dataclasses.replace(uniform(net, "fp32"), methods="gptq")
+    assert default_methods(floats) == ""
     assert parse_methods(default_methods("w4a8")) == (Equalize(), Gptq())
     assert parse_methods("none") == ()
     with pytest.raises(UsageError, match="unknown precision"):
