@@ -61,9 +61,10 @@ def measure(case: tuple[int, int, int, int, int]) -> None:
     k, rows = case[0], case[-1]
     x = np.random.default_rng(1).standard_normal((rows, k)).astype(np.float32)
     model = product(*case, 0)
-    compiled = qcompiler.compile(model)
+    compiled, coarse = qcompiler.compile(model), qcompiler.compile(product(*case, 4))
     calls: dict[str, Callable[[], Array]] = {
-        "compiled": lambda: np.asarray(compiled({"x": x})["y"]),
+        "compiled at 0": lambda: np.asarray(compiled({"x": x})["y"]),
+        "compiled at 4": lambda: np.asarray(coarse({"x": x})["y"]),
         "level 0": theirs(model, x),
         "level 4": theirs(product(*case, 4), x),
     }

@@ -192,16 +192,18 @@ def least_weight_scale(bias: Array, input_scale: float) -> Array:
 def expanded(qparams: QuantParams, shape: Shape) -> tuple[Array, Array]:
     """Return scale (float32) and zero point (int32) that broadcast against a tensor's shape."""
     g = qparams.granularity
-    scale, zero_point = qparams.scale, qparams.zero_point
-    if isinstance(g, PerAxis):
-        axis = g.axis % len(shape)
-        view = tuple(-1 if i == axis else 1 for i in range(len(shape)))
-        return scale.reshape(view), zero_point.reshape(view)
-    if isinstance(g, PerGroup):
-        axis = g.axis % len(shape)
-        every = np.arange(shape[axis]) // g.group_size  # the last group may be shorter
-        return np.take(scale, every, axis=axis), np.take(zero_point, every, axis=axis)
-    return scale, zero_point
+    return spread_out(qparams.scale, g, shape), spread_out(qparams.zero_point, g, shape)
+
+
+def spread_out(values: Array, granularity: Granularity, shape: Shape) -> Array:
+    """Return a value per tensor, index or group so that it broadcasts against a tensor's shape."""
+    if isinstance(granularity, PerTensor):
+        return values
+    axis = granularity.axis % len(shape)
+    if isinstance(granularity, PerAxis):
+        return values.reshape(tuple(-1 if i == axis else 1 for i in range(len(shape))))
+    every = np.arange(shape[axis]) // granularity.group_size  # the last group may be shorter
+    return np.asarray(np.take(values, every, axis=axis))
 
 
 def _clamp_to_storage(t: Array, zero_point: Array, q: QuantParams) -> Array:

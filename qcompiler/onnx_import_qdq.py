@@ -7,12 +7,13 @@ A scale or zero point that is computed at run time leaves plain integers, scaled
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError, UsageError
 from qcompiler.ir import Value
+from qcompiler.numerics import spread_out
 from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import (
@@ -38,6 +39,11 @@ def static_qparams(
     Source: ONNX QuantizeLinear-21: a scalar is one scale, a vector one per index of `axis`,
     a tensor of the operand's rank one per block along `axis` (granularity PerGroup here).
     """
+    return _grid(ctx, *_numbers(ctx, at), shape, storage, axis)
+
+
+def _numbers(ctx: OpContext, at: int) -> tuple[Array, Array]:
+    """Return scales and zero points, of one shape unless there is one zero point in all."""
     scale = np.asarray(ctx.static(at, "scale"), np.float32)
     zero_point: Array = np.zeros(scale.shape, np.int32)
     if ctx.get(at + 1) is not None:
@@ -46,6 +52,12 @@ def static_qparams(
         raise ShapeError(f"{scale.size} scales and {zero_point.size} zero points do not fit")
     if zero_point.size == scale.size:
         zero_point = zero_point.reshape(scale.shape)
+    return scale, zero_point
+
+
+def _grid(
+    ctx: OpContext, scale: Array, zero_point: Array, shape: Shape, storage: DType, axis: int
+) -> QuantParams:
     granularity: Granularity = PerTensor()
     if scale.size == 1:
         scale, zero_point = scale.reshape(()), zero_point.reshape(())
@@ -201,7 +213,10 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
         x = ctx.emit("sub", x, zero) if zero is not None else x
         x = reshape(ctx, ctx.emit("mul", x, scale), q.shape)
         return x if factor == 1.0 else ctx.emit("mul", x, ctx.scalar(factor, x))
-    qparams = static_qparams(ctx, at, q.shape, q.dtype, axis)
+    if q.data is not None and q.qparams is None:
+        q, qparams = _constant(ctx, q, at, axis)
+    else:
+        qparams = static_qparams(ctx, at, q.shape, q.dtype, axis)
     if factor != 1.0:
         scaled = (qparams.scale.astype(np.float64) * factor).astype(np.float32)
         qparams = checked(scaled, qparams.zero_point, q.dtype, qparams.granularity)
@@ -212,6 +227,45 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
     if q.qparams is not None and q.qparams.same_grid(qparams):
         return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
     return _affine(ctx, q, qparams)
+
+
+def _constant(ctx: OpContext, q: Value, at: int, axis: int) -> tuple[Value, QuantParams]:
+    """Return a constant and its parameters; by scales above 0, where the model has others."""
+    scale, zero = _numbers(ctx, at)
+    if (scale > 0).all() or not np.isfinite(scale).all():
+        return q, _grid(ctx, scale, zero, q.shape, q.dtype, axis)
+    zero = np.broadcast_to(zero, scale.shape)
+    grid = _grid(ctx, np.ones_like(scale), zero, q.shape, q.dtype, axis)
+    g = grid.granularity
+    codes, scale, zero = with_positive_scales(
+        q.array(), scale, zero, q.dtype, lambda values: spread_out(values, g, q.shape)
+    )
+    grid = _grid(ctx, scale, zero, q.shape, q.dtype, axis)
+    return ctx.builder.constant(codes, f"{q.name}.turned", q.dtype), grid
+
+
+def with_positive_scales(
+    codes: Array, scale: Array, zero: Array, storage: DType, spread: Callable[[Array], Array]
+) -> tuple[Array, Array, Array]:
+    """Return codes, scales and zero points of the same reals with every scale above 0.
+
+    Quantizers write negative scales so that the wider side of a range meets the one code that the
+    other side lacks. With m the sum of the least and greatest code, s (q - z) is
+    -s ((m - q) - (m - z)). What has the scale 0 is 0.
+
+    Args:
+        codes: Integers.
+        scale: float32.
+        zero: Zero points, of the shape of `scale`.
+        storage: What the codes are held in.
+        spread: Makes a value per scale broadcast against the codes.
+    """
+    mirror = storage.min + storage.max
+    turned = np.where(spread(scale < 0), mirror - codes.astype(np.int64), codes)
+    zero = np.where(scale < 0, mirror - zero.astype(np.int64), zero).astype(np.int32)
+    turned = np.where(spread(scale == 0), spread(zero), turned)
+    scale = np.where(scale == 0, np.float32(1), np.abs(scale)).astype(np.float32)
+    return turned.astype(codes.dtype), scale, zero
 
 
 _WIDENED = {DType.INT4: DType.INT8, DType.UINT4: DType.UINT8}

@@ -33,7 +33,6 @@ from qcompiler.types import (
     DType,
     Granularity,
     PerAxis,
-    PerGroup,
     PerTensor,
     TensorType,
 )
@@ -437,62 +436,3 @@ def _scaled_product(
     b_scale = reshape(ctx, b_scale, ()) if b_scale.type.size == 1 else b_scale
     out = ctx.emit("mul", ctx.emit("cast", y, to="float32"), ctx.emit("mul", a_scale, b_scale))
     return out if bias is None else ctx.emit("add", out, bias)
-
-
-# ------------------------------------------------------------------------ weights in fewer bits
-
-
-@converter("MatMulNBits", domain=_MS)
-def _matmul_nbits(ctx: OpContext) -> Results:
-    """Operands: a in floats; b packed in blocks along K, scales, zero points; order; bias.
-
-    b is [N, blocks, bytes] of K numbers per column in `bits` bits each, the first in the lowest
-    bits; without zero points the middle of the range stands for 0.
-    """
-    k, n, bits = (int(ctx.attr(name, 4)) for name in ("K", "N", "bits"))
-    block = int(ctx.attr("block_size", 32))
-    if bits not in (4, 8):
-        raise UnsupportedOpError(f"weights of {bits} bits are not supported")
-    if ctx.get(4) is not None:
-        raise UnsupportedOpError("its groups are not runs of neighbours (g_idx)")
-    blocks = -(-k // block)
-    codes = _unpacked(np.asarray(ctx.static(1, "weights")), bits, n, blocks * block)[:, :k]
-    scale = np.asarray(ctx.static(2, "scales"), np.float32)
-    if scale.size != n * blocks:
-        raise ShapeError(f"{scale.size} scales do not fit {n} columns of {blocks} blocks")
-    scale = scale.reshape(n, blocks)
-    if ctx.get(3) is None:
-        zero: Array = np.full(scale.shape, 1 << (bits - 1), np.int32)
-    else:
-        given = np.asarray(ctx.static(3, "zero points"))
-        if given.dtype != np.uint8:
-            raise UnsupportedOpError("its zero points are not integers")
-        zero = _unpacked(given, bits, n, blocks).astype(np.int32)
-    storage = DType.UINT4 if bits == 4 else DType.UINT8
-    if (zero == 1 << (bits - 1)).all():  # around zero: held as signed integers
-        storage = DType.INT4 if bits == 4 else DType.INT8
-        codes = (codes.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
-        zero = np.zeros_like(zero)
-    held = ctx.builder.graph.constant(
-        np.ascontiguousarray(codes),
-        ctx.builder.unique(f"{ctx.input(1).name}.blocks"),
-        checked(scale, zero, storage, PerGroup(1, block)),
-    )
-    weights = ctx.builder.emit("dequantize", [held], {}, ctx.name)[0]
-    a = ctx.input(0)
-    if a.dtype is not DType.FLOAT32:
-        raise UnsupportedOpError(f"products of {a.dtype.value} are not supported")
-    if a.type.rank < 2 or a.shape[-1] != k:
-        raise ShapeError(f"its first operand {list(a.shape)} has no rows of {k}")
-    return [ctx.emit("matmul", a, weights, ctx.get(5), transpose_b=True)]
-
-
-def _unpacked(packed: Array, bits: int, rows: int, count: int) -> Array:
-    """Return `count` numbers of some bits from each row of bytes, the lowest bits first."""
-    if packed.dtype != np.uint8 or packed.size != rows * -(-count * bits // 8):
-        raise ShapeError(f"{packed.size} packed bytes do not hold {rows} x {count} numbers")
-    held = packed.reshape(rows, -1)
-    if bits == 8:
-        return held
-    pairs = np.stack([held & 15, held >> 4], axis=-1)
-    return pairs.reshape(rows, -1)[:, :count]

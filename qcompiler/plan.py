@@ -487,10 +487,12 @@ def precision_of(node: Node) -> Precision:
 def _narrow_precision(node: Node) -> Precision | None:
     """Return the precision of a node with weights in fewer bits or a product at run-time scales."""
     if node.op.name == "dynamic_quantize":
-        per_row = node.attr("per") == "row"
-        return Precision.W8A8_DYNAMIC if per_row else Precision.W8A8_DYNAMIC_TENSOR
+        in_all = node.attr("per") == "tensor"
+        return Precision.W8A8_DYNAMIC_TENSOR if in_all else Precision.W8A8_DYNAMIC
     if node.op.name == "dynamic_matmul":
-        per_row = node.input(2).type.rank > 0
+        q, per_row = node.input(1).qparams, node.input(2).type.rank > 0
+        if q is not None and isinstance(q.granularity, PerGroup) and q.qmax - q.qmin < 16:
+            return Precision.W4A8_GROUP
         return Precision.W8A8_DYNAMIC if per_row else Precision.W8A8_DYNAMIC_TENSOR
     if node.op.name == "gather" and node.input(0).dtype is DType.FLOAT16:
         return Precision.FP16

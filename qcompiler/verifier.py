@@ -92,7 +92,8 @@ def _node_problems(node: Node, stage: Stage, defined: set[Value]) -> list[str]:
             found.append(f"{where}: operand {v.name!r} is not defined before its use")
         if (node, i) not in v.uses:
             found.append(f"{where}: operand {v.name!r} does not know this use")
-    if stage is Stage.QDQ and node.op.kind not in (OpKind.CAST, OpKind.MOVEMENT):
+    reals = Stage.FLOAT in node.op.stages and node.op.kind not in (OpKind.CAST, OpKind.MOVEMENT)
+    if stage is Stage.QDQ and reals:
         found += [
             f"{where}: reads quantized {v.name!r}" for v in node.operands if v.type.is_quantized
         ]

@@ -76,7 +76,23 @@ def _float_weights(node: Node) -> tuple[Any, tuple[Node, ...]] | None:
     elif isinstance(q.granularity, PerAxis) and q.granularity.axis == axis:
         return None
     scale, zero = (np.broadcast_to(a, held.shape) for a in numerics.expanded(q, held.shape))
-    return GroupedWeights(held.array(), scale, zero, held.dtype.bits, group), (wide,)
+    codes, scale, zero = _turned_back(held.array(), scale, zero, held.dtype)
+    return GroupedWeights(codes, scale, zero, held.dtype.bits, group), (wide,)
+
+
+def _turned_back(
+    codes: Array, scale: Array, zero: Array, storage: DType
+) -> tuple[Array, Array, Array]:
+    """Codes and zero points of the same products, with negative scales where these centre them.
+
+    `s (q - z)` is `-s ((m - q) - (m - z))` with m the sum of the least and the greatest code. What
+    came with a negative scale (see the importer) so needs no zero points in a kernel.
+    """
+    mirror = storage.min + storage.max
+    middle = (mirror + 1) // 2
+    turned = zero == middle - 1
+    back = np.where(turned, mirror - codes.astype(np.int16), codes).astype(codes.dtype)
+    return back, np.where(turned, -scale, scale), np.where(turned, middle, zero)
 
 
 def _epilogue(
@@ -323,7 +339,8 @@ def _dynamic_quantize(self: CpuLowering, node: Node) -> KernelCall | None:
     x, q = node.input(0), node.outputs[0]
     if 0 in x.shape:
         return None
-    w = DynamicQuantizeWorkload(x.shape, node.attr("per") == "row", storage(q), grid(q).z)
+    run = {"row": x.shape[-1], "block": node.attr("block"), "tensor": 0}[node.attr("per")]
+    w = DynamicQuantizeWorkload(x.shape, run, storage(q), grid(q).z)
     return self.call("dynamic_quantize", w, dynamic_quantize, (x,))
 
 
@@ -333,22 +350,33 @@ def _dynamic_matmul(self: CpuLowering, node: Node) -> KernelCall | None:
 
     a, b, scale, out = node.input(0), node.input(1), node.input(2), node.output
     bias, residual = node.optional(3), node.optional(4)
-    weights, channels = _weights(b), out.shape[-1]
-    if weights is None or a.type.rank < 2 or 0 in out.shape or 0 in a.shape:
+    if a.type.rank < 2 or 0 in out.shape or 0 in a.shape or not b.is_constant:
         return None
     if bias is not None and not bias.is_constant:
         return None
-    epilogue = Epilogue(
-        "float32",
-        None if residual is None else "float32",
-        "row" if scale.type.rank else "tensor",
-    )
+    added = None if residual is None else "float32"
+    epilogue = Epilogue("float32", added, "row" if scale.type.rank else "tensor")
     aq = grid(a)
     values = GemmValues(
-        multiplier=_per_channel(weights[1], channels), a_zero_point=aq.z, a_qmin=aq.qmin,
-        a_qmax=aq.qmax, act_min=node.attr("act_min"), act_max=node.attr("act_max"),
+        a_zero_point=aq.z, a_qmin=aq.qmin, a_qmax=aq.qmax,
+        act_min=node.attr("act_min"), act_max=node.attr("act_max"),
         addend=None if bias is None else bias.array(),
     )  # fmt: skip
+    held, data = b.qparams, b.array()
+    if held is not None and isinstance(held.granularity, PerGroup):
+        size = held.granularity.group_size
+        if size % self.isa.k_group:
+            return None
+        factors, zeros = numerics.expanded(held, b.shape)
+        data, factors, zeros = _turned_back(data, factors, zeros, b.dtype)
+        epilogue = dataclasses.replace(epilogue, row_scale="block", group=size)
+        values = dataclasses.replace(values, group_multiplier=factors, group_zero=zeros)
+    else:
+        weights = _weights(b)
+        if weights is None:
+            return None
+        multiplier = _per_channel(weights[1], out.shape[-1])
+        values = dataclasses.replace(values, multiplier=multiplier)
     workload = MatmulWorkload(a.shape, b.shape, epilogue, a_dtype=storage(a))
     inputs = (a, scale) if residual is None else (a, residual, scale)
-    return _chosen(self, Tunable("matmul", workload, self.isa, node, inputs, weights[0], values))
+    return _chosen(self, Tunable("matmul", workload, self.isa, node, inputs, data, values))

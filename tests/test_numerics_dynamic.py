@@ -13,8 +13,15 @@ from hypothesis.extra import numpy as hnp
 from qcompiler.errors import ShapeError
 from qcompiler.ir import Graph
 from qcompiler.numerics import MIN_SCALE
-from qcompiler.numerics_dynamic import Per, dynamic_quantize, dynamic_result, dynamic_scale
-from qcompiler.types import Array, DType, PerAxis, QuantParams, TensorType
+from qcompiler.numerics_dynamic import (
+    Per,
+    blocked_result,
+    blocked_weights,
+    dynamic_quantize,
+    dynamic_result,
+    dynamic_scale,
+)
+from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams, TensorType
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32)
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3), elements=floats)
@@ -58,7 +65,49 @@ def test_the_result_is_rounded_after_each_product() -> None:
     assert got.dtype == np.float32
 
 
+@given(
+    blocks=st.integers(1, 4), size=st.integers(1, 8), seed=st.integers(0, 2**32 - 1),
+    zero_point=st.sampled_from([0, 128]),
+)  # fmt: skip
+def test_blocks_are_rows_of_their_own(blocks: int, size: int, seed: int, zero_point: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((2, 3, blocks * size)).astype(np.float32)
+    q, s = dynamic_quantize(x, "block", zero_point, np.uint8, size)
+    rows, t = dynamic_quantize(x.reshape(2, 3, blocks, size), "row", zero_point, np.uint8)
+    np.testing.assert_array_equal(q, rows.reshape(x.shape))
+    np.testing.assert_array_equal(s, t[..., 0])
+
+
+@pytest.mark.parametrize("storage", [DType.INT4, DType.UINT4, DType.INT8, DType.UINT8])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_in_blocks_add_up_in_order(storage: DType, biased: bool) -> None:
+    rng = np.random.default_rng(storage.bits)
+    n, k, size = 5, 12, 4
+    codes = rng.integers(storage.min, storage.max + 1, (n, k))
+    zero = rng.integers(storage.min, storage.max + 1, (n, k // size))
+    scale = rng.uniform(0.01, 0.1, (n, k // size)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32) if biased else None
+    a, own = dynamic_quantize(rng.standard_normal((3, k)), "block", 128, np.uint8, size)
+    held, q = blocked_weights(codes, scale, zero, storage, size)
+    assert held.dtype == np.int8
+    assert q.granularity == PerGroup(0, size)
+    got = blocked_result(a, held, 128, q.zero_point, own, q.scale, bias)
+    for i in range(3):
+        for j in range(n):
+            t = np.float32(0) if bias is None else bias[j]
+            for g in range(k // size):
+                at = slice(g * size, (g + 1) * size)
+                acc = int(((a[i, at].astype(int) - 128) * (codes[j, at] - zero[j, g])).sum())
+                t = np.float32(t + np.float32(acc) * np.float32(own[i, g] * scale[j, g]))
+            assert got[i, j] == t
+
+
 UNIT = QuantParams(np.float32(1), np.int32(0), DType.INT8, -127, 127)
+
+
+GROUPS = QuantParams(
+    np.ones((2, 2), np.float32), np.ones((2, 2), np.int32), DType.INT8, -127, 127, PerGroup(0, 2)
+)
 
 
 def product(graph: Graph, **changes: TensorType) -> None:
@@ -94,6 +143,12 @@ def product(graph: Graph, **changes: TensorType) -> None:
             "has zero points",
         ),
         ({"scale": TensorType((3,), DType.FLOAT32)}, "one float32 per row"),
+        ({"b": TensorType((4, 2), DType.INT8, GROUPS)}, "one float32 per 2 neighbours per row"),
+        (
+            {"b": TensorType((4, 2), DType.INT8, QuantParams(
+                np.ones((4, 1), "f4"), np.zeros((4, 1)), DType.INT8, -127, 127, PerGroup(1, 2)))},
+            "expected groups along 0",
+        ),
         ({"bias": TensorType((2,), DType.INT32)}, "'bias' is int32"),
         ({"bias": TensorType((3,), DType.FLOAT32)}, "expected \\[2\\]"),
         ({"residual": TensorType((3, 1), DType.FLOAT32)}, "'residual' has shape"),
@@ -108,8 +163,11 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, TensorType], me
 def test_how_rows_are_quantized_is_checked() -> None:
     graph = Graph("g")
     x = graph.add_input("x", TensorType((2, 3), DType.FLOAT32))
-    with pytest.raises(ShapeError, match="expected 'row' or 'tensor'"):
+    with pytest.raises(ShapeError, match="expected 'row', 'tensor' or 'block'"):
         graph.add("dynamic_quantize", [x], {"per": "column"})
+    for block in (0, 2):
+        with pytest.raises(ShapeError, match=f"blocks of {block} do not divide rows of 3"):
+            graph.add("dynamic_quantize", [x], {"per": "block", "block": block})
     half = graph.add_input("h", TensorType((2, 3), DType.FLOAT16))
     with pytest.raises(ShapeError, match="float32 of rank 1"):
         graph.add("dynamic_quantize", [half])

@@ -50,12 +50,26 @@ def runtime(model: onnx.ModelProto, x: Array) -> Array:
 
 
 def nbits(
-    rng: np.random.Generator, k: int, n: int, bits: int, block: int, asymmetric: bool, **more: Any
+    rng: np.random.Generator,
+    k: int,
+    n: int,
+    bits: int,
+    block: int,
+    asymmetric: bool,
+    turned: bool = False,
+    **more: Any,
 ) -> tuple[onnx.ModelProto, Array]:
-    """A MatMulNBits of random weights, and the weights."""
+    """A MatMulNBits of random weights, and the weights.
+
+    Half of the scales are negative where ranges are `turned`, as ONNX Runtime's quantizer does it:
+    the wider side of a range meets the code that the other side lacks.
+    """
     blocks = -(-k // block)
     codes = rng.integers(0, 1 << bits, (n, blocks * block)).astype(np.uint8)
     scale = rng.uniform(0.01, 0.1, (n, blocks)).astype(np.float32)
+    if turned:
+        scale[::2] *= -1
+        scale[1, 0] = 0
     zero = np.full((n, blocks), 1 << (bits - 1), np.uint8)
     if asymmetric:
         zero = rng.integers(0, 1 << bits, zero.shape).astype(np.uint8)
@@ -83,8 +97,11 @@ def nbits(
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 @pytest.mark.parametrize("asymmetric", [False, True])
-def test_matmul_nbits(rng: np.random.Generator, bits: int, block: int, asymmetric: bool) -> None:
-    model, w = nbits(rng, 128, 24, bits, block, asymmetric)
+@pytest.mark.parametrize("turned", [False, True])
+def test_matmul_nbits(
+    rng: np.random.Generator, bits: int, block: int, asymmetric: bool, turned: bool
+) -> None:
+    model, w = nbits(rng, 128, 24, bits, block, asymmetric, turned)
     x = rng.standard_normal((2, 3, 128)).astype(np.float32)
     result = quantize_model(model)
     (held,) = [v for v in result.graph.constants() if v.qparams is not None]
@@ -92,7 +109,7 @@ def test_matmul_nbits(rng: np.random.Generator, bits: int, block: int, asymmetri
     assert isinstance(held.qparams.granularity, PerGroup)
     assert held.qparams.granularity.group_size == block
     signed, unsigned = (DType.INT4, DType.UINT4) if bits == 4 else (DType.INT8, DType.UINT8)
-    assert held.dtype is (unsigned if asymmetric else signed)
+    assert held.dtype is (unsigned if asymmetric or turned else signed)
     assert [d.precision for d in result.plan.nodes.values() if d.precision is not Precision.FP32]
     compiled = qcompiler.compile(model)
     got = compiled({"x": x})["y"]
@@ -102,22 +119,36 @@ def test_matmul_nbits(rng: np.random.Generator, bits: int, block: int, asymmetri
     reference = qcompiler.compile(model, target="reference")({"x": x})["y"]
     np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-4)
     assert sum(a.nbytes for a in compiled.artifact.params.arrays) < 128 * 24 * 4 / 2
+    sizes = [a.size for a in compiled.artifact.params.arrays if a.dtype == np.int8]
+    assert (128 // block * 32 in sizes) is asymmetric  # weights around 0 have no zero points
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_an_accuracy_level_is_leave_that_is_not_taken(rng: np.random.Generator, bits: int) -> None:
-    """Level 4 lets activations be int8: the result stays that of float32, within theirs."""
-    model, w = nbits(rng, 128, 24, bits, 32, False)
-    coarse = onnx.ModelProto()
-    coarse.CopyFrom(model)
-    coarse.graph.node[0].attribute.append(helper.make_attribute("accuracy_level", 4))
-    x = rng.standard_normal((2, 3, 128)).astype(np.float32)
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_accuracy_level_4_multiplies_integers(
+    rng: np.random.Generator, bits: int, block: int, asymmetric: bool, turned: bool
+) -> None:
+    """It lets activations be int8 in the blocks of the weights, as ONNX Runtime has them."""
+    model, w = nbits(rng, 200, 24, bits, block, asymmetric, turned, accuracy_level=4)
+    result = quantize_model(model)
+    (product,) = [n for n in result.graph.nodes if n.op.name == "dynamic_matmul"]
+    assert not [n for n in result.graph.nodes if n.op.name == "matmul"]
+    wanted = Precision.W4A8_GROUP if bits == 4 else Precision.W8A8_DYNAMIC
+    assert result.plan.precision(product.name) is wanted
+    x = rng.standard_normal((2, 3, 200)).astype(np.float32)
+    x *= rng.choice(np.float32([0.01, 1, 30]), x.shape)
     exact = x @ w.T + numpy_helper.to_array(model.graph.initializer[2])
-    got, plain = (qcompiler.compile(m)({"x": x})["y"] for m in (coarse, model))
-    np.testing.assert_array_equal(got, plain)
-    theirs = runtime(coarse, x)
-    assert np.abs(got - exact).max() <= 1e-5 * np.abs(exact).max()
-    assert np.abs(got - theirs).max() <= 0.02 * np.abs(exact).max()
+    compiled = qcompiler.compile(model)
+    got = compiled({"x": x})["y"]
+    np.testing.assert_array_equal(got, qcompiler.compile(model, target="reference")({"x": x})["y"])
+    off = np.abs(exact).max()
+    assert 0 < np.abs(got - exact).max() <= 0.02 * off  # activations were quantized
+    np.testing.assert_allclose(got, runtime(model, x), atol=1e-5 * off)
+    floats = 4 * -(-200 // block) * block * 32  # of whole blocks and whole vectors
+    held = sum(a.nbytes for a in compiled.artifact.params.arrays)
+    assert held < floats * (bits / 32 + 10 / 4 / block) + 512
 
 
 def test_a_last_block_that_is_not_full(rng: np.random.Generator) -> None:

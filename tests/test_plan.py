@@ -137,7 +137,7 @@ def test_json(tmp_path):
         ('{"format": 2, "nodes": {}}', "precision plan of format 2, expected 1"),
         ('{"format": 1, "nodes": {"a": {}}}', "node 'a' has no 'precision'"),
         ('{"format": 1, "nodes": {"a": {"precision": "x"}}}', "unknown precision 'x'"),
-        ('{"format": 1, "nodes": {}, "methods": ["gptq"]}', "'methods' is .'gptq'., expected a text"),
+        ('{"format": 1, "nodes": {}, "methods": ["gptq"]}', "'methods' is .'gptq'., expected a"),
     ],
 )
 def test_damaged_plans(tmp_path, text, message):

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Quantization of activations at run time: a scale per row, or one in all, and the integers.
+"""Quantization of activations at run time: a scale per row, block or tensor, and the integers.
 
 The arithmetic is `numerics_dynamic.dynamic_quantize`.
 """
@@ -35,24 +35,24 @@ _INFINITY = 0x7F800000
 
 @dataclass(frozen=True)
 class DynamicQuantizeWorkload:
-    """Rows of float32 to 8 bits by scales of their own; buffers: x, q, scale."""
+    """Runs of float32 to 8 bits by scales of their own; buffers: x, q, scale."""
 
     shape: tuple[int, ...]
-    per_row: bool
-    """A scale per row of the last axis; else one in all."""
+    run: int
+    """Neighbours along the last axis that share a scale: a row, or what divides it; 0: all do."""
     dtype: str
     zero_point: int
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """Shape of the scales."""
-        return (*self.shape[:-1], 1) if self.per_row else ()
+        return (*self.shape[:-1], self.shape[-1] // self.run) if self.run else ()
 
 
 def dynamic_quantize(workload: DynamicQuantizeWorkload, isa: Isa) -> Any:
-    """Generate the kernel: the greatest magnitude of a row, then its integers."""
+    """Generate the kernel: the greatest magnitude of a run, then its integers."""
     w = workload
-    depth = w.shape[-1] if w.per_row else prod(w.shape)
+    depth = w.run or prod(w.shape)
     lanes = isa.vector_bits // 8
     threads = worth_threads(prod(w.shape) * 8.0 / isa.lanes())
     with PrimFuncBuilder("dynamic_quantize") as builder:

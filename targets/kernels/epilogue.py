@@ -234,11 +234,13 @@ class EpilogueWriter:
         return bind(rounded)
 
     def _dynamic(self, scales: Buffer, acc: Expr, lane: Expr, index: Expr, valid: int) -> Expr:
-        """The float32 outputs of one vector whose activations have a scale made at run time."""
+        """The float32 outputs of one vector whose activations have scales made at run time."""
         lanes = lanes_of(acc)
-        row = index // self.columns if self.epilogue.row_scale == "row" else 0
-        scale = splat(load(scales, row, 1), "float32", lanes)
-        value = cast(acc, "float32") * fence(scale * load(self.multiplier, lane, lanes))
+        value = acc  # in groups the sums are scaled already
+        if not self.epilogue.group:
+            row = index // self.columns if self.epilogue.row_scale == "row" else 0
+            scale = splat(load(scales, row, 1), "float32", lanes)
+            value = cast(acc, "float32") * fence(scale * load(self.multiplier, lane, lanes))
         if self.addend is not None:
             value = fence(value) + load(self.addend, lane, lanes)
         if self.residual is not None:

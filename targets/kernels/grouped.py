@@ -5,20 +5,59 @@
 The sums of a group are int32, exact, and start from the zero point's share; at the group's end they
 are scaled and added to float32 totals, product and sum rounded by themselves, in the order of K.
 A group lies within one run of channels, so its activations follow each other in memory.
+
+Rows of a matrix may bring a scale for each group too. Weights may have zero points then: their
+share is a zero point times the sum of a row's activations in the group, which is taken once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qcompiler.targets.kernels.neon import run_of_elements
-from qcompiler.targets.kernels.tir import Expr, bind, cast, fence, load, serial
+from qcompiler.targets.kernels.simd import reduce_lanes, stack, vector_spans
+from qcompiler.targets.kernels.tir import (
+    Buffer,
+    Expr,
+    bind,
+    cast,
+    fence,
+    load,
+    scratch,
+    serial,
+    splat,
+    store,
+)
 
 if TYPE_CHECKING:
     from qcompiler.targets.kernels.macro import MacroKernel, Source
     from qcompiler.targets.kernels.register_tile import Accumulators
 
-__all__ = ["grouped_loops"]
+__all__ = ["ROW_SUMS", "grouped_loops", "row_sums"]
+
+ROW_SUMS = "row_sums"
+"""Name among a kernel's buffers of the sums that `row_sums` returns."""
+
+
+def row_sums(kernel: MacroKernel) -> Buffer:
+    """Emit the sums of each group of each row of activations as they are stored: int32 [M, groups].
+
+    They take one addition for as many activations as the product multiplies by every column.
+    """
+    g, size = kernel.geometry, kernel.writer.epilogue.group
+    runs = g.batch * g.oh * g.ow * (g.cg // size)
+    sums = scratch(runs, "int32")
+    with kernel.task_loop(runs * size, runs) as run:
+        total = stack(1, "int32")
+        store(total, 0, splat(0, "int32", 1))
+        for offset, count, width in vector_spans(size, kernel.isa.lanes(), overlap=False):
+            with serial(count) as k:
+                part = cast(load(kernel.a, run * size + k * width + offset, width), "int32")
+                part = part if width == 1 else reduce_lanes("add", bind(part))
+                store(total, 0, load(total, 0, 1) + part)
+        store(sums, run, load(total, 0, 1))
+    return sums
 
 
 def grouped_loops(
@@ -28,6 +67,7 @@ def grouped_loops(
     a_steps: list[int],
     tiles: tuple[Expr, Expr],
     sums: tuple[Accumulators, Accumulators],
+    rows: Sequence[Expr],
 ) -> None:
     """Accumulate a register tile over all of K.
 
@@ -39,8 +79,10 @@ def grouped_loops(
         tiles: The column tile, counted from the first whose weights are in the buffer of weights,
             and from the first of all.
         sums: The accumulators of a group, int32, and the totals, float32.
+        rows: Row of the activations that each pixel is, counted through all images.
     """
     g, facts, plan = kernel.geometry, kernel.facts, kernel.plan
+    row_scale, zeros = kernel.writer.row_scale, kernel.constants.get("group_zero")
     acc, totals = sums
     offsets = kernel.constants.get("offsets")
     step = kernel.step(acc)
@@ -59,8 +101,15 @@ def grouped_loops(
         terms = bind((tiles[1] * count + group) * plan.nt)
         for v in range(plan.nv):
             start = bind(load(kernel.constants["group_start"], terms + v * plan.lanes, plan.lanes))
+            zero = None
+            if zeros is not None:
+                zero = bind(cast(load(zeros, terms + v * plan.lanes, plan.lanes), "int32"))
             for m in range(len(a_steps)):
-                acc.put(m, v, start)
+                if zero is None:
+                    acc.put(m, v, start)
+                    continue
+                total = load(kernel.constants[ROW_SUMS], rows[m] * count + group, 1)
+                acc.put(m, v, start - zero * splat(total, "int32", plan.lanes))
         begin = bind(group * size)
         if by_element:
             at = begin * g.k_group if offsets is None else load(offsets, begin, 1)
@@ -74,5 +123,9 @@ def grouped_loops(
         for v in range(plan.nv):
             scale = bind(load(kernel.constants["group_scale"], terms + v * plan.lanes, plan.lanes))
             for m in range(len(a_steps)):
-                product = fence(cast(acc.get(m, v), "float32") * scale)
+                factor = scale
+                if row_scale is not None:
+                    own = load(row_scale, rows[m] * count + group, 1)
+                    factor = fence(splat(own, "float32", plan.lanes) * scale)
+                product = fence(cast(acc.get(m, v), "float32") * factor)
                 totals.put(m, v, totals.get(m, v) + product)

@@ -35,7 +35,7 @@ from qcompiler.targets.kernels.bands import CHUNK, PaddedRow, copy_padded_row, w
 from qcompiler.targets.kernels.depth import EXACT
 from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.fetch import Ahead, ahead_of
-from qcompiler.targets.kernels.grouped import grouped_loops
+from qcompiler.targets.kernels.grouped import ROW_SUMS, grouped_loops, row_sums
 from qcompiler.targets.kernels.halves import half_loops
 from qcompiler.targets.kernels.near import (
     far_size_of_block,
@@ -138,6 +138,9 @@ class MacroKernel:
 
     def emit(self) -> None:
         """The loop over tasks."""
+        if "group_zero" in self.constants and ROW_SUMS not in self.constants:
+            replace(self, constants={**self.constants, ROW_SUMS: row_sums(self)}).emit()
+            return
         g, plan = self.geometry, self.plan
         bands, wide, near = None, None, None
         if plan.col_blocks > 1:  # tasks of several column blocks share a band
@@ -426,7 +429,8 @@ class MacroKernel:
             weight_tile = bind(tile - source.weight_tile)
         channels = g.groups * g.n
         starts, valid = self.columns(tile)
-        base = bind(((source.image * g.oh + row) * g.ow + col) * channels)
+        first = bind((source.image * g.oh + row) * g.ow + col)
+        base = bind(first * channels)
         lane = bind(tile * plan.nt)
         if source.far is not None:
             far_sums(self, (source.far, far), len(pixels), weight_tile, acc)
@@ -439,7 +443,8 @@ class MacroKernel:
         elif self.facts.dot == "half":
             half_loops(self, source, a_index, a_steps, weight_tile, (acc, totals))
         else:
-            grouped_loops(self, source, a_index, a_steps, (weight_tile, tile), (acc, totals))
+            rows = [bind(first + (r * g.ow + c)) for r, c in pixels]
+            grouped_loops(self, source, a_index, a_steps, (weight_tile, tile), (acc, totals), rows)
 
         for m, (r, c) in enumerate(pixels):
             step = (r * g.ow + c) * channels

@@ -22,8 +22,9 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
   (see `winograd_plan.Transformed`), and the bias times the power of two by which the kernel shifts
   the sums right;
 * weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`);
-* the same in groups along K: `group_start` int32 and `group_scale` float32 `[T, Q / group, V * L]`
-  (the zero point's share and the multiplier of each run of K-groups); `bias` is then float32;
+* weights in groups along K: `group_start` int32 and `group_scale` float32 `[T, Q / group, V * L]`
+  (the zero point's share and the multiplier of each run of K-groups), and `group_zero` int8 where
+  weights have zero points; `bias` is then float32;
 * float32 products with weights in half precision: their bits, uint16 `[T, Q, V, L]`; in groups:
   int8 `[T, Q, V * L]`, or nibbles `[T, Q, V * L / 2]`, with `scales` float32 and, unless all are 0,
   `zeros` int8, both `[T, Q / group, V * L]`.
@@ -72,6 +73,7 @@ from qcompiler.targets.kernels.weight_forms import (
     float_weights,
     laid_out,
     nibbles,
+    packed_groups,
 )
 from qcompiler.targets.kernels.weight_order import is_wide, k_offsets, pack_weights
 from qcompiler.targets.kernels.winograd_float_plan import (
@@ -304,7 +306,8 @@ def _grouped(values: GemmValues, layout: Callable[[Array], Array]) -> GemmValues
     """The values with the multipliers of groups laid out like the weights."""
     if values.group_multiplier is None:
         return values
-    return replace(values, group_multiplier=layout(values.group_multiplier))
+    zero = None if values.group_zero is None else layout(values.group_zero)
+    return replace(values, group_multiplier=layout(values.group_multiplier), group_zero=zero)
 
 
 def _pack(
@@ -360,7 +363,8 @@ def _pack(
         if not epilogue.group and may_split(isa, geometry, weight, largest):
             splits = largest_rows(weight), params.mt
         stored = Stored(a_zero_point, largest, values.a_spread)
-        dot, depths, split = pack_weights(geometry, isa, tiles, stored, arrays, splits)
+        in_order = epilogue.group > 0
+        dot, depths, split = pack_weights(geometry, isa, tiles, stored, arrays, splits, in_order)
         if dot != "mixed" and fits_int4(weight):
             storage = "int4"
             groups = tiles.transpose(0, 3, 1, 2, 4)
@@ -369,11 +373,17 @@ def _pack(
             arrays["weight"] = nibbles(groups, dot)
     group = 0
     if epilogue.group:
-        if storage != "int4" or values.group_multiplier is None or epilogue.group % isa.k_group:
-            raise CodegenError(f"weights in groups of {epilogue.group} must be 4 bits wide")
+        if values.group_multiplier is None or epilogue.group % isa.k_group:
+            raise CodegenError(
+                f"weights in groups of {epilogue.group} need a multiplier for each group, "
+                f"and groups of a multiple of {isa.k_group}"
+            )
         group = epilogue.group // isa.k_group
         scales = _tiles(geometry, plan, values.group_multiplier, columns)
-        arrays |= _group_terms(tiles, scales, group, a_zero_point)
+        zeros = None
+        if values.group_zero is not None and values.group_zero.any():
+            zeros = _tiles(geometry, plan, values.group_zero, columns)
+        arrays |= packed_groups(tiles, scales, zeros, group, (a_zero_point, values.a_zero_point))
     if split is not None:
         arrays["compress"] = compress_table()
         if split.sides == "blocks":
@@ -412,7 +422,10 @@ def _pack(
         storage=storage,
         group=group,
         patch=(1, 1) if transformed is None else transformed.patch,
-        wide=isa.dot == "maddubs" and _uses_pairs(dot, depths) and is_wide(plan.tiles),
+        wide=isa.dot == "maddubs"
+        and not group
+        and _uses_pairs(dot, depths)
+        and is_wide(plan.tiles),
         far="none" if split is None else split.sides,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
@@ -428,24 +441,6 @@ def operand_shift(stored: str, multiplied: str) -> int:
     if stored == multiplied:
         return 0
     return 128 if multiplied == "uint8" else -128
-
-
-def _group_terms(tiles: Array, scales: Array, group: int, a_zero_point: int) -> dict[str, Array]:
-    """Where the sums of each run of `group` K-groups start, and their multipliers.
-
-    Args:
-        tiles: Weights `[T, V, L, Q, G]`.
-        scales: float32 of the same shape.
-        group: K-groups of a run.
-        a_zero_point: Zero point of the activations.
-    """
-    sums = tiles.reshape(*tiles.shape[:3], -1, group * tiles.shape[4]).sum(-1, dtype=np.int64)
-    starts = (-a_zero_point * sums).astype(np.int32).transpose(0, 3, 1, 2)
-    factors = scales[:, :, :, ::group, 0].transpose(0, 3, 1, 2)
-    return {
-        "group_start": np.ascontiguousarray(starts).reshape(*starts.shape[:2], -1),
-        "group_scale": np.ascontiguousarray(factors).reshape(*factors.shape[:2], -1),
-    }
 
 
 def _clip(values: GemmValues, scalars: Array) -> bool:

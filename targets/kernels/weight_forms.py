@@ -25,6 +25,7 @@ __all__ = [
     "float_weights",
     "laid_out",
     "nibbles",
+    "packed_groups",
 ]
 
 Array = npt.NDArray[Any]
@@ -134,3 +135,36 @@ def nibbles(groups: Array, dot: Dot) -> Array:
         low, high = np.split(vectors[:, :, -1], 2, axis=-1)
         parts.append(low | high << 4)
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
+
+
+def packed_groups(
+    tiles: Array, scales: Array, zeros: Array | None, group: int, a_zero_points: tuple[int, int]
+) -> dict[str, Array]:
+    """Where the sums of each run of `group` K-groups start, and their multipliers.
+
+    With zero points z of the weights, sums of (a - a_zero) * (w - z) are those of a * w, minus
+    a_zero times the sum of w, minus z times the sum of a - a_zero. The kernel takes z times the
+    sum of the activations as they are stored; the rest is constant.
+
+    Args:
+        tiles: Weights `[T, V, L, Q, G]`.
+        scales: float32 of the same shape.
+        zeros: Zero points of the weights, of the same shape; None where all are 0.
+        group: K-groups of a run.
+        a_zero_points: Zero point of the activations as they are multiplied, and as stored.
+    """
+
+    def of_groups(values: Array) -> Array:
+        """`[T, V, L, Q / group]` as `[T, Q / group, V * L]`."""
+        moved = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+        return moved.reshape(*moved.shape[:2], -1)
+
+    size = group * tiles.shape[4]
+    sums = tiles.reshape(*tiles.shape[:3], -1, size).sum(-1, dtype=np.int64)
+    starts = -a_zero_points[0] * sums
+    found = {"group_scale": of_groups(scales[:, :, :, ::group, 0])}
+    if zeros is not None:
+        points = zeros[:, :, :, ::group, 0].astype(np.int64)
+        starts += points * (size * a_zero_points[1])
+        found["group_zero"] = of_groups(points.astype(np.int8))
+    return {"group_start": of_groups(starts.astype(np.int32)), **found}

@@ -38,6 +38,7 @@ def pack_weights(
     stored: Stored,
     arrays: dict[str, Array],
     splits: tuple[Array, int] | None = None,
+    in_order: bool = False,
 ) -> tuple[Dot, tuple[int, ...], Split | None]:
     """Put the weights of `[T, V, L, Q, G]` tiles in `arrays`.
 
@@ -49,6 +50,7 @@ def pack_weights(
         arrays: Where the packed weights go.
         splits: Where activations may be split: `near_plan.largest_rows` of the weights, and the
             pixels of a register tile.
+        in_order: Whether K-groups must keep their order, as groups with a scale do.
 
     Returns:
         How they will be multiplied, to which depths, and how activations are split.
@@ -74,6 +76,9 @@ def pack_weights(
     if isinstance(orders, int):
         arrays["weight"] = np.ascontiguousarray(groups)
         return "maddubs", (orders,), split
+    if in_order:
+        arrays["weight"] = _even_odd(groups)
+        return "exact", (1,), None
     depths = sorted({depth for order in orders for depth in order.blocks}, reverse=True)
     if depths == [EXACT]:
         arrays["weight"] = _int16_pairs(groups, is_wide(len(groups)))

@@ -74,9 +74,9 @@ class Epilogue:
     float16, of float16 operands."""
     residual_dtype: str | None = None
     """Dtype of a second operand of the output's shape that is added, or None."""
-    row_scale: Literal["row", "tensor"] | None = None
-    """Whether the scale of A is an operand: one number for each row of A, or one in all; the
-    output is then float32."""
+    row_scale: Literal["row", "tensor", "block"] | None = None
+    """Whether the scale of A is an operand: one number for each row of A, one in all, or one for
+    each `group` in a row; the output is then float32."""
     group: int = 0
     """Weights along K that share a scale: their sums are scaled and added in float32; 0 for one
     scale per column."""
@@ -107,6 +107,8 @@ def _check_operands(what: str, a_dtype: str, epilogue: Epilogue) -> None:
         is_float or epilogue.out_dtype != "float32" or epilogue.residual_dtype not in _FLOAT
     ):
         raise CodegenError(f"{what}: row scales turn 8-bit sums into float32: {epilogue}")
+    if epilogue.row_scale is not None and (epilogue.row_scale == "block") != (epilogue.group > 0):
+        raise CodegenError(f"{what}: weights in groups go with scales per block: {epilogue}")
     if epilogue.residual_dtype is None or epilogue.row_scale is not None:
         return
     if epilogue.residual_dtype not in given if is_float else epilogue.residual_dtype in FLOATS:
@@ -250,7 +252,10 @@ class MatmulWorkload:
     @property
     def row_scale_shape(self) -> tuple[int, ...]:
         """Shape of the scales of A, where they are an operand."""
-        return (*self.a_shape[:-1], 1) if self.epilogue.row_scale == "row" else ()
+        if self.epilogue.row_scale == "tensor":
+            return ()
+        per_row = 1 if self.epilogue.row_scale == "row" else self.k // self.epilogue.group
+        return (*self.a_shape[:-1], per_row)
 
     @property
     def macs(self) -> int:
@@ -289,7 +294,10 @@ class GemmValues:
     addend: npt.NDArray[np.float32] | None = None
     """[N]: added to the scaled sums of a kernel with row scales, or in groups."""
     group_multiplier: npt.NDArray[np.float32] | None = None
-    """Of the weights' own shape, equal within a group: float32(scale_a * scale_b / scale_out)."""
+    """Of the weights' own shape, equal within a group: float32(scale_a * scale_b / scale_out),
+    without scale_a and scale_out where A has a scale per block."""
+    group_zero: npt.NDArray[np.int32] | None = None
+    """Zero points of weights in groups, likewise, for A with a scale per block."""
 
 
 @dataclass(frozen=True, slots=True)

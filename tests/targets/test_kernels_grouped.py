@@ -83,16 +83,20 @@ kinds = st.tuples(
     groups=st.integers(1, 4),
     size=st.sampled_from([4, 16, 20, 64]),
     n=st.integers(1, 70),
+    wide=st.booleans(),
     kind=kinds,
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=8)
-def test_matrix_products(rows: int, groups: int, size: int, n: int, kind: Any, seed: int) -> None:
+@settings(max_examples=12)
+def test_matrix_products(
+    rows: int, groups: int, size: int, n: int, wide: bool, kind: Any, seed: int
+) -> None:
     a_dtype, (out, residual_dtype), biased = kind
     rng = np.random.default_rng(seed)
     case = Case(rng, a_dtype, out, residual_dtype)
     a = rng.integers(case.low, case.high + 1, (rows, groups * size)).astype(a_dtype)
-    b = rng.integers(-8, 8, (groups * size, n)).astype(np.int8)
+    limit = 128 if wide else 8
+    b = rng.integers(-limit, limit, (groups * size, n)).astype(np.int8)
     scale = rng.uniform(1e-3, 0.1, (groups, n)).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32) if biased else None
     residual = case.residual((rows, n))
@@ -150,11 +154,11 @@ def test_convolutions(
         np.testing.assert_array_equal(got, expected, f"{isa.name} {params}")
 
 
-@pytest.mark.parametrize(("largest", "size"), [(8, 16), (7, 6)])
-def test_weights_that_groups_cannot_hold_are_refused(largest: int, size: int) -> None:
+@pytest.mark.parametrize(("size", "factors"), [(6, True), (16, False)])
+def test_groups_without_multipliers_or_whole_k_groups_are_refused(size: int, factors: bool) -> None:
     isa = ISA_TABLE["x86-avx2"]
     workload = MatmulWorkload((4, 48), (48, 16), Epilogue("float32", group=size))
-    b = np.full((48, 16), largest, np.int8)
-    values = GemmValues(group_multiplier=np.ones((48, 16), np.float32))
-    with pytest.raises(CodegenError, match=f"groups of {size} must be 4 bits wide"):
+    b = np.full((48, 16), 7, np.int8)
+    values = GemmValues(group_multiplier=np.ones((48, 16), np.float32) if factors else None)
+    with pytest.raises(CodegenError, match=f"groups of {size} need a multiplier"):
         pack_matmul(workload, isa, default_params(workload, isa), b, values)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qcompiler import numerics
 from qcompiler.errors import CodegenError
-from qcompiler.numerics_dynamic import Per, dynamic_quantize, dynamic_result
+from qcompiler.numerics_dynamic import Per, blocked_result, dynamic_quantize, dynamic_result
 from qcompiler.passes.narrow_products import group_qparams
 from qcompiler.targets.isa import ISA_TABLE, Isa, runnable
 from qcompiler.targets.kernels import harness
@@ -268,9 +268,68 @@ def test_products_with_row_scales_are_exact(
         np.testing.assert_array_equal(got, expected, f"{isa.name} {params}")
 
 
+@given(
+    lead=st.sampled_from([(), (2,)]),
+    extents=st.tuples(st.integers(1, 40), st.integers(1, 5), st.integers(1, 80)),
+    size=st.sampled_from([8, 16, 32, 64]),
+    dtype=st.sampled_from(["uint8", "int8"]),
+    bits=st.sampled_from([4, 8]),
+    extras=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    extreme=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=12)
+def test_products_with_scales_per_block_are_exact(
+    lead: tuple[int, ...],
+    extents: tuple[int, int, int],
+    size: int,
+    dtype: str,
+    bits: int,
+    extras: tuple[bool, bool, bool, bool],
+    extreme: bool,
+    seed: int,
+) -> None:
+    rng = np.random.default_rng(seed)
+    m, groups, n = extents
+    k = groups * size
+    x = rng.standard_normal((*lead, m, k)) * rng.choice([1e-3, 1, 1e3], (*lead, m, k))
+    if extreme:
+        x = np.sign(x)
+    zero_point = 128 if dtype == "uint8" else 0
+    q, scale = dynamic_quantize(
+        x.astype(np.float32), "block", zero_point, np.dtype(dtype).type, size
+    )
+    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    codes = [least, most] if extreme else range(least, most + 1)
+    b = rng.choice(np.asarray(codes, np.int8), (k, n))
+    zero = rng.choice(np.asarray(codes, np.int32), (groups, n)) * int(extras[3])
+    factors = rng.uniform(0.001, 0.1, (groups, n)).astype(np.float32)
+    values = GemmValues(
+        a_zero_point=zero_point,
+        addend=rng.standard_normal(n).astype(np.float32) if extras[0] else None,
+        act_max=0.5 if extras[2] else None,
+        group_multiplier=np.repeat(factors, size, axis=0),
+        group_zero=np.repeat(zero, size, axis=0).astype(np.int32),
+    )
+    expected = blocked_result(q, b, zero_point, zero, scale, factors, values.addend)
+    residual = []
+    if extras[1]:
+        residual = [rng.standard_normal(expected.shape).astype(np.float32)]
+        expected = expected + residual[0]
+    if values.act_max is not None:
+        expected = np.minimum(expected, np.float32(0.5))
+    epilogue = Epilogue("float32", "float32" if residual else None, "block", size)
+    workload = MatmulWorkload(q.shape, b.shape, epilogue, a_dtype=dtype)
+    for isa in ROWS:
+        candidates = space(workload, isa)
+        params = candidates[rng.integers(len(candidates))]
+        got = reference.run(workload, isa, params, [q, *residual, scale], b, values)
+        np.testing.assert_array_equal(got, expected, f"{isa.name} {params}")
+
+
 @each_row
-@pytest.mark.parametrize("per", ["row", "tensor"])
-@pytest.mark.parametrize("shape", [(5, 37), (3, 2, 128), (1, 1), (9, 384), (2, 1000)])
+@pytest.mark.parametrize("per", ["row", "tensor", "block"])
+@pytest.mark.parametrize("shape", [(5, 36), (3, 2, 128), (1, 4), (9, 384), (2, 1000)])
 def test_quantization_at_run_time_is_exact(isa: Isa, per: Per, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(len(shape))
     x = rng.standard_normal(shape) * rng.choice([1e-30, 1, 1e30], (*shape[:-1], 1))
@@ -279,14 +338,15 @@ def test_quantization_at_run_time_is_exact(isa: Isa, per: Per, shape: tuple[int,
         x.reshape(-1)[::11] = np.nan
         x[1], x[2] = 0, np.nan
     for dtype, zero_point in (("uint8", 128), ("int8", 0)):
-        workload = DynamicQuantizeWorkload(shape, per == "row", dtype, zero_point)
+        run = {"row": shape[-1], "block": shape[-1] // 4, "tensor": 0}[per]
+        workload = DynamicQuantizeWorkload(shape, run, dtype, zero_point)
         module = harness.build(quantizer(workload, isa), isa)
         tensors = [
             tvm.runtime.tensor(a)
             for a in (x, np.full(shape, 77, dtype), np.full(workload.scale_shape, -1, np.float32))
         ]
         module["main"](*tensors)
-        q, scale = dynamic_quantize(x, per, zero_point, np.dtype(dtype).type)
+        q, scale = dynamic_quantize(x, per, zero_point, np.dtype(dtype).type, run)
         np.testing.assert_array_equal(tensors[2].numpy(), scale)
         np.testing.assert_array_equal(tensors[1].numpy(), q)
 
