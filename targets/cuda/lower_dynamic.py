@@ -11,13 +11,13 @@ import numpy as np
 from qcompiler.ir import Node, Value
 from qcompiler.numerics import MIN_SCALE
 from qcompiler.numerics_dynamic import DYNAMIC_MAX
-from qcompiler.targets.cuda.lowering import EIGHT_BITS, Answer, Maker, grid, row
-from qcompiler.targets.cuda.maps import Operand, broadcast_strides, map_launch, row_major
+from qcompiler.targets.cuda.lowering import EIGHT_BITS, Answer, Maker, grid, row, times
+from qcompiler.targets.cuda.maps import THREADS, Operand, broadcast_strides, map_launch, row_major
 from qcompiler.targets.cuda.products import Epilogue, Product
-from qcompiler.targets.cuda.program import Temporary
+from qcompiler.targets.cuda.program import Launch, Temporary
 from qcompiler.targets.cuda.rows import row_launch
-from qcompiler.targets.cuda.source import literal
-from qcompiler.types import Array, DType
+from qcompiler.targets.cuda.source import KernelText, entry, literal
+from qcompiler.types import Array, DType, PerGroup, QuantParams
 
 
 @row("dynamic_quantize")
@@ -26,7 +26,11 @@ def _dynamic_quantize(make: Maker, node: Node) -> Answer:
     q = grid(out)
     if q is None or x.dtype is not DType.FLOAT32:
         return f"it makes {out.type} of {x.type}"
-    depth = x.shape[-1] if node.attr("per") == "row" else x.type.size
+    per = node.attr("per")
+    depth = {"row": x.shape[-1], "tensor": x.type.size, "block": int(node.attr("block"))}[str(per)]
+    shape, scales_shape = x.shape, scale.shape
+    if per == "block":
+        shape, scales_shape = (*scale.shape, depth), (*scale.shape, 1)
     extents = (x.type.size // max(depth, 1), depth, 1)
     finish = f"fmaxf(__fdiv_rn(acc, {literal(DYNAMIC_MAX)}), {literal(MIN_SCALE)})"
     scales = row_launch(
@@ -41,10 +45,10 @@ def _dynamic_quantize(make: Maker, node: Node) -> Answer:
     )  # fmt: skip
     bound = literal(DYNAMIC_MAX)
     integers = map_launch(
-        "dynamic_quantize", x.shape, out, Operand(out, out.dtype, row_major(x.shape)),
+        "dynamic_quantize", shape, out, Operand(out, out.dtype, row_major(shape)),
         [
-            Operand(x, DType.FLOAT32, row_major(x.shape)),
-            Operand(scale, DType.FLOAT32, broadcast_strides(scale.shape, x.shape)),
+            Operand(x, DType.FLOAT32, row_major(shape)),
+            Operand(scale, DType.FLOAT32, broadcast_strides(scales_shape, shape)),
         ],
         f"qc_quantized(__fdiv_rn(a, b), -{bound}, {bound}, {q.z})",
     )  # fmt: skip
@@ -54,10 +58,11 @@ def _dynamic_quantize(make: Maker, node: Node) -> Answer:
 @row("dynamic_matmul")
 def _dynamic_matmul(make: Maker, node: Node) -> Answer:
     a, b, scale, out = node.input(0), node.input(1), node.input(2), node.output
-    bias, residual = node.optional(3), node.optional(4)
-    q = grid(a)
+    bias, q = node.optional(3), grid(a)
     if q is None or a.dtype not in EIGHT_BITS or not b.is_constant or b.qparams is None:
         return f"its operands are {a.type} and {b.type}"
+    if isinstance(b.qparams.granularity, PerGroup):
+        return _blocked(make, node, b.qparams, b.qparams.granularity.group_size)
     depth, columns = b.shape
     rows = math.prod(a.shape[:-1])
     sums = Temporary(rows * columns * 4)
@@ -77,6 +82,12 @@ def _dynamic_matmul(make: Maker, node: Node) -> Answer:
             return "its bias is computed at run time"
         text = f"__fadd_rn({text}, {chr(ord('a') + len(operands))})"
         operands.append(_constant(bias.array().reshape(-1), out))
+    return make.product(product), _finished(node, operands, text)
+
+
+def _finished(node: Node, operands: list[Operand], text: str) -> Launch:
+    """Return the launch that adds the residual to what a text computes, and clips it."""
+    out, residual = node.output, node.optional(4)
     if residual is not None:
         text = f"__fadd_rn({text}, {chr(ord('a') + len(operands))})"
         strides = broadcast_strides(residual.shape, out.shape)
@@ -87,8 +98,59 @@ def _dynamic_matmul(make: Maker, node: Node) -> Answer:
     if node.attr("act_max") is not None:
         text = f"qc_min()({text}, {literal(float(node.attr('act_max')))})"
     result = Operand(out, DType.FLOAT32, row_major(out.shape))
-    scaled = map_launch("dynamic_scaled", out.shape, out, result, operands, text)
-    return make.product(product), scaled
+    return map_launch("dynamic_scaled", out.shape, out, result, operands, text)
+
+
+def _blocked(make: Maker, node: Node, q: QuantParams, size: int) -> Answer:
+    """A product for each block of K on tensor cores, and a map that adds them up in order."""
+    a, b, scale, out = node.input(0), node.input(1), node.input(2), node.output
+    bias = node.optional(3)
+    if bias is not None and not bias.is_constant:
+        return "its bias is computed at run time"
+    depth, columns = b.shape
+    rows, blocks, zero = math.prod(a.shape[:-1]), depth // size, grid(a)
+    assert zero is not None  # the caller looked
+    if rows * columns * blocks >= 1 << 31:
+        return f"{blocks} blocks of {rows} x {columns} sums are more than kernels count to"
+    sums = Temporary(rows * columns * blocks * 4)
+    product = Product(
+        a, None, rows, columns, size, blocks, a.dtype, DType.INT8,
+        Epilogue(DType.FLOAT32, np.ones(1, np.float32)), sums, a_row=depth, out_row=columns,
+        a_offset=times("z", size, blocks), c_offset=times("z", rows * columns, blocks),
+        n_offset=times("z", columns, blocks), a_zero=zero.z, b_zero=q.zero_point.reshape(-1),
+        weights=np.ascontiguousarray(b.array().reshape(blocks, size, columns).transpose(0, 2, 1)),
+    )  # fmt: skip
+    start = np.zeros(columns, np.float32) if bias is None else bias.array().reshape(-1)
+    body = "\n".join([
+        f"  const int i = static_cast<int>(blockIdx.x * {THREADS} + threadIdx.x);",
+        f"  if (i >= {rows * columns}) return;",
+        f"  const int row = i / {columns}, column = i % {columns};",
+        "  float t = start[column];",
+        f"  for (int g = 0; g < {blocks}; ++g) {{",
+        f"    const float m = __fmul_rn(own[row * {blocks} + g], scale[g * {columns} + column]);",
+        f"    t = __fadd_rn(t, __fmul_rn(sums[g * {rows * columns} + i], m));",
+        "  }",
+        "  out[i] = t;",
+    ])  # fmt: skip
+    parameters = (
+        "const float* __restrict__ sums, const float* __restrict__ own, "
+        "const float* __restrict__ scale, const float* __restrict__ start, "
+        "float* __restrict__ out"
+    )
+    clips = node.attr("act_min") is not None or node.attr("act_max") is not None
+    plain = node.optional(4) is None and not clips
+    total = out if plain else Temporary(rows * columns * 4)
+    added = Launch(
+        KernelText("dynamic_blocks", entry(parameters, THREADS, body)),
+        (-(-rows * columns // THREADS), 1, 1), THREADS,
+        (sums, scale, np.ascontiguousarray(q.scale, np.float32),
+         np.ascontiguousarray(start, np.float32)), total,
+    )  # fmt: skip
+    launches = (make.product(product), added)
+    if plain:
+        return launches
+    operands = [Operand(total, DType.FLOAT32, row_major(out.shape))]
+    return (*launches, _finished(node, operands, "a"))
 
 
 def _constant(values: Array, out: Value) -> Operand:

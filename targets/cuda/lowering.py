@@ -323,8 +323,8 @@ def _conv(make: Maker, node: Node) -> Answer:
     product = Product(
         x, None, n * oh * ow, per_group, depth, group, x.dtype, found.dtype, epilogue, out,
         residual, window, a_row=channels, out_row=columns,
-        a_offset=_times("z", channels // group, group), c_offset=_times("z", per_group, group),
-        n_offset=_times("z", per_group, group), weights=packed, b_bits=found.bits,
+        a_offset=times("z", channels // group, group), c_offset=times("z", per_group, group),
+        n_offset=times("z", per_group, group), weights=packed, b_bits=found.bits,
         a_zero=zero, b_zero=found.zero,
     )  # fmt: skip
     if x.dtype is DType.FLOAT32:
@@ -332,7 +332,8 @@ def _conv(make: Maker, node: Node) -> Answer:
     return (make.product(product),)
 
 
-def _times(name: str, step: int, count: int) -> str:
+def times(name: str, step: int, count: int) -> str:
+    """Return C++ text of where pair `name` of `count` begins, `step` elements after the last."""
     return f"{name} * {step}" if count > 1 else "0"
 
 
@@ -413,7 +414,7 @@ def _matmul(make: Maker, node: Node) -> Answer:
         a_row=k, out_row=columns,
         a_offset="0" if joined else _lead_offset(lead, a_lead, m * k),
         b_offset="0" if joined else _lead_offset(lead, b_lead, columns * k),
-        c_offset=_times("z", m * columns, batch), weights=weights, b_bits=b_bits, a_zero=zero,
+        c_offset=times("z", m * columns, batch), weights=weights, b_bits=b_bits, a_zero=zero,
         b_zero=b_zero,
     )  # fmt: skip
     if a.dtype is DType.FLOAT32:

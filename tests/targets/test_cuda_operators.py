@@ -15,7 +15,7 @@ from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage, all_ops
 from qcompiler.targets.cuda import backend, lower_maps, lower_rows, lowering
-from qcompiler.types import DType, PerAxis, QuantParams, TensorType
+from qcompiler.types import DType, PerAxis, PerGroup, QuantParams, TensorType
 
 needs_emulator = pytest.mark.skipif(
     emulator.skip_reason() is not None, reason=emulator.skip_reason() or ""
@@ -235,6 +235,32 @@ def test_products_of_activations_quantized_at_run_time(rng: np.random.Generator,
             QuantParams(rng.uniform(0.001, 0.02, 33), np.zeros(33), I8, -127, 127, PerAxis(1)),
         )
         bias = net.constant(rng.standard_normal(33).astype(np.float32))
+        left, scale = node.outputs
+        net.add("dynamic_matmul", left, weights, scale)
+        net.add("dynamic_matmul", left, weights, scale, bias, net.real((2, 5, 33)), act_min=0.0)
+    net.check()
+
+
+@needs_emulator
+@pytest.mark.parametrize("size", [16, 32])
+def test_products_of_weights_in_blocks(rng: np.random.Generator, size: int) -> None:
+    net = Net(rng)
+    x = rng.standard_normal((2, 5, 96)).astype(np.float32) * rng.choice([0.01, 1, 9], (2, 5, 96))
+    blocks = 96 // size
+    grid = QuantParams(
+        rng.uniform(0.001, 0.02, (blocks, 33)), rng.integers(-8, 8, (blocks, 33)), I8, -8, 7,
+        PerGroup(0, size),
+    )  # fmt: skip
+    weights = net.constant(rng.integers(-8, 8, (96, 33)).astype(np.int8), grid)
+    bias = net.constant(rng.standard_normal(33).astype(np.float32))
+    for storage, zero in ((I8, 0), (U8, 128)):
+        types = [
+            TensorType(x.shape, storage, q(storage, 1.0, zero)),
+            TensorType((2, 5, blocks), F32),
+        ]
+        attrs = {"per": "block", "block": size}
+        node = net.graph.add("dynamic_quantize", [net.feed(x.astype("f4"))], attrs, types=types)
+        net.results += [(f"q{storage.value}", node.outputs[0]), (f"s{zero}", node.outputs[1])]
         left, scale = node.outputs
         net.add("dynamic_matmul", left, weights, scale)
         net.add("dynamic_matmul", left, weights, scale, bias, net.real((2, 5, 33)), act_min=0.0)
