@@ -371,7 +371,7 @@ def quantize_model(
     check_regions(graph, regions or {})
     check_scopes(graph, wanted)
     if imported_qdq:
-        integer = PassManager([Fuse()], instruments).run(graph, ctx)
+        integer = PassManager(_passes_of_imports(precision), instruments).run(graph, ctx)
         plan = found_in(integer)
         sources["plan"] = plan.digest()
         graph = integer if stage is Stage.INTEGER else graph
@@ -434,6 +434,16 @@ def quantize_model(
         prepared,
         ctx.find(KeptFloat),
     )
+
+
+def _passes_of_imports(precision: str | PrecisionPlan | os.PathLike[str]) -> list[Pass]:
+    """Return what makes integer operators of a model that is quantized already."""
+    from qcompiler.passes.block_products import BlockProducts
+    from qcompiler.passes.fuse import Fuse
+
+    if precision == Precision.W8A8_DYNAMIC.value:  # what the model leaves open
+        return [Fuse(), BlockProducts()]
+    return [Fuse()]
 
 
 def _check_methods(methods: Sequence[Pass], quantized: bool) -> None:

@@ -212,3 +212,70 @@ def test_weights_behind_dequantize_linear_stay_quantized(
     x = rng.standard_normal((5, 64)).astype(np.float32)
     got = qcompiler.compile(model)({"x": x})["y"]
     np.testing.assert_allclose(got, runtime(model, x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["MatMulNBits", "DequantizeLinear"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_are_quantized_where_it_is_asked_for(
+    rng: np.random.Generator, form: str, bits: int
+) -> None:
+    """A model that says nothing of its activations keeps them in floats, unless told otherwise."""
+    if form == "MatMulNBits":
+        model, w = nbits(rng, 128, 24, bits, 32, True)
+        bias = numpy_helper.to_array(model.graph.initializer[2])
+    else:
+        storage = TensorProto.UINT4 if bits == 4 else TensorProto.UINT8
+        codes, zero = (rng.integers(0, 1 << bits, (n, 24)) for n in (128, 4))
+        scale = rng.uniform(0.01, 0.1, (4, 24)).astype(np.float32)
+        scale[1] *= -1
+        bias = rng.standard_normal(24).astype(np.float32)
+        nodes = [
+            helper.make_node("DequantizeLinear", ["w", "s", "z"], ["f"], axis=0, block_size=32),
+            helper.make_node("MatMul", ["x", "f"], ["t"]),
+            helper.make_node("Add", ["t", "c"], ["y"]),
+        ]
+        model = model_of(nodes, [2, 3, 128], {"s": scale, "c": bias})
+        for name, values in (("w", codes), ("z", zero)):
+            flat = values.reshape(-1).tolist()
+            model.graph.initializer.append(helper.make_tensor(name, storage, values.shape, flat))
+        w = ((codes - np.repeat(zero, 32, 0)) * np.repeat(scale, 32, 0)).astype(np.float32).T
+    x = rng.standard_normal((2, 3, 128)).astype(np.float32)
+    exact = x @ w.T + bias
+    scale_of = np.abs(exact).max()
+    np.testing.assert_allclose(qcompiler.compile(model)({"x": x})["y"], exact, atol=1e-5 * scale_of)
+    compiled = qcompiler.compile(model, precision="w8a8-dynamic")
+    assert [d["precision"] for d in compiled.plan["nodes"].values()].count("fp32") == 0
+    got = compiled({"x": x})["y"]
+    assert 1e-4 * scale_of < np.abs(got - exact).max() <= 0.02 * scale_of
+    same = qcompiler.compile(model, precision="w8a8-dynamic", target="reference")({"x": x})["y"]
+    np.testing.assert_array_equal(got, same)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("qdq", [False, True])
+@pytest.mark.parametrize("level", [None, 4])
+def test_models_of_the_quantizer(
+    rng: np.random.Generator, symmetric: bool, qdq: bool, level: int | None
+) -> None:
+    """ONNX Runtime's own weights in blocks, with scales below 0: one node and a pair of them."""
+    quantizer = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
+    weights = {f"w{i}": rng.standard_normal((96, 40)).astype(np.float32) for i in range(2)}
+    nodes = [helper.make_node("MatMul", ["x", name], [f"y{name}"]) for name in weights]
+    nodes.append(helper.make_node("Add", [f"y{name}" for name in weights], ["y"]))
+    form = quantizer.QuantFormat.QDQ if qdq else quantizer.QuantFormat.QOperator
+    made = quantizer.MatMulNBitsQuantizer(
+        model_of(nodes, [5, 96], weights), block_size=32, is_symmetric=symmetric,
+        accuracy_level=level, quant_format=form,
+    )  # fmt: skip
+    made.process()
+    model = made.model.model
+    held = [numpy_helper.to_array(i) for i in model.graph.initializer if "scale" in i.name]
+    assert bool(min(a.min() for a in held) < 0) is symmetric
+    x = rng.standard_normal((5, 96)).astype(np.float32)
+    result = quantize_model(model)
+    integer = level == 4 and not qdq
+    names = [n.op.name for n in result.graph.nodes]
+    assert names.count("dynamic_quantize") == integer  # both products read the same integers
+    assert names.count("dynamic_matmul" if integer else "matmul") == 2
+    got, theirs = qcompiler.compile(model)({"x": x})["y"], runtime(model, x)
+    np.testing.assert_allclose(got, theirs, atol=1e-5 * np.abs(theirs).max())
