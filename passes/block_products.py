@@ -24,7 +24,7 @@ from qcompiler.ops import Stage
 from qcompiler.passes.fuse_moves import succeed
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import summed_axis
-from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
+from qcompiler.types import DType, PerGroup, QuantParams, TensorType
 
 _WHOLE = 8
 """Blocks hold whole dot instructions of every target."""
@@ -83,12 +83,7 @@ def _rewrite(
     assert isinstance(q.granularity, PerGroup)
     x, out, size = node.input(0), node.output, q.granularity.group_size
 
-    def by_columns(a: Array) -> Array:
-        return a if node.attr("transpose_b") else np.ascontiguousarray(a.T)
-
-    codes, grid = blocked_weights(
-        by_columns(held.array()), by_columns(q.scale), by_columns(q.zero_point), q.storage, size
-    )
+    codes, grid = blocked_weights(held.array(), q)
     ints, scale = _quantizer(graph, x, size, node, quantized).outputs
     new = graph.add(
         "dynamic_matmul",

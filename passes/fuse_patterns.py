@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler import numerics_dynamic
 from qcompiler.errors import VerificationError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize_bias, table_entries
@@ -141,6 +142,19 @@ class Weights:
             self._made[key] = self._make(w, transpose)
         return self._made[key]
 
+    def in_blocks(self, w: Value, transpose: bool) -> Value:
+        """Return a matrix with scales per block along K held as int8 [K, N]."""
+        key = (w, transpose)
+        q = params(w)
+        if q.storage is DType.INT8 and not transpose:
+            return w
+        if key not in self._made:
+            codes, grid = numerics_dynamic.blocked_weights(w.array(), q)
+            self._made[key] = self.graph.constant(codes, w.name, grid)
+        made = self._made[key]
+        assert made is not None
+        return made
+
     def _make(self, w: Value, transpose: bool) -> Value | None:
         q, data = params(w), w.array()
         if q.storage is DType.INT8 and q.is_symmetric and not transpose:
@@ -171,6 +185,8 @@ class Weights:
 
 
 _NARROW = (DType.INT8, DType.UINT8)
+_WHOLE = 8
+"""Blocks hold whole dot instructions of every target."""
 _WEIGHT_STORAGE = (DType.INT8, DType.UINT8, DType.INT4, DType.UINT4)
 
 
@@ -191,7 +207,7 @@ def product(node: Node | None, weights: Weights) -> Product | None:
             attrs["transpose_b"] = False
         axis = 0 if node.op.name == "conv" else w.type.rank - (2 if transpose else 1)
         if isinstance(q.granularity, PerGroup):
-            return _grouped(node, x, w)
+            return _grouped(node, x, w, weights)
         if q.storage not in _WEIGHT_STORAGE or w.type.rank < 2:
             return None
         if not q.is_per_tensor and q.granularity != PerAxis(axis):
@@ -212,22 +228,26 @@ def product(node: Node | None, weights: Weights) -> Product | None:
     return Product(node, "q" + node.op.name, (x, w, bias), attrs)
 
 
-def _grouped(node: Node, x: Value, w: Value) -> Product | None:
+def _grouped(node: Node, x: Value, w: Value, weights: Weights) -> Product | None:
     """Return the integer form of a product whose weights have scales in groups along K, or None.
 
     Its bias stays float32: there is no one scale of its sums.
     """
     q, bias = params(w), node.optional(2)
     axis = summed_axis(node)
-    one = node.attr("group") == 1 if node.op.name == "conv" else not node.attr("transpose_b")
     size = q.granularity.group_size if isinstance(q.granularity, PerGroup) else 0
-    if not one or q.storage is not DType.INT8 or not q.is_symmetric:
-        return None
-    if q.granularity != PerGroup(axis, size) or w.shape[axis] % size or x.dtype is DType.INT16:
+    if q.granularity != PerGroup(axis, size) or w.shape[axis] % size or size % _WHOLE:
         return None
     if bias is not None and not (bias.is_constant and bias.dtype is DType.FLOAT32):
         return None
-    return Product(node, "q" + node.op.name, (x, w, bias), {})
+    if node.op.name == "conv":
+        if node.attr("group") != 1 or q.storage is not DType.INT8 or not q.is_symmetric:
+            return None
+        return Product(node, "qconv", (x, w, bias), {})
+    if node.attr("transpose_a") or w.type.rank != 2 or q.storage not in _WEIGHT_STORAGE:
+        return None
+    held = weights.in_blocks(w, bool(node.attr("transpose_b")))
+    return Product(node, "qmatmul", (x, held, bias), {"transpose_b": False})
 
 
 def _activation(v: Value) -> bool:

@@ -107,25 +107,23 @@ def blocked_result(
     return t
 
 
-def blocked_weights(
-    codes: Array, scale: Array, zero: Array, storage: DType, size: int
-) -> tuple[Array, QuantParams]:
-    """Return weights in blocks as `blocked_result` takes them: int8 [K, N], around 0.
+def blocked_weights(codes: Array, q: QuantParams) -> tuple[Array, QuantParams]:
+    """Return a matrix of weights in blocks as `blocked_result` takes it: int8 [K, N], around 0.
 
     Args:
-        codes: Integers [N, K].
-        scale: float32 [N, K / size].
-        zero: Zero points, likewise.
-        storage: What the codes are held in: a signed or unsigned dtype of 4 or 8 bits.
-        size: Neighbours along K that share a scale.
+        codes: Integers [K, N] with blocks along axis 0, or [N, K] with blocks along axis 1.
+        q: Their parameters, of 4 or 8 bits, signed or not.
     """
-    signed = DType.INT4 if storage.bits == 4 else DType.INT8
-    shift = signed.min - storage.min
-    held = np.ascontiguousarray((codes.astype(np.int16) + shift).astype(np.int8).T)
-    q = QuantParams(
-        scale.T, (zero + shift).T, DType.INT8, signed.min, signed.max, PerGroup(0, size)
+    assert isinstance(q.granularity, PerGroup)
+    turned = q.granularity.axis % 2 == 1
+    signed = DType.INT4 if q.storage.bits == 4 else DType.INT8
+    shift = signed.min - q.storage.min
+    held = (codes.astype(np.int16) + shift).astype(np.int8)
+    scale, zero = (a.T if turned else a for a in (q.scale, q.zero_point + shift))
+    grid = QuantParams(
+        scale, zero, DType.INT8, signed.min, signed.max, PerGroup(0, q.granularity.group_size)
     )
-    return held, q
+    return np.ascontiguousarray(held.T if turned else held), grid
 
 
 def _block_sums(a: Array, codes: Array, a_zero: int, zero: Array) -> Iterator[Array]:

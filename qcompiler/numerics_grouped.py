@@ -27,19 +27,23 @@ Part = tuple[Array, Array]
 """int32 accumulators of one group, and the scales of its weights, which broadcast against them."""
 
 
-def matmul_parts(a: Array, b: Array, a_zero: int, scale: Array) -> Iterator[Part]:
-    """Yield the groups of `(a - a_zero) @ b` in order.
+def matmul_parts(
+    a: Array, b: Array, a_zero: int, scale: Array, b_zero: Array | None = None
+) -> Iterator[Part]:
+    """Yield the groups of `(a - a_zero) @ (b - b_zero)` in order.
 
     Args:
         a: [..., M, K] integers.
-        b: [K, N] integers with zero point 0.
+        b: [K, N] integers.
         a_zero: Zero point of `a`.
         scale: [K / group, N].
+        b_zero: Zero points of `b`, [K / group, N]; None for 0.
     """
     size = b.shape[0] // scale.shape[0]
     for j, columns in enumerate(scale):
         run = slice(j * size, (j + 1) * size)
-        yield accumulate_matmul(a[..., run], b[run], a_zero, 0), columns
+        zero = 0 if b_zero is None else b_zero[j]
+        yield accumulate_matmul(a[..., run], b[run], a_zero, zero), columns
 
 
 def conv_parts(x: Array, w: Array, x_zero: int, scale: Array, geometry: Geometry) -> Iterator[Part]:

@@ -12,7 +12,11 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
-from qcompiler import onnx_export_movement, onnx_export_recurrent  # writers enter the table
+from qcompiler import (  # writers enter the table
+    onnx_export_dynamic,
+    onnx_export_movement,
+    onnx_export_recurrent,
+)
 from qcompiler.errors import ModelError, UnsupportedOpError, UsageError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.onnx_export_ops import Emitter, opaque_proto
@@ -21,7 +25,7 @@ from qcompiler.onnx_import_tensors import make_type
 from qcompiler.ops import Stage
 from qcompiler.types import Array, DType, PerGroup, TensorType
 
-del onnx_export_movement, onnx_export_recurrent
+del onnx_export_dynamic, onnx_export_movement, onnx_export_recurrent
 
 LEAST_OPSET = 17
 """LayerNormalization's opset; every importer that matters reads it."""

@@ -467,7 +467,9 @@ def _layer_norm(e: Emitter, node: Node) -> None:
 # ------------------------------------------------------------------------------- quantization
 
 
-def _quantization(e: Emitter, q: QuantParams, name: str) -> tuple[list[str], dict[str, Any]]:
+def quantization_operands(
+    e: Emitter, q: QuantParams, name: str
+) -> tuple[list[str], dict[str, Any]]:
     """Return (scale and zero point operands, attributes) of Quantize- or DequantizeLinear."""
     attrs: dict[str, Any] = {}
     if isinstance(q.granularity, PerAxis):
@@ -494,7 +496,7 @@ def _put_quantize(e: Emitter, x: str, node: Node) -> None:
     y, q = node.output, node.output.qparams
     if q is None:
         raise QCompilerError(f"the result of {node.name!r} carries no quantization")
-    operands, attrs = _quantization(e, q, node.name)
+    operands, attrs = quantization_operands(e, q, node.name)
     narrow = (q.qmin, q.qmax) != (q.storage.min, q.storage.max)
     if not narrow:
         e.put("QuantizeLinear", [x, *operands], [e.ref(y)], node.name, **attrs)
@@ -512,7 +514,7 @@ def _dequantize(e: Emitter, node: Node) -> None:
     q = node.input(0).qparams
     if q is None:
         raise QCompilerError(f"the operand of {node.name!r} carries no quantization")
-    operands, attrs = _quantization(e, q, node.name)
+    operands, attrs = quantization_operands(e, q, node.name)
     inputs = [e.ref(node.input(0)), *operands]
     e.put("DequantizeLinear", inputs, outputs_of(e, node), node.name, **attrs)
 
@@ -522,7 +524,7 @@ def _requantize(e: Emitter, node: Node) -> None:
     q = node.input(0).qparams
     if q is None:
         raise QCompilerError(f"the operand of {node.name!r} carries no quantization")
-    operands, attrs = _quantization(e, q, node.name)
+    operands, attrs = quantization_operands(e, q, node.name)
     x = e.step("DequantizeLinear", [e.ref(node.input(0)), *operands], node.name, **attrs)
     _put_quantize(e, x, node)
 

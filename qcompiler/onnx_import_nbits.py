@@ -86,15 +86,16 @@ def _integer_product(ctx: OpContext, a: Value, weights: _Blocks, bias: Value | N
         a = ctx.emit("pad", a, pads=pads, mode="constant", value=0.0)
     unit = QuantParams(np.float32(1), np.int32(0), DType.INT8, -DYNAMIC_MAX, DYNAMIC_MAX)
     lead = a.shape[:-1]
-    q, scale = ctx.builder.emit(
+    ints, own = ctx.builder.emit(
         "dynamic_quantize", [a], {"per": "block", "block": size}, ctx.name,
         types=[TensorType(a.shape, DType.INT8, unit),
                TensorType((*lead, whole // size), DType.FLOAT32)],
     )  # fmt: skip
-    codes, grid = blocked_weights(weights.codes, weights.scale, weights.zero, weights.storage, size)
+    q = checked(weights.scale, weights.zero, weights.storage, PerGroup(1, size))
+    codes, grid = blocked_weights(weights.codes, q)
     held = _constant(ctx, codes, grid)
     fused = bias if bias is not None and bias.is_constant else None
-    y = ctx.emit("dynamic_matmul", q, held, scale, fused)
+    y = ctx.emit("dynamic_matmul", ints, held, own, fused)
     return y if bias is fused else ctx.emit("add", y, bias)
 
 

@@ -470,7 +470,8 @@ def precision_of(node: Node) -> Precision:
     weight = node.optional(1)
     product = node.op.name in ("qconv", "qmatmul")
     if product and weight is not None and weight.is_constant and weight.qparams is not None:
-        if isinstance(weight.qparams.granularity, PerGroup):
+        four = weight.qparams.qmax - weight.qparams.qmin < 16
+        if isinstance(weight.qparams.granularity, PerGroup) and four:
             return Precision.W4A8_GROUP
         bits = (weight.qparams.qmax - weight.qparams.qmin).bit_length()
         for p in Precision:

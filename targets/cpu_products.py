@@ -158,8 +158,6 @@ def _integer(
 
 def _grouped(self: CpuLowering, node: Node) -> tuple[Array, Any, Any] | None:
     """Return (weights, Epilogue, GemmValues) of a product of weights in groups, or None."""
-    from qcompiler.targets.kernels.workload import GemmValues
-
     w, bias = node.input(1), node.optional(2)
     if w.qparams is None or not isinstance(w.qparams.granularity, PerGroup) or not w.is_constant:
         return None
@@ -169,19 +167,20 @@ def _grouped(self: CpuLowering, node: Node) -> tuple[Array, Any, Any] | None:
     channels = w.shape[0 if node.op.name == "qconv" else 1]
     # The epilogue of one scale in all: the scales of the groups take its place.
     unbiased = _epilogue(node, x, np.ones((), np.float32), channels, biased=False)
-    if unbiased is None or size % self.isa.k_group or int(w.array().min()) < -8:
+    if unbiased is None or size % self.isa.k_group:
         return None
     epilogue, values = unbiased
     over = 1.0 if out.qparams is None else out.qparams.scale
-    scale, _ = numerics.expanded(w.qparams, w.shape)
-    grouped = GemmValues(
+    scale, zero = numerics.expanded(w.qparams, w.shape)
+    data, scale, zero = _turned_back(w.array(), scale, zero, w.dtype)
+    values = dataclasses.replace(
+        values,
+        multiplier=None,
         addend=None if bias is None else numerics.multiplier(bias.array(), over=over),
         group_multiplier=numerics.multiplier(grid(x).scale, scale, over=over),
+        group_zero=zero,
     )
-    values = dataclasses.replace(
-        values, multiplier=None, addend=grouped.addend, group_multiplier=grouped.group_multiplier
-    )
-    return w.array(), dataclasses.replace(epilogue, group=size), values
+    return data, dataclasses.replace(epilogue, group=size), values
 
 
 def _per_channel(multiplier: Array, channels: int) -> Array:
@@ -189,8 +188,10 @@ def _per_channel(multiplier: Array, channels: int) -> Array:
 
 
 def _float_epilogue(node: Node, channels: int) -> tuple[Any, Any] | None:
-    from qcompiler.targets.kernels.workload import Epilogue, GemmValues
+    from qcompiler.targets.kernels.workload import FLOATS, Epilogue, GemmValues
 
+    if storage(node.output) not in FLOATS:  # double precision is left to TVM
+        return None
     bias, residual = node.optional(2), node.optional(3)
     if bias is not None and (not bias.is_constant or bias.type.size != channels):
         return None

@@ -88,7 +88,8 @@ def test_products_in_blocks_add_up_in_order(storage: DType, biased: bool) -> Non
     scale = rng.uniform(0.01, 0.1, (n, k // size)).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32) if biased else None
     a, own = dynamic_quantize(rng.standard_normal((3, k)), "block", 128, np.uint8, size)
-    held, q = blocked_weights(codes, scale, zero, storage, size)
+    grid = QuantParams(scale, zero, storage, storage.min, storage.max, PerGroup(1, size))
+    held, q = blocked_weights(codes, grid)
     assert held.dtype == np.int8
     assert q.granularity == PerGroup(0, size)
     got = blocked_result(a, held, 128, q.zero_point, own, q.scale, bias)
@@ -100,6 +101,10 @@ def test_products_in_blocks_add_up_in_order(storage: DType, biased: bool) -> Non
                 acc = int(((a[i, at].astype(int) - 128) * (codes[j, at] - zero[j, g])).sum())
                 t = np.float32(t + np.float32(acc) * np.float32(own[i, g] * scale[j, g]))
             assert got[i, j] == t
+    other = QuantParams(scale.T, zero.T, storage, storage.min, storage.max, PerGroup(0, size))
+    same, again = blocked_weights(codes.T, other)
+    np.testing.assert_array_equal(same, held)
+    assert again == q
 
 
 UNIT = QuantParams(np.float32(1), np.int32(0), DType.INT8, -127, 127)

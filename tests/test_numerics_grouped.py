@@ -84,6 +84,18 @@ def test_the_plan_and_the_graph_say_which_products_have_groups() -> None:
         assert bias is None or bias.dtype is DType.FLOAT32
 
 
+def test_zero_points_of_groups_are_taken_from_the_weights() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 256, (3, 12)), rng.integers(-128, 128, (12, 5))
+    zero, scale = rng.integers(-128, 128, (3, 5)), rng.uniform(0.1, 1, (3, 5)).astype(np.float32)
+    moved = b - np.repeat(zero, 4, axis=0)
+    for (got, own), (want, same) in zip(
+        matmul_parts(a, b, 17, scale, zero), matmul_parts(a, moved, 17, scale), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(own, same)
+
+
 UNIT = QuantParams(np.float32(0.1), np.int32(3), DType.UINT8, 0, 255)
 
 
@@ -115,7 +127,14 @@ def product(op: str, q: QuantParams, bias: DType, **attrs: object) -> Node:
         ("qconv", weights((8, 2, 1, 1), PerGroup(1, 4)), DType.FLOAT32, {}, None),
         ("qmatmul", weights((8, 2), PerGroup(1, 4)), DType.FLOAT32, {}, "groups along 0"),
         ("qmatmul", weights((3, 8), PerGroup(0, 3)), DType.FLOAT32, {}, "groups along 0"),
-        ("qmatmul", weights((2, 8), PerGroup(0, 4), 1), DType.FLOAT32, {}, "with zero points"),
+        ("qmatmul", weights((2, 8), PerGroup(0, 4), 1), DType.FLOAT32, {}, None),
+        (
+            "qconv",
+            weights((8, 2, 1, 1), PerGroup(1, 4), 1),
+            DType.FLOAT32,
+            {},
+            "with zero points",
+        ),
         ("qmatmul", weights((2, 8), PerGroup(0, 4)), DType.INT32, {}, "float32 beside groups"),
         (
             "qmatmul",

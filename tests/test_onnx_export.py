@@ -193,7 +193,38 @@ def test_every_operator_before_integers_can_be_written() -> None:
     rows = {row.name for row in all_ops() if row.stages != frozenset({Stage.INTEGER})}
     assert rows <= set(WRITERS)
     covered = {case.op for case in CASES} | {"quantize", "dequantize", "requantize", "opaque"}
+    covered |= {"dynamic_quantize", "dynamic_matmul"}
     assert rows <= covered
+
+
+@pytest.mark.parametrize("per", ["row", "tensor", "block"])
+@pytest.mark.parametrize("opset", [17, 21])
+def test_activations_quantized_at_run_time(per: str, opset: int) -> None:
+    graph = Graph("net", Stage.QDQ)
+    unit = QuantParams(np.float32(1), np.int32(0), DType.INT8, -127, 127)
+    x = graph.add_input("x", TensorType((2, 3, 32), DType.FLOAT32))
+    shape = {"row": (2, 3, 1), "tensor": (), "block": (2, 3, 4)}[per]
+    types = [TensorType(x.shape, DType.INT8, unit), TensorType(shape, DType.FLOAT32)]
+    attrs = {"per": per, "block": 8 if per == "block" else 0}
+    ints, scale = graph.add("dynamic_quantize", [x], attrs, types=types).outputs
+    groups: Any = PerAxis(1)
+    if per == "block":
+        opset, groups = 21, PerGroup(0, 8)
+    rng = np.random.default_rng(0)
+    steps = rng.uniform(0.01, 0.1, (4, 5) if per == "block" else 5).astype(np.float32)
+    points = rng.integers(-8, 8, steps.shape) * (per == "block")
+    grid = QuantParams(steps, points, DType.INT8, -8, 7, groups)
+    w = graph.constant(rng.integers(-8, 8, (32, 5)).astype(np.int8), "w", grid)
+    bias, residual = graph.constant(uniform(5), "b"), graph.constant(uniform(2, 3, 5), "r")
+    y = graph.add("dynamic_matmul", [ints, w, scale]).output
+    z = graph.add("dynamic_matmul", [ints, w, scale, bias, residual], {"act_min": 0.0}).output
+    graph.set_outputs([("q", ints), ("s", scale), ("y", y), ("z", z)])
+    feeds = {"x": uniform(2, 3, 32)}
+    got, want = in_ort(to_onnx(graph, opset=opset), feeds), run(graph, feeds)
+    for name in ("q", "s"):
+        np.testing.assert_array_equal(got[name], want[name])
+    for name in ("y", "z"):
+        np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- whole graphs

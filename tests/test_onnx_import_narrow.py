@@ -251,6 +251,40 @@ def test_activations_are_quantized_where_it_is_asked_for(
     np.testing.assert_array_equal(got, same)
 
 
+@pytest.mark.parametrize(
+    "kind", [TensorProto.INT4, TensorProto.UINT4, TensorProto.INT8, TensorProto.UINT8]
+)
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("stored", [np.uint8, np.int8])
+def test_quantized_activations_and_weights_in_blocks_multiply_as_integers(
+    rng: np.random.Generator, kind: int, asymmetric: bool, stored: Any
+) -> None:
+    storage = DType(TensorProto.DataType.Name(kind).lower())
+    codes = rng.integers(storage.min, storage.max + 1, (96, 24))
+    zero = np.full((3, 24), (storage.min + storage.max + 1) // 2)
+    if asymmetric:
+        zero = rng.integers(storage.min, storage.max + 1, zero.shape)
+    scale = (rng.uniform(0.5, 1, (3, 24)) / storage.max).astype(np.float32)
+    point = stored(13)
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "t", "p"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "t", "p"], ["a"]),
+        helper.make_node("DequantizeLinear", ["w", "s", "z"], ["f"], axis=0, block_size=32),
+        helper.make_node("MatMul", ["a", "f"], ["y"]),
+    ]
+    model = model_of(nodes, [2, 3, 96], {"s": scale, "t": np.float32(0.02), "p": point})
+    for name, values in (("w", codes), ("z", zero)):
+        flat = values.reshape(-1).tolist()
+        model.graph.initializer.append(helper.make_tensor(name, kind, values.shape, flat))
+    result = quantize_model(model)
+    assert [n.op.name for n in result.graph.nodes] == ["quantize", "qmatmul"]
+    x = rng.standard_normal((2, 3, 96)).astype(np.float32)
+    got = qcompiler.compile(model)({"x": x})["y"]
+    np.testing.assert_array_equal(got, qcompiler.compile(model, target="reference")({"x": x})["y"])
+    theirs = runtime(model, x)
+    np.testing.assert_allclose(got, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("qdq", [False, True])
 @pytest.mark.parametrize("level", [None, 4])

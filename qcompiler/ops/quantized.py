@@ -83,7 +83,7 @@ def _weights(name: str, types: c.Types, operand: str, columns: int, summed: int)
         raise c.fail(
             name, f"operand {operand!r} has {q.granularity} scales, expected groups along {summed}"
         )
-    if not q.is_symmetric:
+    if not q.is_symmetric and name == "qconv":
         raise c.fail(name, f"operand {operand!r} has groups with zero points, expected none")
     if bias is not None:
         if bias.dtype is not DType.FLOAT32 or bias.qparams is not None:
@@ -207,7 +207,7 @@ def _qmatmul(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...
     target = ctx.outputs[0].qparams
     if isinstance(bq.granularity, PerGroup):
         y = numerics_grouped.grouped_result(
-            numerics_grouped.matmul_parts(a, b, aq.z, bq.scale),
+            numerics_grouped.matmul_parts(a, b, aq.z, bq.scale, bq.zero_point),
             aq.s,
             target,
             bias=optional_array(arrays, 2),

@@ -11,13 +11,14 @@ import numpy as np
 from qcompiler.ir import Node, Value
 from qcompiler.numerics import MIN_SCALE
 from qcompiler.numerics_dynamic import DYNAMIC_MAX
-from qcompiler.targets.cuda.lowering import EIGHT_BITS, Answer, Maker, grid, row, times
-from qcompiler.targets.cuda.maps import THREADS, Operand, broadcast_strides, map_launch, row_major
+from qcompiler.targets.cuda.blocked import blocked_product
+from qcompiler.targets.cuda.lowering import EIGHT_BITS, Answer, Maker, grid, row
+from qcompiler.targets.cuda.maps import Operand, broadcast_strides, map_launch, row_major
 from qcompiler.targets.cuda.products import Epilogue, Product
 from qcompiler.targets.cuda.program import Launch, Temporary
 from qcompiler.targets.cuda.rows import row_launch
-from qcompiler.targets.cuda.source import KernelText, entry, literal
-from qcompiler.types import Array, DType, PerGroup, QuantParams
+from qcompiler.targets.cuda.source import literal
+from qcompiler.types import Array, DType, PerGroup
 
 
 @row("dynamic_quantize")
@@ -62,7 +63,7 @@ def _dynamic_matmul(make: Maker, node: Node) -> Answer:
     if q is None or a.dtype not in EIGHT_BITS or not b.is_constant or b.qparams is None:
         return f"its operands are {a.type} and {b.type}"
     if isinstance(b.qparams.granularity, PerGroup):
-        return _blocked(make, node, b.qparams, b.qparams.granularity.group_size)
+        return _blocked(make, node, b.qparams.granularity.group_size)
     depth, columns = b.shape
     rows = math.prod(a.shape[:-1])
     sums = Temporary(rows * columns * 4)
@@ -101,53 +102,20 @@ def _finished(node: Node, operands: list[Operand], text: str) -> Launch:
     return map_launch("dynamic_scaled", out.shape, out, result, operands, text)
 
 
-def _blocked(make: Maker, node: Node, q: QuantParams, size: int) -> Answer:
-    """A product for each block of K on tensor cores, and a map that adds them up in order."""
-    a, b, scale, out = node.input(0), node.input(1), node.input(2), node.output
-    bias = node.optional(3)
+def _blocked(make: Maker, node: Node, size: int) -> Answer:
+    bias, out = node.optional(3), node.output
     if bias is not None and not bias.is_constant:
         return "its bias is computed at run time"
-    depth, columns = b.shape
-    rows, blocks, zero = math.prod(a.shape[:-1]), depth // size, grid(a)
-    assert zero is not None  # the caller looked
-    if rows * columns * blocks >= 1 << 31:
-        return f"{blocks} blocks of {rows} x {columns} sums are more than kernels count to"
-    sums = Temporary(rows * columns * blocks * 4)
-    product = Product(
-        a, None, rows, columns, size, blocks, a.dtype, DType.INT8,
-        Epilogue(DType.FLOAT32, np.ones(1, np.float32)), sums, a_row=depth, out_row=columns,
-        a_offset=times("z", size, blocks), c_offset=times("z", rows * columns, blocks),
-        n_offset=times("z", columns, blocks), a_zero=zero.z, b_zero=q.zero_point.reshape(-1),
-        weights=np.ascontiguousarray(b.array().reshape(blocks, size, columns).transpose(0, 2, 1)),
-    )  # fmt: skip
-    start = np.zeros(columns, np.float32) if bias is None else bias.array().reshape(-1)
-    body = "\n".join([
-        f"  const int i = static_cast<int>(blockIdx.x * {THREADS} + threadIdx.x);",
-        f"  if (i >= {rows * columns}) return;",
-        f"  const int row = i / {columns}, column = i % {columns};",
-        "  float t = start[column];",
-        f"  for (int g = 0; g < {blocks}; ++g) {{",
-        f"    const float m = __fmul_rn(own[row * {blocks} + g], scale[g * {columns} + column]);",
-        f"    t = __fadd_rn(t, __fmul_rn(sums[g * {rows * columns} + i], m));",
-        "  }",
-        "  out[i] = t;",
-    ])  # fmt: skip
-    parameters = (
-        "const float* __restrict__ sums, const float* __restrict__ own, "
-        "const float* __restrict__ scale, const float* __restrict__ start, "
-        "float* __restrict__ out"
-    )
     clips = node.attr("act_min") is not None or node.attr("act_max") is not None
     plain = node.optional(4) is None and not clips
-    total = out if plain else Temporary(rows * columns * 4)
-    added = Launch(
-        KernelText("dynamic_blocks", entry(parameters, THREADS, body)),
-        (-(-rows * columns // THREADS), 1, 1), THREADS,
-        (sums, scale, np.ascontiguousarray(q.scale, np.float32),
-         np.ascontiguousarray(start, np.float32)), total,
+    total = out if plain else Temporary(out.type.size * 4)
+    weights = node.input(1).qparams
+    assert weights is not None  # the caller looked
+    launches = blocked_product(
+        make, node, size, weights.scale, None if bias is None else bias.array(), total,
+        node.input(2),
     )  # fmt: skip
-    launches = (make.product(product), added)
-    if plain:
+    if isinstance(launches, str) or plain:
         return launches
     operands = [Operand(total, DType.FLOAT32, row_major(out.shape))]
     return (*launches, _finished(node, operands, "a"))

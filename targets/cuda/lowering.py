@@ -20,6 +20,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.targets.base import VIEWS
 from qcompiler.targets.cuda.arch import Arch
+from qcompiler.targets.cuda.blocked import blocked_matmul
 from qcompiler.targets.cuda.halves import with_halves
 from qcompiler.targets.cuda.maps import Operand, map_launch, row_major
 from qcompiler.targets.cuda.products import (
@@ -35,7 +36,7 @@ from qcompiler.targets.cuda.products import (
 from qcompiler.targets.cuda.program import Argument, Launch, Step, Temporary
 from qcompiler.targets.cuda.source import KernelText
 from qcompiler.targets.cuda.windows import depthwise_launch
-from qcompiler.types import Array, DType, QuantParams
+from qcompiler.types import Array, DType, PerGroup, QuantParams
 
 EIGHT_BITS = (DType.INT8, DType.UINT8)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
@@ -323,8 +324,8 @@ def _conv(make: Maker, node: Node) -> Answer:
     product = Product(
         x, None, n * oh * ow, per_group, depth, group, x.dtype, found.dtype, epilogue, out,
         residual, window, a_row=channels, out_row=columns,
-        a_offset=times("z", channels // group, group), c_offset=times("z", per_group, group),
-        n_offset=times("z", per_group, group), weights=packed, b_bits=found.bits,
+        a_offset=_times("z", channels // group, group), c_offset=_times("z", per_group, group),
+        n_offset=_times("z", per_group, group), weights=packed, b_bits=found.bits,
         a_zero=zero, b_zero=found.zero,
     )  # fmt: skip
     if x.dtype is DType.FLOAT32:
@@ -332,8 +333,7 @@ def _conv(make: Maker, node: Node) -> Answer:
     return (make.product(product),)
 
 
-def times(name: str, step: int, count: int) -> str:
-    """Return C++ text of where pair `name` of `count` begins, `step` elements after the last."""
+def _times(name: str, step: int, count: int) -> str:
     return f"{name} * {step}" if count > 1 else "0"
 
 
@@ -368,6 +368,8 @@ def _matmul(make: Maker, node: Node) -> Answer:
         if aq is None or a.dtype not in EIGHT_BITS:
             return f"its operand {a.type} is not quantized per tensor in 8 bits"
         zero = aq.z
+        if constant and b.qparams is not None and isinstance(b.qparams.granularity, PerGroup):
+            return blocked_matmul(make, node)
         if constant:
             found = _weights(b)
             if isinstance(found, str):
@@ -414,7 +416,7 @@ def _matmul(make: Maker, node: Node) -> Answer:
         a_row=k, out_row=columns,
         a_offset="0" if joined else _lead_offset(lead, a_lead, m * k),
         b_offset="0" if joined else _lead_offset(lead, b_lead, columns * k),
-        c_offset=times("z", m * columns, batch), weights=weights, b_bits=b_bits, a_zero=zero,
+        c_offset=_times("z", m * columns, batch), weights=weights, b_bits=b_bits, a_zero=zero,
         b_zero=b_zero,
     )  # fmt: skip
     if a.dtype is DType.FLOAT32:

@@ -245,6 +245,7 @@ def test_products_of_activations_quantized_at_run_time(rng: np.random.Generator,
 @pytest.mark.parametrize("size", [16, 32])
 def test_products_of_weights_in_blocks(rng: np.random.Generator, size: int) -> None:
     net = Net(rng)
+    t = (2, 5, 33)
     x = rng.standard_normal((2, 5, 96)).astype(np.float32) * rng.choice([0.01, 1, 9], (2, 5, 96))
     blocks = 96 // size
     grid = QuantParams(
@@ -263,7 +264,12 @@ def test_products_of_weights_in_blocks(rng: np.random.Generator, size: int) -> N
         net.results += [(f"q{storage.value}", node.outputs[0]), (f"s{zero}", node.outputs[1])]
         left, scale = node.outputs
         net.add("dynamic_matmul", left, weights, scale)
-        net.add("dynamic_matmul", left, weights, scale, bias, net.real((2, 5, 33)), act_min=0.0)
+        net.add("dynamic_matmul", left, weights, scale, bias, net.real(t), act_min=0.0)
+        fixed = net.codes((2, 5, 96), q(storage, 0.02, zero + 5))
+        net.add("qmatmul", fixed, weights, bias, out=TensorType(t, F32))
+        net.add("qmatmul", fixed, weights, out=TensorType(t, U8, q(U8, 0.05, 100)))
+        other = net.codes(t, q(I8, 0.03, -7))
+        net.add("qmatmul", fixed, weights, bias, other, out=TensorType(t, I8, q(I8, 0.04, 3)))
     net.check()
 
 

@@ -84,12 +84,13 @@ kinds = st.tuples(
     size=st.sampled_from([4, 16, 20, 64]),
     n=st.integers(1, 70),
     wide=st.booleans(),
+    zeros=st.booleans(),
     kind=kinds,
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=12)
 def test_matrix_products(
-    rows: int, groups: int, size: int, n: int, wide: bool, kind: Any, seed: int
+    rows: int, groups: int, size: int, n: int, wide: bool, zeros: bool, kind: Any, seed: int
 ) -> None:
     a_dtype, (out, residual_dtype), biased = kind
     rng = np.random.default_rng(seed)
@@ -100,9 +101,11 @@ def test_matrix_products(
     scale = rng.uniform(1e-3, 0.1, (groups, n)).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32) if biased else None
     residual = case.residual((rows, n))
-    parts = matmul_parts(a, b, case.zero, scale)
+    zero = rng.integers(-limit, limit, (groups, n)) * int(zeros)
+    parts = matmul_parts(a, b, case.zero, scale, zero)
     expected = grouped_result(parts, case.x_scale, case.target, bias=bias, residual=residual)
     values = case.values(np.repeat(scale, size, 0), bias, residual)
+    values = replace(values, group_zero=np.repeat(zero, size, 0).astype(np.int32))
     workload = MatmulWorkload(
         a.shape, b.shape, Epilogue(out, residual_dtype, group=size), a_dtype=a_dtype
     )
@@ -123,12 +126,13 @@ def test_matrix_products(
     groups=st.integers(1, 3),
     size=st.sampled_from([16, 32]),
     co=st.integers(1, 40),
+    wide=st.booleans(),
     kind=kinds,
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=8)
 def test_convolutions(
-    kernel: int, stride: int, groups: int, size: int, co: int, kind: Any, seed: int
+    kernel: int, stride: int, groups: int, size: int, co: int, wide: bool, kind: Any, seed: int
 ) -> None:
     a_dtype, (out, residual_dtype), biased = kind
     rng = np.random.default_rng(seed)
@@ -139,7 +143,8 @@ def test_convolutions(
         strides=(stride, stride), pads=(pad,) * 4, a_dtype=a_dtype,
     )  # fmt: skip
     x = rng.integers(case.low, case.high + 1, workload.a_shape).astype(a_dtype)
-    w = rng.integers(-8, 8, workload.weight_shape).astype(np.int8)
+    limit = 128 if wide else 8
+    w = rng.integers(-limit, limit, workload.weight_shape).astype(np.int8)
     scale = rng.uniform(1e-3, 0.1, (co, groups, kernel, kernel)).astype(np.float32)
     bias = rng.standard_normal(co).astype(np.float32) if biased else None
     residual = case.residual(workload.out_shape)

@@ -56,3 +56,12 @@ def test_a_form_that_tvm_refuses_is_named(capfd: pytest.CaptureFixture[str]) -> 
     out, err = capfd.readouterr()
     assert out == ""
     assert "BlockBuilder" not in err
+
+
+def test_products_in_double_precision_are_left_to_tvm() -> None:
+    proto = model("(double[3,5] x, double[5,4] z) => (y) { y = MatMul(x, z) }")
+    rng = np.random.default_rng(0)
+    x, z = rng.standard_normal((3, 5)), rng.standard_normal((5, 4))
+    got = qcompiler.compile(proto, precision="fp32")({"x": x, "z": z})["y"]
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, x @ z, rtol=1e-14)
