@@ -47,6 +47,7 @@ from qcompiler.passes.fuse_patterns import (
     product,
 )
 from qcompiler.passes.fuse_recurrent import fuse_recurrent
+from qcompiler.passes.fuse_sixteen import split_sixteen_bits
 from qcompiler.passes.fuse_wide import split_wide_weights
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import TABLE_BINARY
@@ -67,6 +68,7 @@ class Fuse(Pass):
         absorb_bias(graph)
         fuse_recurrent(graph)
         until_stable(graph, fold_constants, merge_casts, absorb_clamps, sink, hoist)
+        split_sixteen_bits(graph)
         split_wide_weights(graph)
         weights = Weights(graph)
         _islands(graph, weights)

@@ -33,7 +33,9 @@ def split_wide_weights(graph: Graph) -> bool:
             continue
         q = params(w)
         known = q.is_per_tensor or isinstance(q.granularity, PerAxis)
-        if x.dtype not in _NARROW or w.dtype not in _NARROW or not known or w.type.rank < 2:
+        if x.dtype not in _NARROW or not known or w.type.rank < 2:
+            continue
+        if w.dtype not in _NARROW and not _nearly_narrow(w):
             continue
         terms = _terms(w)
         if len(terms) > 1:
@@ -42,6 +44,11 @@ def split_wide_weights(graph: Graph) -> bool:
     if changed:
         graph.eliminate_dead()
     return changed
+
+
+def _nearly_narrow(w: Value) -> bool:
+    """Whether 16-bit weights are low bytes of wider ones (see `fuse_sixteen`)."""
+    return w.dtype is DType.INT16 and bool(np.abs(w.array().astype(np.int32)).max() <= 255)
 
 
 def _terms(w: Value) -> list[Array]:
