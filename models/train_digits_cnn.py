@@ -21,8 +21,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
-from builders import GraphWriter
 from digits import augment, load_split
+from graph_writer import GraphWriter
 from torch import nn
 
 HERE = Path(__file__).resolve().parent

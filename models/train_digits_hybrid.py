@@ -22,8 +22,8 @@ import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 import torch
-from builders import GraphWriter
 from digits import Split, augment, load_split
+from graph_writer import GraphWriter
 from torch import nn
 from train_digits_cnn import DigitsCnn, write_features, write_linear
 
