@@ -7,18 +7,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from command_line import run
 
-from qcompiler.cli import main
 from qcompiler.passes.sensitivity_report import SensitivityReport
 
 MODELS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 MODEL, CALIBRATION, EVALUATION = (MODELS / n for n in ("model.onnx", "calib.npz", "eval.npz"))
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    status = main([str(a) for a in argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_analyze_the_bundled_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,30 +8,18 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from qcompiler.cli import main
 from qcompiler.cli.options import parse_overrides
 from qcompiler.errors import UsageError
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits_cnn"
 BASE = ("compile", DIGITS / "model.onnx", "--calibration", DIGITS / "calib.npz")
-pytestmark = [pytest.mark.timed, pytest.mark.isa("x86-avx2")]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _cached(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QCOMPILER_CACHE", str(cache))
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    status = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    return status, out, err
+pytestmark = [
+    pytest.mark.timed,
+    pytest.mark.isa("x86-avx2"),
+    pytest.mark.usefixtures("own_cache"),
+]
 
 
 @pytest.mark.e2e

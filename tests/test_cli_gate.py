@@ -13,26 +13,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from command_line import run
 
 import qcompiler
-from qcompiler.cli import main
 
 MODELS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 MODEL, CALIBRATION, EVALUATION = (MODELS / n for n in ("model.onnx", "calib.npz", "eval.npz"))
 
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    status = main([str(a) for a in argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("own_folder")]
 
 
 @pytest.fixture(scope="module")

@@ -15,29 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 
 import qcompiler
-from qcompiler.cli import main
 from qcompiler.cli.shell import ProgressBars
 
-pytestmark = pytest.mark.timed
+pytestmark = [pytest.mark.timed, pytest.mark.usefixtures("own_folder")]
 
 DIGITS = Path(__file__).resolve().parent.parent / "models" / "digits_cnn"
 MODEL, CALIBRATION = DIGITS / "model.onnx", DIGITS / "calib.npz"
 TARGET = "x86-avx2"
 TUNE = ("tune", MODEL, "--target", TARGET, "--calibration", CALIBRATION)
-
-
-@pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    status = main([str(a) for a in argv])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.mark.parametrize(
