@@ -25,19 +25,13 @@ from qcompiler.regional import options_of, overrides_with, parse_region, parse_r
 from qcompiler.registry import get_target
 from qcompiler.types import Precision
 
-pytestmark = pytest.mark.isa("x86-64")
+pytestmark = [pytest.mark.isa("x86-64"), pytest.mark.usefixtures("own_cache")]
 TARGET = "x86-64"  # the fewest precisions
 IMAGE, TEXT = "input:image", "input:text"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
-def _own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QCOMPILER_CACHE", str(cache))
+def _measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "OFF", 1e9)  # a busy machine is no reason to measure again here
 
 
