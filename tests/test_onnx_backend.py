@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import onnx_backend
+import pytest
 
 TABLE = Path(__file__).resolve().parent / "onnx_backend_table.txt"
 

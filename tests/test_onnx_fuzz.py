@@ -18,8 +18,6 @@ import traceback
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from onnx_mutations import RULES, mutate, sound_models
 
 from qcompiler.errors import QCompilerError

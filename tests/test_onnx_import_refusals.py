@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,11 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from test_onnx_import import W, X, chain, ints, make_model, uniform
 
 from qcompiler.errors import ModelError, QCompilerError, ShapeError, UnsupportedOpError
 from qcompiler.onnx_import import load_onnx, model_digest, read_model
 from qcompiler.types import Array
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from test_onnx_import import W, X, chain, ints, make_model, uniform
 
 # ------------------------------------------------------------------------------------- refusals
 

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
+import onnx_quantizer_layers
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import onnx_quantizer
-from onnx_quantizer import CASES, MARGIN, STATIC, TIE, Source, Variant, compare_layers, run_one
+from onnx_quantizer import MARGIN, TIE, run_one
+from onnx_quantizer_layers import compare_layers
+from onnx_quantizer_models import CASES, STATIC, Source, Variant, quantized, rows, source
 
 from qcompiler.driver import quantize_model
 
@@ -56,18 +53,18 @@ def test_all(name: str, variant: Variant | None) -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> Source:
-    found = onnx_quantizer.source("digits_cnn", 4)
+    found = source("digits_cnn", 4)
     assert found is not None
     return found
 
 
 def test_the_judge_sees_a_wrong_code(digits: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """One code off, far from a tie, in one result of one node."""
-    model = onnx_quantizer.quantized(digits, STATIC[0])
+    model = quantized(digits, STATIC[0])
     graph = quantize_model(model).graph
-    feeds = next(onnx_quantizer.rows(digits.evaluation, "digits_cnn"))
+    feeds = next(rows(digits.evaluation, "digits_cnn"))
     assert compare_layers(model, graph, feeds).apart == 0
-    sound = onnx_quantizer.evaluate
+    sound = onnx_quantizer_layers.evaluate
 
     def off(node, operands):  # type: ignore[no-untyped-def]
         results = sound(node, operands)
@@ -77,7 +74,7 @@ def test_the_judge_sees_a_wrong_code(digits: Source, monkeypatch: pytest.MonkeyP
         wrong.reshape(-1)[0] ^= 1
         return (wrong,)
 
-    monkeypatch.setattr(onnx_quantizer, "evaluate", off)
+    monkeypatch.setattr(onnx_quantizer_layers, "evaluate", off)
     found = compare_layers(model, graph, feeds)
     assert found.apart > 0
     assert found.tie > TIE
