@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -15,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from qcompiler.data import Batch, InputSpec, SampleSet
+from qcompiler.document import Document
 from qcompiler.errors import CalibrationError, UsageError
 from qcompiler.ir import Graph, Value
 from qcompiler.modality import select
@@ -138,7 +137,7 @@ class TensorRange:
 
 
 @dataclass(frozen=True)
-class CalibrationTable:
+class CalibrationTable(Document):
     """Range per value name.
 
     Attributes:
@@ -150,6 +149,9 @@ class CalibrationTable:
         states: Recurrent node name -> step of the int16 grid that carries its state; float32
             carries the state of the others.
     """
+
+    title: ClassVar[str] = "calibration table"
+    indent: ClassVar[int | None] = None
 
     tensors: Mapping[str, TensorRange] = field(default_factory=dict)
     graph: str = ""
@@ -215,23 +217,6 @@ class CalibrationTable:
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UsageError(f"the calibration table is damaged: {error!r}") from None
-
-    def save(self, path: str | pathlib.Path) -> None:
-        """Write the JSON form to a file."""
-        pathlib.Path(path).write_text(json.dumps(self.to_json()) + "\n")
-
-    @classmethod
-    def load(cls, path: str | pathlib.Path) -> CalibrationTable:
-        """Read a table from a file.
-
-        Raises:
-            UsageError: The file cannot be read or holds no table.
-        """
-        try:
-            doc = json.loads(pathlib.Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the calibration table {str(path)!r}: {error}") from None
-        return cls.from_json(doc)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,24 @@ class InsertQdq(Pass):
         return True
 
 
+def bias_qparams(x_scale: float, weights: QuantParams) -> QuantParams:
+    """Return the int32 grid of a bias: one unit is worth a product of operand and weight.
+
+    Args:
+        x_scale: Scale of the operand.
+        weights: Of the weights, per tensor or per output channel.
+    """
+    scale = (np.float64(x_scale) * weights.scale.astype(np.float64)).astype(np.float32)
+    return QuantParams(
+        scale,
+        np.zeros(scale.shape, np.int32),
+        DType.INT32,
+        DType.INT32.min,
+        DType.INT32.max,
+        PerTensor() if weights.is_per_tensor else PerAxis(0),
+    )
+
+
 def quantize_passes(plan: PrecisionPlan, methods: Sequence[Pass] = ()) -> list[Pass]:
     """Return the passes from Graph[FLOAT] to Graph[INTEGER] for a plan.
 
@@ -365,17 +383,8 @@ class _Insertion:
             self.graph.set_attrs(node, carry=self.table.states.get(node.name))
 
     def _bias(self, node: Node, bias: Value, x: QuantParams, w: QuantParams) -> None:
-        scale = (np.float64(x.s) * w.scale.astype(np.float64)).astype(np.float32)
-        q = QuantParams(
-            scale,
-            np.zeros(scale.shape, np.int32),
-            DType.INT32,
-            DType.INT32.min,
-            DType.INT32.max,
-            PerTensor() if w.is_per_tensor else PerAxis(0),
-        )
         ints = quantize_bias(bias.array(), x.s, w.scale).q
-        held = self.graph.constant(ints, f"{bias.name}_q", q)
+        held = self.graph.constant(ints, f"{bias.name}_q", bias_qparams(x.s, w))
         real = self.graph.add("dequantize", [held], name=f"{bias.name}_dequantize")
         self.graph.set_input(node, 2, real.output)
 

@@ -29,14 +29,14 @@ from qcompiler.passes.held_out import (
     verdict,
     weighted_products,
 )
-from qcompiler.passes.insert_qdq import WeightGrids
+from qcompiler.passes.insert_qdq import WeightGrids, bias_qparams
 from qcompiler.passes.single_node import Unit, units
 from qcompiler.passes.trails import MEMORY, Trail, most_live
 from qcompiler.passes.views import is_picture, view
 from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.printer import digest
-from qcompiler.types import Array, DType, PerAxis, PerTensor, Precision, QuantParams
+from qcompiler.types import Array, Precision, QuantParams
 
 
 @dataclass
@@ -271,16 +271,8 @@ def put_product(qdq: Graph, name: str, new: Rounded) -> None:
         qdq.set_input(node, 2, qdq.constant(new.bias.astype(np.float32), node.input(2).name))
         return
     x = operand_scale(node)
-    scale = (np.float64(x) * new.grid.scale.astype(np.float64)).astype(np.float32)
-    q = QuantParams(
-        scale,
-        np.zeros(scale.shape, np.int32),
-        DType.INT32,
-        DType.INT32.min,
-        DType.INT32.max,
-        PerTensor() if new.grid.is_per_tensor else PerAxis(0),
-    )
-    held = qdq.constant(quantize_bias(new.bias, x, new.grid.scale).q, bias.input(0).name, q)
+    ints = quantize_bias(new.bias, x, new.grid.scale).q
+    held = qdq.constant(ints, bias.input(0).name, bias_qparams(x, new.grid))
     qdq.set_input(bias, 0, held)
 
 

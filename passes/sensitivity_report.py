@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from qcompiler.document import Document
 from qcompiler.errors import UsageError
 from qcompiler.passes.calibrate import CalibrationTable, TensorRange
 from qcompiler.types import Precision
@@ -161,7 +160,7 @@ def first_jump(nodes: Sequence[NodeSensitivity]) -> str | None:
 
 
 @dataclass(frozen=True)
-class SensitivityReport:
+class SensitivityReport(Document):
     """Sensitivity of every product of a graph.
 
     Attributes:
@@ -179,6 +178,8 @@ class SensitivityReport:
         tensors: Ranges and histograms of the values that products read.
         first_jump: First product whose result is much noisier than all before; None without one.
     """
+
+    title: ClassVar[str] = "sensitivity report"
 
     graph: str
     data: str
@@ -234,20 +235,3 @@ class SensitivityReport:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the sensitivity report is damaged: {error!r}") from None
-
-    def save(self, path: str | pathlib.Path) -> None:
-        """Write the JSON form to a file."""
-        pathlib.Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | pathlib.Path) -> SensitivityReport:
-        """Read a report from a file.
-
-        Raises:
-            UsageError: The file cannot be read or holds no report.
-        """
-        try:
-            doc = json.loads(pathlib.Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the report {str(path)!r}: {error}") from None
-        return cls.from_json(doc)

@@ -21,6 +21,7 @@ from qcompiler.onnx_export import subgraph_to_onnx
 from qcompiler.ops import OpKind
 from qcompiler.ort import Optimization, Session
 from qcompiler.passes.regions import analyse
+from qcompiler.passes.trails import needed_nodes
 from qcompiler.plan import integer_obstacle, uniform
 from qcompiler.types import Array
 
@@ -123,14 +124,14 @@ def suffix_of(graph: Graph, unit: Unit) -> Suffix:
             depends.add(n)
     outputs = [(name, v) for name, v in g.outputs if v.producer in depends]
     result = next(v for n in after for v in n.outputs if v.name == unit.result)
-    kernel = _needed([n for n in after if n in depends], [result])
+    kernel = needed_nodes([n for n in after if n in depends], [result])
     beyond = [v for v in dict.fromkeys(v for _, v in outputs) if v is not result]
     inner = set(kernel)
-    tail = _needed([n for n in after if n in depends and n not in inner], beyond)
+    tail = needed_nodes([n for n in after if n in depends and n not in inner], beyond)
     others = [n for n in after if n not in depends]
     made = {v for n in others for v in n.outputs}
     reached = dict.fromkeys(v for n in (*kernel, *tail) for v in n.operands if v in made)
-    side = _needed(others, list(reached))
+    side = needed_nodes(others, list(reached))
     inside = {v for n in after for v in n.outputs}
     read = dict.fromkeys(
         v.name
@@ -153,7 +154,7 @@ def suffix_of(graph: Graph, unit: Unit) -> Suffix:
 
 def prefix_model(graph: Graph, wanted: Sequence[Value]) -> bytes:
     """Return the serialized model that computes some values of a FLOAT or QDQ graph."""
-    needed = _needed(graph.nodes, wanted)
+    needed = needed_nodes(graph.nodes, wanted)
     model: bytes = subgraph_to_onnx(needed, outputs=wanted).SerializeToString()
     return model
 
@@ -162,17 +163,6 @@ def _part(nodes: Sequence[Node], wanted: Sequence[Value]) -> Part:
     constants: dict[str, Array] = {}
     model = subgraph_to_onnx(nodes, outputs=wanted, apart=constants)
     return Part(model.SerializeToString(), constants)
-
-
-def _needed(nodes: Sequence[Node], wanted: Sequence[Value]) -> list[Node]:
-    """Return those of the nodes that the wanted values depend on, in order."""
-    open_values = set(wanted)
-    kept = []
-    for node in reversed(nodes):
-        if open_values.intersection(node.outputs):
-            kept.append(node)
-            open_values.update(node.operands)
-    return kept[::-1]
 
 
 @dataclass(frozen=True)
@@ -279,7 +269,7 @@ class Walker:
         stretch = self.nodes[start:end]
         inside = {v for n in stretch for v in n.outputs}
         wanted = [v for v in self._live(end) if v in inside]
-        return _part(_needed(stretch, wanted), wanted) if wanted else None
+        return _part(needed_nodes(stretch, wanted), wanted) if wanted else None
 
     def _advance(self, index: int) -> None:
         if index == self._at or not self._kept:

@@ -12,20 +12,18 @@ nothing else.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from qcompiler import benchmark
 from qcompiler.artifact import check_runnable
 from qcompiler.cpu import default_threads, host_cpu
+from qcompiler.document import Document
 from qcompiler.errors import UnsupportedByTargetError, UsageError
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.records import Record, RecordFile, Records, WorkloadKey, now
@@ -157,7 +155,7 @@ class ModelTimes:
 
 
 @dataclass(frozen=True)
-class LatencyTable:
+class LatencyTable(Document):
     """Measured latencies of a graph on a target.
 
     Attributes:
@@ -170,6 +168,8 @@ class LatencyTable:
         measured: Number of workloads that were measured for this table.
         reused: Number of workloads whose time the records held.
     """
+
+    title: ClassVar[str] = "latency table"
 
     graph: str
     target: str
@@ -261,23 +261,6 @@ class LatencyTable:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"the latency table is damaged: {error!r}") from None
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form to a file."""
-        pathlib.Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        """Read a table from a file.
-
-        Raises:
-            UsageError: The file cannot be read or holds no table.
-        """
-        try:
-            doc = json.loads(pathlib.Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the latency table {str(path)!r}: {error}") from None
-        return cls.from_json(doc)
 
 
 # ------------------------------------------------------------------------------------ measuring

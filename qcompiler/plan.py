@@ -7,13 +7,13 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 
+from qcompiler.document import Document
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph, Node
 from qcompiler.modality import is_regional, modalities, select
@@ -38,7 +38,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class PrecisionPlan:
+class PrecisionPlan(Document):
     """Decision per node name.
 
     Attributes:
@@ -47,6 +47,8 @@ class PrecisionPlan:
         methods: Text form of the post-training methods that ran under it; None where nothing is
             known of them, as in a plan written by hand.
     """
+
+    title: ClassVar[str] = "precision plan"
 
     nodes: Mapping[str, Decision] = field(default_factory=dict)
     graph: str = ""
@@ -158,23 +160,6 @@ class PrecisionPlan:
                 Precision.parse(str(entry["precision"])), str(entry.get("reason", ""))
             )
         return cls(nodes, str(doc.get("graph", "")), methods)
-
-    def save(self, path: str | pathlib.Path) -> None:
-        """Write the JSON form to a file."""
-        pathlib.Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | pathlib.Path) -> PrecisionPlan:
-        """Read a plan from a file.
-
-        Raises:
-            UsageError: The file cannot be read or holds no plan.
-        """
-        try:
-            doc = json.loads(pathlib.Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read the precision plan {str(path)!r}: {error}") from None
-        return cls.from_json(doc)
 
     def digest(self) -> str:
         """Return the sha256 of the JSON form as hex."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,29 +77,25 @@ def _accuracy(report: Report) -> Comparison | None:
 def _size(report: Report) -> Comparison | None:
     size = report.get("size_bytes") or {}
     before, after = number(size.get("model")), number(size.get("artifact"))
-    return Comparison(
-        "size",
-        before,
-        after,
-        _bytes(before),
-        _bytes(after),
-        _factor(before, after, "smaller", "larger"),
-        None if before is None or after is None else after <= before,
-    )
+    return _less_is_better("size", before, after, _bytes, ("smaller", "larger"))
 
 
 def _latency(report: Report) -> Comparison | None:
     latency = report.get("latency_ms") or {}
     before, after = number(latency.get("float")), number(latency.get("compiled"))
-    return Comparison(
-        "latency",
-        before,
-        after,
-        milliseconds(before),
-        milliseconds(after),
-        _factor(before, after, "faster", "slower"),
-        None if before is None or after is None else after <= before,
-    )
+    return _less_is_better("latency", before, after, milliseconds, ("faster", "slower"))
+
+
+def _less_is_better(
+    label: str,
+    before: float | None,
+    after: float | None,
+    text: Callable[[float | None], str],
+    words: tuple[str, str],
+) -> Comparison:
+    good = None if before is None or after is None else after <= before
+    factor = _factor(before, after, *words)
+    return Comparison(label, before, after, text(before), text(after), factor, good)
 
 
 def size_parts(report: Report) -> list[tuple[str, str]]:

@@ -82,18 +82,27 @@ def check_residual(op: str, types: c.Types, i: int, shape: Shape) -> TensorType 
     return residual
 
 
+def _check_bias(op: str, types: c.Types, x: TensorType, columns: int) -> None:
+    """Require that the bias, if given, is `[columns]` in the dtype of `x`."""
+    bias = c.optional(types, 2)
+    if bias is not None:
+        c.same_dtype(op, x, c.plain(op, bias, "bias"), "bias")
+        c.has_shape(op, bias, (columns,), "bias")
+
+
+def _check_float_residual(op: str, types: c.Types, x: TensorType, shape: Shape) -> None:
+    residual = check_residual(op, types, 3, shape)
+    if residual is not None:
+        c.same_dtype(op, x, c.plain(op, residual, "residual"), "residual")
+
+
 def _conv_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
     x = c.floating("conv", c.given("conv", types, 0, "x"), "x")
     w = c.floating("conv", c.given("conv", types, 1, "w"), "w")
     c.same_dtype("conv", x, w, "w")
     shape = conv_shape("conv", x, w, attrs)
-    bias = c.optional(types, 2)
-    if bias is not None:
-        c.same_dtype("conv", x, c.plain("conv", bias, "bias"), "bias")
-        c.has_shape("conv", bias, (w.shape[0],), "bias")
-    residual = check_residual("conv", types, 3, shape)
-    if residual is not None:
-        c.same_dtype("conv", x, c.plain("conv", residual, "residual"), "residual")
+    _check_bias("conv", types, x, w.shape[0])
+    _check_float_residual("conv", types, x, shape)
     return (TensorType(shape, x.dtype),)
 
 
@@ -165,10 +174,7 @@ def _conv_transpose_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...
         raise c.fail(
             name, f"'x' has {x.shape[1]} channels, 'w' expects {w.shape[0]}, group is {group}"
         )
-    bias = c.optional(types, 2)
-    if bias is not None:
-        c.same_dtype(name, x, c.plain(name, bias, "bias"), "bias")
-        c.has_shape(name, bias, (w.shape[1] * group,), "bias")
+    _check_bias(name, types, x, w.shape[1] * group)
     _, outs = _conv_transpose_outputs(x.shape, w.shape, attrs)
     return (TensorType((x.shape[0], w.shape[1] * group, *outs), x.dtype),)
 
@@ -255,13 +261,8 @@ def _matmul_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
     b = c.floating("matmul", c.given("matmul", types, 1, "b"), "b")
     c.same_dtype("matmul", a, b, "b")
     shape = matmul_shape("matmul", a, b, attrs)
-    bias = c.optional(types, 2)
-    if bias is not None:
-        c.same_dtype("matmul", a, c.plain("matmul", bias, "bias"), "bias")
-        c.has_shape("matmul", bias, (matmul_columns(b, attrs),), "bias")
-    residual = check_residual("matmul", types, 3, shape)
-    if residual is not None:
-        c.same_dtype("matmul", a, c.plain("matmul", residual, "residual"), "residual")
+    _check_bias("matmul", types, a, matmul_columns(b, attrs))
+    _check_float_residual("matmul", types, a, shape)
     return (TensorType(shape, a.dtype),)
 
 
