@@ -15,7 +15,7 @@ Usage: ``python benchmarks/accuracy_table.py [--results FILE.json] [--precision 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import sys
 import time
@@ -50,15 +50,9 @@ TOGETHER = "equalize,gptq,distill"
 
 
 def catalogue() -> ModuleType:
-    """Import models/catalogue.py by its path."""
-    path = Path(__file__).parents[1] / "models" / "catalogue.py"
-    spec = importlib.util.spec_from_file_location("catalogue", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["catalogue"] = module
-    spec.loader.exec_module(module)
-    return module
+    """Import models/catalogue.py."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
+    return importlib.import_module("catalogue")
 
 
 def top1(model: bytes, samples: dict[str, Any]) -> float:

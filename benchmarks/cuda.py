@@ -17,7 +17,7 @@ Usage: ``python benchmarks/cuda.py [gemm] [resnet50] [--batch 32] [--rounds 9] [
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import statistics
 import sys
@@ -186,13 +186,8 @@ def resnet50(batch: int, rounds: int) -> dict[str, Any]:
     """Time ResNet-50 at a batch."""
     import torch
 
-    path = Path(__file__).parents[1] / "models" / "builders.py"
-    spec = importlib.util.spec_from_file_location("builders", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"cannot import {path}")
-    builders = importlib.util.module_from_spec(spec)
-    sys.modules["builders"] = builders
-    spec.loader.exec_module(builders)
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
+    builders = importlib.import_module("builders")
     model = builders.resnet50(batch=batch)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, 3, 224, 224)).astype(np.float32)

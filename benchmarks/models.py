@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -85,15 +85,9 @@ class Setup:
 
 
 def builders() -> ModuleType:
-    """Import models/builders.py by its path."""
-    path = Path(__file__).parents[1] / "models" / "builders.py"
-    spec = importlib.util.spec_from_file_location("builders", path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["builders"] = module
-    spec.loader.exec_module(module)
-    return module
+    """Import models/builders.py."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
+    return importlib.import_module("builders")
 
 
 def bench(name: str, setup: Setup, folder: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ project: their tests skip, saying so, where the folder is absent.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from by_path import imported
 
 import qcompiler
 
@@ -34,20 +34,14 @@ TRAINED = (
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 
-def by_path(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def builders() -> ModuleType:
+    return imported("builders", MODELS / "builders.py")
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_accuracy_and_coverage(name: str) -> None:
     """Default settings, 128 samples: every product in integers, at most 1 point lost."""
-    catalogue = by_path("catalogue")
+    catalogue = imported("catalogue", MODELS / "catalogue.py")
     reason = catalogue.skip_reason(name)
     if reason:
         pytest.skip(reason)
@@ -83,7 +77,7 @@ _LOST = pytest.mark.xfail(
 )
 def test_accuracy_of_four_bit_weights(name: str, samples: int, methods: str | None) -> None:
     """All weights but the edges in 4 bits, reconstructed: 2 points are the most to lose."""
-    catalogue = by_path("catalogue")
+    catalogue = imported("catalogue", MODELS / "catalogue.py")
     reason = catalogue.skip_reason(name)
     if reason:
         pytest.skip(reason)
@@ -108,7 +102,7 @@ def resnet50(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """ResNet-50 and calibration samples on disk, compiled by the command line in a process."""
     folder = tmp_path_factory.mktemp("resnet50")
     model = folder / "resnet50.onnx"
-    model.write_bytes(by_path("builders").resnet50().SerializeToString())
+    model.write_bytes(builders().resnet50().SerializeToString())
     samples = np.random.default_rng(0).standard_normal((32, 3, 224, 224)).astype(np.float32)
     np.savez(folder / "calib.npz", input=samples)
     return {"model": model, "calibration": folder / "calib.npz", "artifact": folder / "r.qcm"}
@@ -155,7 +149,7 @@ def test_resnet50_compiles_in_time_and_memory(resnet50: dict[str, Path]) -> None
 
 def test_mobilenet_compiles_in_time(tmp_path: Path) -> None:
     model = tmp_path / "net.onnx"
-    model.write_bytes(by_path("builders").mobilenet_v2().SerializeToString())
+    model.write_bytes(builders().mobilenet_v2().SerializeToString())
     samples = np.random.default_rng(0).standard_normal((128, 3, 224, 224)).astype(np.float32)
     np.savez(tmp_path / "calib.npz", input=samples)
     seconds, _ = in_process(_COMPILE, model, tmp_path / "calib.npz", tmp_path / "net.qcm")

@@ -7,18 +7,16 @@ Slow. The model is not part of the project: the tests skip, saying so, where it 
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from outside_models import FOLDER
 
 import qcompiler
 from qcompiler.runtime import CompiledModel
 from qcompiler.types import Array
 
-FOLDER = Path(os.environ.get("QCOMPILER_MODELS", Path(__file__).parents[2] / "shared" / "models"))
 MODEL = FOLDER / "silero_vad" / "silero_vad_16k_seq.onnx"
 SAMPLES = FOLDER / "silero_vad" / "vad_test.npz"
 pytestmark = [

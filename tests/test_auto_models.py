@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from by_path import imported
 
 import qcompiler
 from qcompiler.auto import choose
@@ -24,23 +22,13 @@ MODELS = Path(__file__).parents[1] / "models"
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.isa("x86-avx2")]
 
 
-def by_path(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, MODELS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def _fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
 
 
 def trained(name: str) -> Any:
-    catalogue = by_path("catalogue")
+    catalogue = imported("catalogue", MODELS / "catalogue.py")
     why = catalogue.skip_reason(name)
     if why is not None:
         pytest.skip(why)
@@ -73,7 +61,7 @@ def test_trained_networks(name: str) -> None:
 
 
 def test_an_encoder_without_labels() -> None:
-    catalogue = by_path("catalogue")
+    catalogue = imported("catalogue", MODELS / "catalogue.py")
     model = catalogue.built("encoder").build()
     x = np.random.default_rng(5).standard_normal((16, 128, 384)).astype(np.float32)
     found = choose(

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import onnx
 import onnx.checker
 import pytest
+from outside_models import each_model, model_graph, noise
 
 from qcompiler.errors import UnsupportedOpError, UsageError
 from qcompiler.interpreter import run
@@ -24,8 +24,6 @@ from qcompiler.onnx_import import load_onnx
 from qcompiler.ops import Stage, all_ops
 from qcompiler.ort import Session
 from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams, TensorType
-
-MODELS = Path(os.environ.get("QCOMPILER_MODELS", Path(__file__).parents[2] / "shared" / "models"))
 
 
 def uniform(*shape: int) -> Array:
@@ -541,23 +539,10 @@ def test_opaque_nodes_that_changed_their_meaning_are_refused() -> None:
 # ---------------------------------------------------------------------------------- real models
 
 
-def shared_models() -> list[Path]:
-    return sorted(MODELS.glob("*/*.onnx"))
-
-
-@pytest.mark.parametrize("path", shared_models() or [None], ids=lambda p: p.stem if p else "none")
-def test_real_models_survive_import_and_export(path: Path | None, rng: np.random.Generator) -> None:
-    if path is None:
-        pytest.skip(f"no models in {MODELS} (set QCOMPILER_MODELS)")
-    shapes = {"input_ids": (1, 32)} if "minilm" in path.name else None
-    graph = load_onnx(path, input_shapes=shapes)
-    feeds: dict[str, Array] = {}
-    for v in graph.inputs:
-        if v.dtype.is_float:
-            feeds[v.name] = rng.standard_normal(v.shape).astype(np.float32)
-        else:
-            high = 2 if "mask" in v.name else 1000
-            feeds[v.name] = rng.integers(0, high, v.shape).astype(v.dtype.numpy)
+@each_model
+def test_real_models_survive_import_and_export(path: Path, rng: np.random.Generator) -> None:
+    graph = model_graph(path)
+    feeds = noise(graph, rng)
     want = Session(path, optimization="disabled").run(feeds)
     model = to_onnx(graph)
     got = in_ort(model, feeds)

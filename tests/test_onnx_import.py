@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from outside_models import each_model, model_graph, noise
 
 from qcompiler.errors import ModelError, ShapeError, UsageError
 from qcompiler.interpreter import run
@@ -22,8 +22,6 @@ from qcompiler.onnx_import_context import CONVERTERS
 from qcompiler.ops import Stage
 from qcompiler.ort import Session
 from qcompiler.types import Array, DType, PerAxis, PerGroup
-
-MODELS = Path(os.environ.get("QCOMPILER_MODELS", Path(__file__).parents[2] / "shared" / "models"))
 
 
 def elem(a: Array) -> int:
@@ -523,31 +521,11 @@ def test_scales_that_make_no_sense_are_refused() -> None:
 # ---------------------------------------------------------------------------------- real models
 
 
-def shared_models() -> list[Path]:
-    return sorted(MODELS.glob("*/*.onnx"))
-
-
-def feeds_for(graph: Graph, seed: int = 0) -> dict[str, Array]:
-    rng = np.random.default_rng(seed)
-    feeds: dict[str, Array] = {}
-    for v in graph.inputs:
-        if v.dtype.is_float:
-            feeds[v.name] = rng.standard_normal(v.shape).astype(np.float32)
-        elif "mask" in v.name:
-            feeds[v.name] = (np.arange(v.shape[1])[None] < 20).astype(v.dtype.numpy)
-        else:
-            feeds[v.name] = rng.integers(0, 1000, v.shape).astype(v.dtype.numpy)
-    return feeds
-
-
-@pytest.mark.parametrize("path", shared_models() or [None], ids=lambda p: p.stem if p else "none")
-def test_real_models_compute_what_onnx_runtime_computes(path: Path | None) -> None:
-    if path is None:
-        pytest.skip(f"no models in {MODELS} (set QCOMPILER_MODELS)")
-    shapes = {"input_ids": (1, 32)} if "minilm" in path.name else None
-    graph = load_onnx(path, input_shapes=shapes)
+@each_model
+def test_real_models_compute_what_onnx_runtime_computes(path: Path) -> None:
+    graph = model_graph(path)
     graph.verify()
-    feeds = feeds_for(graph)
+    feeds = noise(graph, np.random.default_rng(0))
     want = Session(path, optimization="disabled").run(feeds)
     got = run(graph, feeds)
     for name, array in want.items():

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from by_path import imported
 
 from qcompiler.onnx_import_context import CONVERTERS
 
@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("operators_doc", ROOT / "tools" / "operators.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported("operators_doc", ROOT / "tools" / "operators.py")
 
 
 def test_the_page_is_current(writer: ModuleType) -> None:

@@ -4,26 +4,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from by_path import imported
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
 def load(name: str) -> ModuleType:
-    alias = f"qcompiler_models_test_{name}"
-    if alias not in sys.modules:
-        spec = importlib.util.spec_from_file_location(alias, MODELS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module
-        spec.loader.exec_module(module)
-    return sys.modules[alias]
+    return imported(f"qcompiler_models_test_{name}", MODELS / f"{name}.py")
 
 
 @pytest.fixture(scope="session")

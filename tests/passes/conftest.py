@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import numpy as np
 import onnx
 import onnx.parser
+import outside_models
 import pytest
 
 from qcompiler.interpreter import run
@@ -73,6 +75,12 @@ def rewrite(rng: np.random.Generator) -> Rewrite:
         return after
 
     return apply
+
+
+@pytest.fixture(scope="session")
+def prepare() -> ModuleType:
+    """The script that makes samples of the models outside the repository."""
+    return outside_models.prepare()
 
 
 @pytest.fixture

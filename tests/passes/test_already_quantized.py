@@ -11,16 +11,15 @@ here operator by operator, and behind each sample whose class differs.
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from outside_models import FOLDER
 
 import qcompiler
 from qcompiler.driver import quantize_model
@@ -29,26 +28,9 @@ from qcompiler.ir import Graph, Value
 from qcompiler.ort import Session
 from qcompiler.types import Array
 
-FOLDER = Path(
-    os.environ.get("QCOMPILER_MODELS") or Path(__file__).resolve().parents[3] / "shared" / "models"
-)
-
 TIE = 2e-4
 """Distance to the middle between two codes, in codes, that float32 sums may not tell from it. The
 worst sum here has 960 products of up to 127 * 255 and a result of up to 256 codes."""
-
-
-@pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    script = FOLDER / "prepare.py"
-    if not script.is_file():
-        pytest.skip(f"no models in {FOLDER}")
-    spec = importlib.util.spec_from_file_location("prepare_models", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Reference:
@@ -71,38 +53,9 @@ class Reference:
         return {**inputs, **self.session.run(inputs)}
 
 
-def check_ties(graph: Graph, reference: Reference, inputs: dict[str, Array]) -> int:
-    """Compare operator by operator, each on ONNX Runtime's operands; return how many codes differ.
-
-    A code that differs is one away, and the float that ONNX Runtime rounded lies at a tie.
-    """
-    theirs = reference.run(inputs)
-    values: dict[Value, Array] = {v: inputs[v.name] for v in graph.inputs}
-    differ = 0
-    for node in graph.nodes:
-        arrays = [
-            None if v is None else v.data if v.data is not None else values[v] for v in node.inputs
-        ]
-        v = node.output
-        values[v] = evaluate(node, arrays)[0]
-        if v.name not in reference.sources:
-            continue
-        mine, want = values[v].astype(np.int64), theirs[v.name].astype(np.int64)
-        at = mine != want
-        if at.any():
-            name, scale = reference.sources[v.name]
-            exact = theirs[name].reshape(want.shape)[at].astype(np.float64) / scale
-            assert np.abs(mine - want)[at].max() == 1, node.name
-            assert np.abs(exact - np.floor(exact) - 0.5).max() < TIE, node.name
-            differ += int(at.sum())
-        values[v] = theirs[v.name]
-    assert len(reference.sources) >= 12  # nothing was left out because of its name
-    return differ
-
-
 @dataclass(frozen=True)
-class FirstDifference:
-    """The first tensor in which the compiler and ONNX Runtime part.
+class Difference:
+    """Codes of one tensor that differ from ONNX Runtime's, computed from ONNX Runtime's operands.
 
     Attributes:
         tensor: Its name.
@@ -120,10 +73,10 @@ class FirstDifference:
     distance: float
 
 
-def first_difference(
+def differences(
     graph: Graph, reference: Reference, inputs: dict[str, Array]
-) -> FirstDifference | None:
-    """Return where the two first differ: all operands are equal there, so both round one sum."""
+) -> Iterator[Difference]:
+    """Compare operator by operator, each on ONNX Runtime's operands; yield where codes differ."""
     theirs = reference.run(inputs)
     values: dict[Value, Array] = {v: inputs[v.name] for v in graph.inputs}
     for node in graph.nodes:
@@ -138,15 +91,26 @@ def first_difference(
         at = mine != want
         if at.any():
             name, scale = reference.sources[v.name]
-            real = theirs[name].reshape(at.shape)[at].astype(np.float64) / scale
-            return FirstDifference(
+            exact = theirs[name].reshape(want.shape)[at].astype(np.float64) / scale
+            yield Difference(
                 v.name,
                 int(at.sum()),
                 at.size,
                 int(np.abs(mine - want).max()),
-                float(np.abs(real - np.floor(real) - 0.5).max()),
+                float(np.abs(exact - np.floor(exact) - 0.5).max()),
             )
-    return None
+        values[v] = theirs[v.name]
+    assert len(reference.sources) >= 12  # nothing was left out because of its name
+
+
+def check_ties(graph: Graph, reference: Reference, inputs: dict[str, Array]) -> int:
+    """Return how many codes differ: each is one away, and ONNX Runtime rounded it at a tie."""
+    differ = 0
+    for found in differences(graph, reference, inputs):
+        assert found.step == 1, found
+        assert found.distance < TIE, found
+        differ += found.codes
+    return differ
 
 
 def loaded(prepare: ModuleType, name: str, count: int) -> tuple[str, Graph, dict[str, Array]]:
@@ -193,7 +157,8 @@ def test_every_sample_has_the_class_of_onnx_runtime_or_a_tie_before_it(
         ours = next(iter(compiled(one).values())).reshape(-1)
         theirs = next(iter(plain.run(one).values())).reshape(-1)
         if ours.argmax() != theirs.argmax():
-            first = first_difference(graph, reference, one)
+            # All operands are equal before it, so both round one sum.
+            first = next(differences(graph, reference, one), None)
             assert first is not None
             assert first.step == 1
             assert first.distance < TIE

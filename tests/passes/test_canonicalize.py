@@ -4,23 +4,18 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+from outside_models import FOLDER, each_model, model_graph, noise
 
 from qcompiler.interpreter import run
-from qcompiler.onnx_import import load_onnx
 from qcompiler.ops import Stage
 from qcompiler.ort import Session
 from qcompiler.passes.canonicalize import canonicalize_passes
 from qcompiler.passmanager import ModifiedInstrument, PassContext, PassManager
-from qcompiler.types import Array
-
-MODELS = Path(os.environ.get("QCOMPILER_MODELS", Path(__file__).parents[3] / "shared" / "models"))
 
 
 def manager() -> PassManager:
@@ -76,16 +71,9 @@ EXPECTED = {
 """Operators after canonicalization; for minilm those that matter."""
 
 
-def shared_models() -> list[Path]:
-    return sorted(MODELS.glob("*/*.onnx"))
-
-
-@pytest.mark.parametrize("path", shared_models() or [None], ids=lambda p: p.stem if p else "none")
-def test_trained_models(path: Path | None, rng: np.random.Generator) -> None:
-    if path is None:
-        pytest.skip(f"no models in {MODELS} (set QCOMPILER_MODELS)")
-    shapes = {"input_ids": (1, 32)} if "minilm" in path.name else None
-    graph = load_onnx(path, input_shapes=shapes)
+@each_model
+def test_trained_models(path: Path, rng: np.random.Generator) -> None:
+    graph = model_graph(path)
     after = manager().run(graph, PassContext())
     assert str(manager().run(after, PassContext())) == str(after), "a fixed point"
     counts = Counter(n.op.name for n in after.nodes)
@@ -95,13 +83,7 @@ def test_trained_models(path: Path | None, rng: np.random.Generator) -> None:
         assert sum(wanted.values()) == len(after)
     if after.stage is Stage.QDQ:
         return  # the interpreter on quantized models is tested where they are imported
-    feeds: dict[str, Array] = {}
-    for v in graph.inputs:
-        if v.dtype.is_float:
-            feeds[v.name] = rng.standard_normal(v.shape).astype(np.float32)
-        else:
-            high = 2 if "mask" in v.name else 1000
-            feeds[v.name] = rng.integers(0, high, v.shape).astype(v.dtype.numpy)
+    feeds = noise(graph, rng)
     want = Session(path, optimization="disabled").run(feeds)
     got = run(after, feeds)
     assert list(got) == list(want)
@@ -110,10 +92,8 @@ def test_trained_models(path: Path | None, rng: np.random.Generator) -> None:
 
 
 def test_matrix_products_of_a_transformer_have_their_bias() -> None:
-    path = MODELS / "minilm_stsb" / "minilm_l6_v2_stsb_vocab.onnx"
-    if not path.exists():
-        pytest.skip(f"no models in {MODELS} (set QCOMPILER_MODELS)")
-    graph = manager().run(load_onnx(path, input_shapes={"input_ids": (1, 32)}), PassContext())
+    path = FOLDER / "minilm_stsb" / "minilm_l6_v2_stsb_vocab.onnx"
+    graph = manager().run(model_graph(path), PassContext())
     dense = [n for n in graph.nodes if n.op.name == "matmul" and n.input(1).is_constant]
     assert len(dense) == 36
     assert all(n.optional(2) is not None and not n.attr("transpose_b") for n in dense)

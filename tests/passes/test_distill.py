@@ -8,15 +8,16 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from calibrated import apply, pictures, prepared, residual_net, residual_weights
 
-from qcompiler.data import Batch, load_samples
+from qcompiler.data import Batch
 from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.numerics import quantize
 from qcompiler.ops import Stage
 from qcompiler.passes import reconstruction, views
-from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.distill import Distill, Learned
 from qcompiler.passes.held_out import Judge, quantized, shares
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids
@@ -25,62 +26,19 @@ from qcompiler.passes.methods import METHODS
 from qcompiler.passes.reconstruction import Reconstruction
 from qcompiler.passes.slopes import RULES, add_slopes
 from qcompiler.passes.trails import most_live
-from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager, parse_pass
+from qcompiler.passmanager import PassContext, PassManager, parse_pass
 from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.types import Array, DType, PerTensor, QuantParams, TensorType
-
-NET = """(float[1,3,10,10] x) => (float[1,6] y) {
-  lo = Constant <value = float {0.0}> () hi = Constant <value = float {6.0}> ()
-  a = Conv <pads = [1,1,1,1], strides = [2,2]> (x, w1, b1)
-  r = Clip(a, lo, hi)
-  c = Conv <pads = [1,1,1,1], group = 8> (r, w2, b2)
-  d = Clip(c, lo, hi)
-  e = Conv <pads = [1,1,1,1]> (d, w3)
-  s = Add(e, r)
-  t = Conv <pads = [1,1,1,1], group = 2> (s, w4, b4)
-  q = Relu(t)
-  p = GlobalAveragePool(q)
-  f = Flatten(p)
-  y = Gemm(f, w5, b5)
-}"""
 
 
 @pytest.fixture
 def net(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
-    def w(*shape: int) -> Array:
-        return (0.4 * rng.standard_normal(shape)).astype(np.float32)
-
-    return load_text(
-        NET,
-        w1=w(8, 3, 3, 3),
-        b1=w(8),
-        w2=w(8, 1, 3, 3),
-        b2=w(8),
-        w3=w(8, 8, 3, 3),
-        w4=w(6, 4, 3, 3),
-        b4=w(6),
-        w5=w(6, 6),
-        b5=w(6),
-    )
+    return load_text(residual_net(3), **residual_weights(3, rng))
 
 
 @pytest.fixture
 def samples(rng: np.random.Generator) -> dict[str, Array]:
-    coarse = rng.standard_normal((48, 2, 5, 5)).repeat(2, 2).repeat(2, 3)
-    x = np.einsum("nchw,cd->ndhw", coarse, rng.standard_normal((2, 3)))
-    return {"x": (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32)}
-
-
-def prepared(graph: Graph, arrays: dict[str, Array], precision: str = "w4a8") -> PassContext:
-    ctx = PassContext()
-    ctx.put(uniform(graph, precision))
-    ctx.put(CalibrationSet.of(load_samples(arrays), graph))
-    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
-    return ctx
-
-
-def apply(p: Pass, graph: Graph, ctx: PassContext) -> Graph:
-    return PassManager([p], [ModifiedInstrument()], given=tuple(ctx.artifacts)).run(graph, ctx)
+    return pictures(3, rng)
 
 
 # ---------------------------------------------------------------------------------------- slopes

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from calibrated import prepared
 
-from qcompiler.data import load_samples
 from qcompiler.ir import Graph
 from qcompiler.numerics import fake_quantize, quantize
-from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.distill import Distill, Learned
 from qcompiler.passes.gptq import Gptq, grouped_columns
 from qcompiler.passes.held_out import Judge, quantized, shares
@@ -29,8 +29,8 @@ from qcompiler.passes.least_squares import (
 )
 from qcompiler.passes.patches import matrix_of
 from qcompiler.passes.single_node import units
-from qcompiler.passmanager import PassContext, PassManager
-from qcompiler.plan import PrecisionPlan, uniform
+from qcompiler.passmanager import PassManager
+from qcompiler.plan import PrecisionPlan
 from qcompiler.types import Array, DType, PerGroup, QuantParams
 
 NET = """(float[1,3,12,12] x) => (float[1,5] y) {
@@ -75,17 +75,9 @@ def samples(rng: np.random.Generator) -> dict[str, Array]:
     return {"x": (coarse + 0.1 * rng.standard_normal(coarse.shape)).astype(np.float32)}
 
 
-def prepared(graph: Graph, arrays: dict[str, Array]) -> PassContext:
-    ctx = PassContext()
-    ctx.put(uniform(graph, "w4a8-group"))
-    ctx.put(CalibrationSet.of(load_samples(arrays), graph))
-    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
-    return ctx
-
-
 def test_columns_of_a_group_share_its_scale(net: Graph, samples: dict[str, Array]) -> None:
     """Which column has which scale is what the numerics make of the grid, kernels and matrices."""
-    ctx = prepared(net, samples)
+    ctx = prepared(net, samples, "w4a8-group")
     qdq = quantized(net, ctx.get(PrecisionPlan), ctx.get(CalibrationTable))
     seen = []
     for unit in units(net):
@@ -147,13 +139,13 @@ def test_grouped_products_are_rounded_with_what_they_read(
     net: Graph, samples: dict[str, Array]
 ) -> None:
     """The result is better held out than nearest, stays on its grids, and one seed gives one."""
-    ctx = prepared(net, samples)
+    ctx = prepared(net, samples, "w4a8-group")
     plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
     judge = Judge(net, list(shares(ctx.get(CalibrationSet), 8)[1]))
     nearest = judge.error(quantized(net, plan, table))
     results = []
     for _ in range(2):
-        ctx = prepared(net, samples)
+        ctx = prepared(net, samples, "w4a8-group")
         after = PassManager([Gptq()], given=tuple(ctx.artifacts)).run(net, ctx)
         grids = ctx.get(WeightGrids)
         assert judge.error(quantized(after, plan, table, grids)) < 0.5 * nearest
@@ -193,7 +185,7 @@ def test_slopes_by_scales_of_groups(
 
 
 def test_grouped_products_are_learned_together(net: Graph, samples: dict[str, Array]) -> None:
-    ctx = prepared(net, samples)
+    ctx = prepared(net, samples, "w4a8-group")
     plan, table = ctx.get(PrecisionPlan), ctx.get(CalibrationTable)
     judge = Judge(net, list(shares(ctx.get(CalibrationSet), 8)[1]))
     nearest = judge.error(quantized(net, plan, table))

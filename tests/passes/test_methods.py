@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from calibrated import apply, prepared
 
-from qcompiler.data import SampleSet, load_samples
 from qcompiler.driver import Quantized, quantize_model
 from qcompiler.driver import compile as compile_model
 from qcompiler.errors import UsageError
@@ -20,7 +20,7 @@ from qcompiler.ir import Graph
 from qcompiler.modality import select
 from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.adaround import AdaRound
-from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.channel_scales import input_range, joints, output_range
 from qcompiler.passes.correct_bias import CorrectBias
 from qcompiler.passes.equalize import Equalize, growth
@@ -32,7 +32,7 @@ from qcompiler.passes.patches import collect, matrix_of
 from qcompiler.passes.single_node import units
 from qcompiler.passes.smooth import Smooth
 from qcompiler.passes.trails import Trail
-from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager
+from qcompiler.passmanager import PassManager
 from qcompiler.plan import PrecisionPlan, edges_in_eight_bits, uniform
 from qcompiler.types import Array, Precision
 
@@ -67,20 +67,6 @@ def net(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
         w4=w(8, 6),
         b4=w(6),
     )
-
-
-def prepared(graph: Graph, arrays: dict[str, Array], precision: str = "w4a8") -> PassContext:
-    """Return a context with samples, plan and table."""
-    samples: SampleSet = load_samples(arrays)
-    ctx = PassContext()
-    ctx.put(uniform(graph, precision))
-    ctx.put(CalibrationSet.of(samples, graph))
-    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
-    return ctx
-
-
-def apply(p: Pass, graph: Graph, ctx: PassContext) -> Graph:
-    return PassManager([p], [ModifiedInstrument()], given=tuple(ctx.artifacts)).run(graph, ctx)
 
 
 @pytest.fixture

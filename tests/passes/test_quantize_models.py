@@ -9,14 +9,11 @@ integers the fused graph reproduces to within one step per operator.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from outside_models import FOLDER
 from scipy.stats import spearmanr
 
 from qcompiler.data import InputSpec, load_samples
@@ -33,26 +30,9 @@ from qcompiler.passes.insert_qdq import quantize_passes
 from qcompiler.passmanager import PassContext, PassManager
 from qcompiler.plan import uniform
 
-FOLDER = Path(
-    os.environ.get("QCOMPILER_MODELS") or Path(__file__).resolve().parents[3] / "shared" / "models"
-)
-
 CALIBRATION, EVALUATION = 128, 500
 
 Arrays = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    script = FOLDER / "prepare.py"
-    if not script.is_file():
-        pytest.skip(f"no models in {FOLDER}")
-    spec = importlib.util.spec_from_file_location("prepare_models", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def top1(outputs: np.ndarray, samples: Arrays) -> float:

@@ -9,15 +9,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from calibrated import apply, pictures, prepared, residual_net, residual_weights
 
-from qcompiler.data import load_samples
 from qcompiler.errors import UsageError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.numerics import quantize
 from qcompiler.passes.blocks import Tiles, blocks_of, channel_major, tap_major
 from qcompiler.passes.brecq import Brecq, _Set
-from qcompiler.passes.calibrate import Calibrate, CalibrationSet, CalibrationTable
+from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.held_out import Judge, quantized, shares
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids
@@ -33,63 +33,19 @@ from qcompiler.passes.least_squares import (
 from qcompiler.passes.reconstruction import Reconstruction
 from qcompiler.passes.single_node import units
 from qcompiler.passes.trails import Trail, live_values, most_live, recomputed_nodes
-from qcompiler.passmanager import ModifiedInstrument, Pass, PassContext, PassManager
+from qcompiler.passmanager import Pass, PassContext, PassManager
 from qcompiler.plan import PrecisionPlan, uniform
 from qcompiler.types import Array
-
-NET = """(float[1,4,10,10] x) => (float[1,6] y) {
-  lo = Constant <value = float {0.0}> () hi = Constant <value = float {6.0}> ()
-  a = Conv <pads = [1,1,1,1], strides = [2,2]> (x, w1, b1)
-  r = Clip(a, lo, hi)
-  c = Conv <pads = [1,1,1,1], group = 8> (r, w2, b2)
-  d = Clip(c, lo, hi)
-  e = Conv <pads = [1,1,1,1]> (d, w3)
-  s = Add(e, r)
-  t = Conv <pads = [1,1,1,1], group = 2> (s, w4, b4)
-  q = Relu(t)
-  p = GlobalAveragePool(q)
-  f = Flatten(p)
-  y = Gemm(f, w5, b5)
-}"""
 
 
 @pytest.fixture
 def net(load_text: Callable[..., Graph], rng: np.random.Generator) -> Graph:
-    def w(*shape: int) -> Array:
-        return (0.4 * rng.standard_normal(shape)).astype(np.float32)
-
-    return load_text(
-        NET,
-        w1=w(8, 4, 3, 3),
-        b1=w(8),
-        w2=w(8, 1, 3, 3),
-        b2=w(8),
-        w3=w(8, 8, 3, 3),
-        w4=w(6, 4, 3, 3),
-        b4=w(6),
-        w5=w(6, 6),
-        b5=w(6),
-    )
+    return load_text(residual_net(4), **residual_weights(4, rng))
 
 
 @pytest.fixture
 def samples(rng: np.random.Generator) -> dict[str, Array]:
-    """Pictures: neighbours and channels are alike, as reconstruction needs it to gain anything."""
-    coarse = rng.standard_normal((48, 2, 5, 5)).repeat(2, 2).repeat(2, 3)
-    x = np.einsum("nchw,cd->ndhw", coarse, rng.standard_normal((2, 4)))
-    return {"x": (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32)}
-
-
-def prepared(graph: Graph, arrays: dict[str, Array]) -> PassContext:
-    ctx = PassContext()
-    ctx.put(uniform(graph, "w4a8"))
-    ctx.put(CalibrationSet.of(load_samples(arrays), graph))
-    PassManager([Calibrate()], given=tuple(ctx.artifacts)).run(graph, ctx)
-    return ctx
-
-
-def apply(p: Pass, graph: Graph, ctx: PassContext) -> Graph:
-    return PassManager([p], [ModifiedInstrument()], given=tuple(ctx.artifacts)).run(graph, ctx)
+    return pictures(4, rng)
 
 
 def held_out_error(graph: Graph, after: Graph, ctx: PassContext) -> tuple[float, float]:

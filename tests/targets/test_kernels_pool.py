@@ -67,6 +67,12 @@ def qparams(rng: np.random.Generator, dtype: str, scale: float) -> QuantParams:
     return QuantParams(F(scale), zero, DType(dtype), low, high)
 
 
+def averaging_of(source: QuantParams, out: str, target: QuantParams | None) -> Averaging:
+    if target is None:
+        return Averaging(source.z, out, source.s)
+    return Averaging(source.z, out, source.s, target.s, target.z, target.qmin, target.qmax)
+
+
 channels = st.sampled_from([1, 3, 16, 20, 64, 72])
 seeds = st.integers(0, 2**31)
 
@@ -99,11 +105,7 @@ def test_quantized_average_pool_equals_the_definition(isa, g, c, dtype, out, inc
     rng = np.random.default_rng(seed)
     source = qparams(rng, dtype, 0.31)
     target = None if out == "float32" else qparams(rng, out, 0.17)
-    averaging = (
-        Averaging(source.z, out, source.s)
-        if target is None
-        else Averaging(source.z, out, source.s, target.s, target.z, target.qmin, target.qmax)
-    )
+    averaging = averaging_of(source, out, target)
     w = PoolWorkload(window_of(g, 1), c, dtype, averaging, include)
     x = draw_input(rng, w.in_shape, dtype)
     want = numerics.average_pool(
@@ -147,11 +149,7 @@ def test_quantized_mean_equals_the_definition(isa, extents, dtype, out, seed):
     rng = np.random.default_rng(seed)
     source = qparams(rng, dtype, 0.31)
     target = None if out == "float32" else qparams(rng, out, 0.17)
-    averaging = (
-        Averaging(source.z, out, source.s)
-        if target is None
-        else Averaging(source.z, out, source.s, target.s, target.z, target.qmin, target.qmax)
-    )
+    averaging = averaging_of(source, out, target)
     x = draw_input(rng, extents, dtype)
     outer, reduced, inner = extents
     w = ReduceWorkload("mean", extents, (outer, inner), outer, reduced, inner, dtype, averaging)
