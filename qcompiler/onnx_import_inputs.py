@@ -95,7 +95,7 @@ def bind_inputs(
             frozen[d.name] = _frozen(d, freeze[d.name])
             given_shapes[d.name] = frozen[d.name].shape
         elif d.name in shapes:
-            given_shapes[d.name] = tuple(int(n) for n in shapes[d.name])
+            given_shapes[d.name] = tuple(_extent(d.name, n) for n in shapes[d.name])
             if any(n < 1 for n in given_shapes[d.name]):
                 raise UsageError(
                     f"input {d.name!r} cannot have the shape {list(given_shapes[d.name])}",
@@ -116,6 +116,19 @@ def bind_inputs(
         if isinstance(first, str):
             symbols.setdefault(first, 1)
     return Bound(_close(inputs, given_shapes, symbols), frozen)
+
+
+def _extent(name: str, given: object) -> int:
+    """Return one extent; a pair of equal ends, which stands for a range, is that size."""
+    if isinstance(given, tuple | list) and len(given) == 2:
+        least, greatest = (int(end) for end in given)
+        if least != greatest:
+            raise UsageError(
+                f"input {name!r} is given the range {least} to {greatest}: one size is needed here",
+                hint="give one extent per axis; compile makes artifacts for ranges",
+            )
+        return least
+    return int(given)  # type: ignore[call-overload, no-any-return]
 
 
 def _from_samples(d: Declared, samples: Shape | None) -> Shape | None:

@@ -109,6 +109,21 @@ def test_options_that_make_no_sense(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "command", [("export", "-o", "q.onnx"), ("analyze",), ("tune", "--records", "r.jsonl")]
+)
+def test_a_range_of_sizes_is_refused_where_one_is_needed(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    name, *rest = command
+    data = ("--calibration", MODEL.with_name("calib.npz"))
+    status, _, err = run(
+        capsys, name, MODEL, *rest, *data, "--input-shape", "input:1..4x1x8x8", "--no-progress"
+    )
+    assert status == 2, err
+    assert "input 'input' is given the range 1 to 4: one size is needed here" in err
+
+
 def test_shapes_and_constants_are_parsed(tmp_path: Path) -> None:
     assert options.parse_shapes([]) is None
     assert options.parse_shapes(["a:1x3x224x224", "ns:b:7"]) == {

@@ -32,6 +32,7 @@ from qcompiler.errors import (
     UnsupportedOpError,
     UsageError,
 )
+from qcompiler.onnx_import import load_onnx
 from qcompiler.passes.calibrate import Calibrate, CalibrationTable
 from qcompiler.passes.insert_qdq import quantize_passes
 from qcompiler.passmanager import PassContext, PassManager
@@ -528,6 +529,13 @@ def test_ranges() -> None:
             ranges_of(model, given)
     with pytest.raises(UsageError, match="is always 4: it cannot be 1 to 8"):
         ranges_of(MODELS["listener"], {"sound": (1, (1, 8), 5)})
+
+
+def test_a_range_of_one_size_is_that_size() -> None:
+    graph = load_onnx(MODELS["encoder"], input_shapes={"ids": (1, (8, 8))})
+    assert graph.inputs[0].shape == (1, 8)
+    with pytest.raises(UsageError, match="'ids' is given the range 1 to 8: one size is needed"):
+        load_onnx(MODELS["encoder"], input_shapes={"ids": (1, (1, 8))})  # type: ignore[dict-item]
 
 
 def test_on_the_command_line() -> None:

@@ -84,7 +84,7 @@ def analyze(
         Path | None,
         typer.Option("--report", metavar="R.html", help="Write the report as one HTML page."),
     ] = None,
-    input_shape: options.InputShapeOption = None,
+    input_shape: options.FixedShapeOption = None,
     freeze: options.FreezeOption = None,
     seed: options.SeedOption = 0,
     progress: options.ProgressOption = None,

@@ -18,9 +18,9 @@ def export(
         Path, typer.Option("-o", "--output", metavar="Q.onnx", help="The ONNX model to write.")
     ],
     calibration: options.CalibrationOption = None,
-    precision: options.PrecisionOption = "w8a8",
+    precision: options.ExportPrecisionOption = "w8a8",
     methods: options.MethodsOption = "",
-    input_shape: options.InputShapeOption = None,
+    input_shape: options.FixedShapeOption = None,
     freeze: options.FreezeOption = None,
     seed: options.SeedOption = 0,
     progress: options.ProgressOption = None,

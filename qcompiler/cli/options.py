@@ -71,14 +71,30 @@ ProgressOption = Annotated[
         show_default=False,
     ),
 ]
+_FIXED = (
+    "w8a8, w4a8, w4a8-group (and w8a7, w7a8, w6a8); without calibration: fp32, fp16, w8, w4, "
+    "w8a8-dynamic, w8a8-dynamic-tensor; `qcompile targets` lists what each target has."
+)
+FixedPrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", metavar="P", help=f"{_FIXED} Or the path of a saved plan (.json)."),
+]
 PrecisionOption = Annotated[
     str,
     typer.Option(
         "--precision",
         metavar="P",
-        help="w8a8, w4a8 (and w8a7, w7a8, w6a8); without calibration: fp32, fp16, w8, w4, "
-        "w8a8-dynamic, w8a8-dynamic-tensor; `qcompile targets` lists what each target has. auto: "
-        "the fastest plan that keeps the budget. Or the path of a saved plan (.json).",
+        help=f"{_FIXED} auto: the fastest plan that keeps the budget. Or the path of a saved plan "
+        "(.json).",
+    ),
+]
+ExportPrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="P",
+        help="w8a8, w4a8, w4a8-group, w8a7, w7a8, w6a8 or fp32: what a QDQ model can say. Or the "
+        "path of a saved plan (.json).",
     ),
 ]
 OverrideOption = Annotated[
@@ -86,8 +102,8 @@ OverrideOption = Annotated[
     typer.Option(
         "--override",
         metavar="SELECTOR=P",
-        help="Force a precision: SELECTOR is a node name, a pattern over node names, or op:NAME; "
-        "repeatable, later ones win.",
+        help="Force a precision: SELECTOR is a node name, a pattern over node names, op:NAME, "
+        "or a region (input:NAME, fusion); repeatable, later ones win.",
     ),
 ]
 RegionOption = Annotated[
@@ -106,7 +122,16 @@ MethodsOption = Annotated[
         metavar="M,M",
         help="Post-training methods that keep accuracy: equalize, smooth, gptq, brecq, distill, "
         "adaround, correct_bias; options in braces, as in adaround{iterations=2000}. "
-        "Default: equalize,gptq for 4-bit weights, else none.",
+        "Default: equalize,gptq for 4-bit weights, for a saved plan those it was made with, else "
+        "none.",
+    ),
+]
+FixedShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input-shape",
+        metavar="NAME:1x3x224x224",
+        help="Shape of a dynamic input; repeatable.",
     ),
 ]
 InputShapeOption = Annotated[

@@ -35,7 +35,7 @@ def tune(
         str, typer.Option("--target", metavar="T", help="Target name; see `qcompile targets`.")
     ] = "host",
     calibration: options.CalibrationOption = None,
-    precision: options.PrecisionOption = "w8a8",
+    precision: options.FixedPrecisionOption = "w8a8",
     seconds: Annotated[
         float | None,
         typer.Option("--seconds", metavar="S", help="Limit in seconds. Default: 900."),
@@ -56,7 +56,7 @@ def tune(
         str | None,
         typer.Option("--key", metavar="K", help="Which of the tracker's devices."),
     ] = None,
-    input_shape: options.InputShapeOption = None,
+    input_shape: options.FixedShapeOption = None,
     freeze: options.FreezeOption = None,
     seed: options.SeedOption = 0,
     progress: options.ProgressOption = None,
