@@ -161,8 +161,9 @@ def infeasible_message(
 def _statement(outcome: Outcome, budget: Budget, metric: str | None, by_default: bool) -> str:
     limits = []
     if budget.max_drop is not None:
-        limits.append(f"{metric or 'the metric'} at most {budget.max_drop:g} {_points(metric)} "
-                      f"{'from float' if metric in ('kl', 'mse') else 'below float'}")  # fmt: skip
+        points = _points(metric, budget.max_drop)
+        where = "from float" if metric in ("kl", "mse") else "below float"
+        limits.append(f"{metric or 'the metric'} at most {budget.max_drop:g} {points} {where}")
     if budget.max_slice_drop is not None:
         limits.append(f"no group of samples more than {budget.max_slice_drop:g} below float")
     if budget.max_latency_ms is not None:
@@ -179,9 +180,9 @@ def _statement(outcome: Outcome, budget: Budget, metric: str | None, by_default:
     return f"{text} (the default limit: none was given)" if by_default else text
 
 
-def _points(metric: str | None) -> str:
+def _points(metric: str | None, count: float) -> str:
     if metric in ("top1", "top5"):
-        return "percentage points"
+        return "percentage point" if count == 1 else "percentage points"
     return {"kl": "nat", "sqnr": "dB"}.get(metric or "", "points")
 
 

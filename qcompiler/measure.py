@@ -21,12 +21,13 @@ from qcompiler.modality import modality_report
 from qcompiler.ort import Session
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.runtime import CompiledModel
-from qcompiler.types import Array
+from qcompiler.types import Array, Precision
 
 if TYPE_CHECKING:
     from qcompiler.driver import Quantized
     from qcompiler.onnx_import import ModelSource
-    from qcompiler.targets.base import Built
+    from qcompiler.plan import PrecisionPlan
+    from qcompiler.targets.base import Built, Region
 
 _PROFILES = 15
 
@@ -83,6 +84,14 @@ def _bytes_or_path(model: ModelSource) -> bytes | str:
     return data
 
 
+def _computed_in(region: Region, plan: PrecisionPlan) -> Precision:
+    """Return a region's precision: the plan knows activations of 7 bits, the graph has ranges."""
+    asked = {plan.precision(name) for name in region.nodes}
+    if region.precision is Precision.W8A8 and Precision.W8A7 in asked:
+        return Precision.W8A7
+    return region.precision
+
+
 def measured_report(
     compiled: CompiledModel,
     built: Built,
@@ -114,7 +123,7 @@ def measured_report(
                 "name": r.name,
                 "ops": list(r.ops),
                 "nodes": list(r.nodes),
-                "precision": r.precision.value,
+                "precision": _computed_in(r, result.plan).value,
                 "kernel": " ".join(r.symbols) or "interpreter",
                 "macs": r.macs,
                 "latency_ms": None,

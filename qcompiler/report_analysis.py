@@ -15,7 +15,8 @@ from qcompiler.errors import UsageError
 from qcompiler.metrics import metric_of
 from qcompiler.passes.calibrate import TensorRange
 from qcompiler.passes.sensitivity_report import Effect, NodeSensitivity, SensitivityReport
-from qcompiler.report_html import frame
+from qcompiler.report import score_text
+from qcompiler.report_html import frame, wide
 from qcompiler.svg import FAINT, GRID, OTHER, PALETTE
 from qcompiler.svg import escape as _e
 
@@ -82,7 +83,8 @@ def _summary(report: SensitivityReport) -> str:
     tone, joint = "verdict", f"Everything in 8 bits: loss {report.joint_loss:.3g}"
     drop = joint_drop(report)
     if drop is not None:
-        joint += f", {report.metric} {report.joint_score:.4g} (float {report.score:.4g}"
+        joint += f", {report.metric} {score_text(str(report.metric), report.joint_score)}"
+        joint += f" (float {score_text(str(report.metric), report.score)}"
         joint += f", drop {drop:+.2f})"
         tone = "verdict bad" if drop > BAD_DROP else "verdict good"
     lines.append(f"{joint}.")
@@ -124,7 +126,7 @@ def _cost(report: SensitivityReport) -> str:
     note = f"<p class='faint'>The {left} least sensitive are in the table.</p>" if left else ""
     return (
         "<h2>What each product alone costs at the outputs</h2>"
-        f"{_cost_chart([(n.node, effects_of(n)) for n in shown])}{note}"
+        f"{wide(_cost_chart([(n.node, effects_of(n)) for n in shown]))}{note}"
     )
 
 
@@ -173,7 +175,7 @@ def _along(report: SensitivityReport) -> str:
     return (
         "<h2>Float against everything in 8 bits, along the network</h2>"
         "<p class='faint'>Each result against float. Where the line lies far below a product's own"
-        f" mark, the error came in with what it reads.</p>{chart}"
+        f" mark, the error came in with what it reads.</p>{wide(chart)}"
     )
 
 
@@ -208,7 +210,8 @@ def _ranges(report: SensitivityReport) -> str:
     return (
         "<h2>Ranges of what the products read</h2>"
         f"<details><summary>{len(rows)} values</summary>"
-        f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></details>"
+        + wide(f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>")
+        + "</details>"
     )
 
 
@@ -270,8 +273,7 @@ def _table(report: SensitivityReport, latency: Mapping[str, float], target: str 
         " and MSE at the kernel's own result; loss at the model's outputs. Expected: the loss by"
         " the Fisher trace, half the mean trace times the squared error of the weights."
     )
-    return (
-        f"<h2>Every product and change</h2><p class='faint'>{about}</p>"
+    return f"<h2>Every product and change</h2><p class='faint'>{about}</p>" + wide(
         f"<table><thead><tr><th>product{head}<th>change{tail}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
     )

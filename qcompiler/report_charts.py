@@ -204,7 +204,7 @@ def _label(
     drawing: svg.Drawing, p: Point, x: float, y: float, placed: list[tuple[float, float, float]]
 ) -> None:
     """Write a point's label where none is yet: right of it, left, above, below."""
-    width = svg.text_width(p.label, 11)
+    width = svg.text_width(p.label, 11, bold=True)
     choices = [(x + 13, y - 7), (x + 13, y + 16), (x - 13 - width, y - 7), (x - 13 - width, y + 16),
                (x - width / 2, y - 16), (x - width / 2, y + 26)]  # fmt: skip
     for tx, ty in choices:
@@ -235,6 +235,9 @@ class _Axis:
     def ticks(self, most: int) -> list[float]:
         return svg.ticks(self.lo, self.hi, most)
 
+    def label(self, value: float) -> str:
+        return svg.number(value)
+
 
 class _LogAxis(_Axis):
     """Places numbers by their logarithm, at most six powers of ten below the greatest one."""
@@ -242,6 +245,7 @@ class _LogAxis(_Axis):
     def __init__(self, values: Sequence[float], start: float, end: float, room: float) -> None:
         top = max((v for v in values if v > 0), default=1.0)
         self.floor = max(min((v for v in values if v > 0), default=1e-3), top * 1e-6)
+        self.below = any(v < self.floor for v in values)
         logs = [math.log10(max(v, self.floor)) for v in values]
         super().__init__([math.floor(min(logs)), max(logs)], start, end, room)
 
@@ -250,6 +254,11 @@ class _LogAxis(_Axis):
 
     def holds(self, value: float) -> bool:
         return value > 0 and super().holds(math.log10(value))
+
+    def label(self, value: float) -> str:
+        if self.below and value <= self.floor:
+            return f"≤ {svg.number(self.floor)}"
+        return super().label(value)
 
     def ticks(self, most: int) -> list[float]:
         del most
@@ -272,7 +281,7 @@ def _grid(
     for value in py.ticks(6):
         y = py(value)
         drawing.line(left, y, WIDTH - 24, y, GRID)
-        drawing.text(left - 6, y + 4, svg.number(value), 11, FAINT, "end")
+        drawing.text(left - 6, y + 4, py.label(value), 11, FAINT, "end")
     drawing.text((left + WIDTH - 24) / 2, base + 36, names[0], 12, INK, "middle")
     drawing.text(left, top - 8, names[1], 12, INK)
 

@@ -10,7 +10,7 @@ from typing import Any
 from qcompiler import report_charts as charts
 from qcompiler import svg
 from qcompiler.report import Report, number, precision_of
-from qcompiler.report_html import Cell, chip, folded, num, section, table, text
+from qcompiler.report_html import Cell, chip, folded, num, section, table, text, wide
 from qcompiler.svg import escape
 
 _SHOWN = 45
@@ -77,7 +77,7 @@ def pareto(report: Report) -> str:
         "a plan on the line; squares and diamonds are measured."
     )
     return section("pareto", "What was possible, and what was chosen", about,
-                   _statement(found), chart, listed)  # fmt: skip
+                   _statement(found), wide(chart), listed)  # fmt: skip
 
 
 def _loss_axis(found: Report, front: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
@@ -176,7 +176,7 @@ def cost(report: Report) -> str:
         "kernel's time on the target."
     )
     chart = charts.cost_and_gain(shown, f"cost, {unit}", rest)
-    return section("cost", "Sensitivity and latency of each product", about, chart)
+    return section("cost", "Sensitivity and latency of each product", about, wide(chart))
 
 
 def _product(name: str, node: Mapping[str, Any], key: str) -> charts.Product:

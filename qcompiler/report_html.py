@@ -56,8 +56,14 @@ td:first-child { overflow-wrap: anywhere; min-width: 8rem; }
 small { color: #5f6b78; }
 code { overflow-wrap: anywhere; }
 .n { text-align: right; white-space: nowrap; overflow-wrap: normal; }
+.n.said { white-space: normal; }
 .chip { border-radius: 3px; padding: 0 .4rem; font-size: .8rem; white-space: nowrap; }
 summary { cursor: pointer; color: #0072b2; margin: .8rem 0; }
+.verdict + .wide { margin-top: .8rem; }
+@media screen and (max-width: 57rem) {
+  .wide { overflow-x: auto; }
+  .wide > svg, .scroll > svg { min-width: 55rem; }
+}
 @media print {
   body { margin: 0; max-width: none; font-size: 11px; } nav, summary { display: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -217,7 +223,14 @@ def table(
             made.append(f"<td{' class=n' if kind == 'number' else ''}{value}>{cell.html}</td>")
         body.append(f"<tr{f' class={style}' if style else ''}>{''.join(made)}</tr>")
     identity = f' id="{name}"' if name else ""
-    return f"<table{identity}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return wide(
+        f"<table{identity}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+def wide(part: str) -> str:
+    """Return a chart or table that keeps a readable size on narrow screens, and scrolls there."""
+    return f'<div class="wide">{part}</div>' if part else ""
 
 
 def folded(summary: str, *parts: str, opened: bool = False) -> str:

@@ -27,7 +27,7 @@ from qcompiler.report import (
     size_parts,
     worst_slice,
 )
-from qcompiler.report_html import Cell, chip, figure, folded, frame, num, section, table, text
+from qcompiler.report_html import Cell, chip, figure, folded, frame, num, section, table, text, wide
 from qcompiler.svg import escape
 
 _SHOWN_REGIONS = 25
@@ -147,7 +147,7 @@ def _summary(report: Report) -> str:
     )
     sentences = {"worst class or group": worst_slice(report), "energy": energy_text(report)}
     body += "".join(
-        f"<tr><td>{what}</td><td colspan=3 class=n>{escape(said)}</td></tr>"
+        f"<tr><td>{what}</td><td colspan=3 class='n said'>{escape(said)}</td></tr>"
         for what, said in sentences.items()
         if said is not None
     )
@@ -173,7 +173,7 @@ def _share(report: Report) -> str:
         return ""
     total = sum(counts.values())
     shares = [(name, float(n)) for name, n in counts.items()]
-    return charts.precision_share(shares, f"Precision of the {total} nodes")
+    return wide(charts.precision_share(shares, f"Precision of the {total} nodes"))
 
 
 def _network(report: Report) -> str:
@@ -215,7 +215,7 @@ def _regions(report: Report) -> str:
     chart = charts.region_latency(rows, unit, rest)
     about = "Each kernel of the artifact timed alone while the model runs, the slowest on top."
     listed = _region_table(timed, total)
-    return section("regions", "Where the time goes", about, chart, listed)
+    return section("regions", "Where the time goes", about, wide(chart), listed)
 
 
 def _region_table(rows: Sequence[tuple[Mapping[str, Any], float | None]], total: float) -> str:
@@ -255,10 +255,10 @@ def _error(report: Report) -> str:
     if not rows:
         return ""
     about = (
-        "Every quantized result against the same value of the float model on calibration samples "
-        f"({along.get('samples')}); the errors of everything before it are in it."
+        "Every quantized result against the same value of the float model, on "
+        f"{along.get('samples')} calibration samples; the errors of everything before it are in it."
     )
-    return section("error", "Error along the network", about, charts.error_along(rows))
+    return section("error", "Error along the network", about, wide(charts.error_along(rows)))
 
 
 def _slices(report: Report) -> str:
@@ -304,15 +304,22 @@ def _slices(report: Report) -> str:
     if left > 0:
         about += f" The chart shows the {len(shown)} that lost most."
     listed = folded(f"All {len(slices)} groups", table(heads, rows, "slice-table"))
-    return section("slices", "Classes and groups", about, chart, listed)
+    return section("slices", "Classes and groups", about, wide(chart), listed)
 
 
 def _ranges(report: Report) -> str:
     drawn = []
+    shown: set[tuple[object, ...]] = set()
+    moved = 0
     for i, (name, found) in enumerate((report.get("ranges") or {}).items()):
         bounds, covered = found["bounds"], found["range"]
         if not found.get("histogram") or not bounds[0] < bounds[1]:
             continue
+        same = (*bounds, *covered, *found["histogram"])
+        if same in shown:
+            moved += 1
+            continue
+        shown.add(same)
         drawn.append(
             charts.histogram(
                 f"range-{i}",
@@ -328,6 +335,8 @@ def _ranges(report: Report) -> str:
         "What calibration saw of each quantized value; heights are logarithmic, the light ground "
         "is the range that the integers cover."
     )
+    if moved:
+        about += f" Values that were only moved or reshaped are left out ({moved})."
     grid = f'<div class="scroll"><div class="multiples">{"".join(drawn)}</div></div>'
     return section("ranges", "Ranges of the values", about, grid)
 

@@ -37,6 +37,7 @@ OTHER = "#444444"
 
 _WIDE = 0.6
 """Mean width of a character over the font size: that of the widest common sans-serif."""
+_BOLD = 0.7
 
 
 def color_of(precision: str) -> str:
@@ -67,9 +68,9 @@ def escape(value: object) -> str:
     return html.escape(text, quote=True)
 
 
-def text_width(text: str, size: float) -> float:
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
     """Return about how wide a text is."""
-    return _WIDE * size * len(text)
+    return (_BOLD if bold else _WIDE) * size * len(text)
 
 
 def fitted(text: str, width: float, size: float) -> str:

@@ -67,7 +67,7 @@ def test_the_budget_is_kept_and_float_is_beaten(compiled: qcompiler.CompiledMode
     assert log["measured"]["latency_ms"] < log["measured"]["float_latency_ms"]
     assert log["measured"]["latency_ms"] <= log["measured"]["uniform_latency_ms"] * 1.02
     assert log["objective"] == "latency"
-    assert "1 percentage points" in log["statement"]
+    assert "at most 1 percentage point below float" in log["statement"]
 
 
 def test_the_log_says_why_for_every_node(compiled: qcompiler.CompiledModel) -> None:

@@ -296,3 +296,17 @@ def test_a_saved_plan_keeps_the_methods_it_was_made_with(
         assert kept.methods == plan.methods
         found.append(data)
     assert found[0] != found[1]
+
+
+def test_kernels_of_7_bit_activations_are_reported_as_such(calibration: dict[str, Any]) -> None:
+    model = qcompiler.compile(
+        MODEL,
+        target="reference",
+        calibration=calibration,
+        precision="w8a7",
+        overrides={"fc": "w8a8"},
+    )
+    assert model.report is not None
+    made = {name: n["precision"] for n in model.report["nodes"] for name in n["nodes"]}
+    assert made["stem_1"] == model.report["precision"]["stem_1"]["precision"] == "w8a7"
+    assert made["fc"] == "w8a8"

@@ -513,6 +513,20 @@ def test_pareto_marks_limits_that_are_near(assigned: dict[str, Any]) -> None:
     assert "limit" not in text_of(far)
 
 
+def test_labels_of_the_front_stay_inside_and_0_is_no_power_of_ten() -> None:
+    others = [
+        report_charts.Point(2.0, 1e-3, "slow", label="w4a8-group", color="#8c510a"),
+        report_charts.Point(1.5, 0.0, "exact", label="fp32", color="#6b7784"),
+    ]
+    front = [report_charts.Point(1.0, 1e-4, "p", True, "chosen")]
+    drawn = report_charts.pareto(front, others, ("ms", "nat"), logarithmic=True)
+    root = ElementTree.fromstring(drawn)
+    label = next(e for e in root.iter("text") if e.text == "w4a8-group")
+    assert float(label.get("x", 0)) + svg.text_width("w4a8-group", 11, bold=True) < 960
+    assert "≤ 0.0001" in text_of(drawn)
+    assert "1e-9" not in text_of(drawn)
+
+
 def test_labels_of_the_front_do_not_cover_each_other() -> None:
     others = [
         report_charts.Point(1.0 + i / 100, 1.0, str(i), label=f"w{i}a8", color="#0072b2")
@@ -547,6 +561,7 @@ def test_slices_error_ranges_and_energy_are_shown(figures: dict[str, Any]) -> No
     figures["ranges"] = {
         "v0": {"bounds": [-1.0, 2.0], "range": [-1.0, 1.5], "histogram": [1, 5, 2]},
         "constant": {"bounds": [0.0, 0.0], "range": [0.0, 0.0], "histogram": []},
+        "moved": {"bounds": [-1.0, 2.0], "range": [-1.0, 1.5], "histogram": [1, 5, 2]},
     }
     figures["energy"] = {"compiled": 1.5, "float": 3.0, "note": "one package (RAPL)"}
     page = report.to_html(figures)
@@ -556,6 +571,8 @@ def test_slices_error_ranges_and_energy_are_shown(figures: dict[str, Any]) -> No
     assert "1.5 mJ, float 3 mJ (one package (RAPL))" in text
     assert "lowest: n2, 38.0 dB" in text
     assert 'id="chart-slices"' in page
+    assert page.count('id="chart-range-') == 1
+    assert "only moved or reshaped are left out (1)" in text
     assert 'id="chart-range-0"' in page
     assert 'id="chart-range-1"' not in page
     assert svg.BAD in report_charts.slices([("slice night", 20, 10.0, True)], 5.0, "points")

@@ -56,7 +56,7 @@ def test_the_verdict_names_the_drop_the_jump_and_the_dearest_product(
     page = to_html(report, "model.onnx")
     assert joint_drop(report) == pytest.approx(5.0)
     assert 'class="verdict bad"' in page
-    assert "top1 0.85 (float 0.9, drop +5.00)" in page
+    assert "top1 85.00 % (float 90.00 %, drop +5.00)" in page
     assert "first jumps at b: its result is at 30.0 dB, nothing before it below 42.0 dB" in page
     assert "Alone, b costs most: 0.005 (weights, 4 bits)" in page
     fine = dataclasses.replace(report, joint_score=0.9)

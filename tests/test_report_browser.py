@@ -154,9 +154,13 @@ def assignment(found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def seen(figures: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the browser shows of the report."""
+@pytest.fixture(scope="module", params=[1100, 520], ids=["wide", "narrow"])
+def seen(
+    request: pytest.FixtureRequest,
+    figures: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """What the browser shows of the report, on a screen and in a window as narrow as it gets."""
     folder = tmp_path_factory.mktemp("browser")
     page = folder / "report.html"
     text = report.to_html(figures)
@@ -167,7 +171,8 @@ def seen(figures: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> d
                     "script-src &#x27;unsafe-inline&#x27;;", probed)  # fmt: skip
     probed = probed.replace("</body>", f"<script>{PROBE}</script></body>")
     page.write_text(probed)
-    dom = browse(page, folder / "profile", "--virtual-time-budget=5000", "--dump-dom")
+    options = ("--virtual-time-budget=5000", "--dump-dom")
+    dom = browse(page, folder / "profile", *options, width=request.param)
     found = re.search(r'data-seen="([^"]*)"', dom)
     assert found is not None, dom[:2000]
     return dict(json.loads(html.unescape(found.group(1))))
