@@ -23,9 +23,9 @@ SOURCES := $(shell find qcompiler passes targets -name '*.py' 2>/dev/null) pypro
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo 'make lint    ruff check and ruff format --check'
+	@echo 'make lint    ruff check and ruff format --check; make format repairs both'
 	@echo 'make types   mypy --strict over qcompiler, qcompiler.passes and qcompiler.targets'
-	@echo 'make check   lint, types and test'
+	@echo 'make check   lint, types and test; make test-slow runs the long tests'
 	@echo 'make clean   remove build outputs; make distclean removes the environment too'
 
 # --- environment ---------------------------------------------------------------------------------

@@ -380,8 +380,11 @@ class Evaluation:
 
     Attributes:
         samples: Anything that `load_samples` takes.
-        metric: "top1", "top5", "mse", "cosine", "sqnr" (against the float model where there is no
-            label), or "module:function".
+        metric: "top1", "top5" (without labels, against the float model's first choice), "mse",
+            "cosine", "sqnr", "kl" (against the float model's outputs), or "module:function".
+
+    Raises:
+        UsageError: No such metric.
     """
 
     samples: SampleSource | SampleSet
@@ -410,6 +413,9 @@ class Budget:
             `qcompiler.slices.MINIMUM` samples, in points of the metric.
         max_memory_mb: Greatest memory of the tensors between kernels during a run, in millions of
             bytes; inputs, parameters and work areas inside kernels are not counted.
+
+    Raises:
+        UsageError: A limit that is no finite number, is negative, or is 0 where nothing can be.
     """
 
     max_drop: float | None = None

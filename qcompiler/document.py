@@ -39,7 +39,11 @@ class Document(ABC):
         """
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON form to a file."""
+        """Write the JSON form to a file.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         Path(path).write_text(json.dumps(self.to_json(), indent=self.indent) + "\n")
 
     @classmethod

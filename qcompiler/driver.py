@@ -137,10 +137,10 @@ def compile(
         target: Target name ("host" picks the best row for this CPU) or a TargetSpec.
         calibration: Representative samples (see `qcompiler.data.load_samples`); needed for integer
             precisions unless the model is already quantized.
-        precision: "w8a8", "w4a8" (first and last products keep 8 bits); without calibration "fp32",
-            "fp16", "w8", "w4", "w8a8-dynamic" (docs/precisions.md); a PrecisionPlan, or the path of
-            a saved plan; "auto" searches the fastest plan that keeps the budget, by latency
-            measured on the target (`qcompiler.auto`).
+        precision: "w8a8", "w4a8" (first and last products keep 8 bits), "w4a8-group" and others;
+            without calibration "fp32", "fp16", "w8", "w4", "w8a8-dynamic" (docs/precisions.md); a
+            PrecisionPlan, or the path of a saved plan; "auto" searches the fastest plan that keeps
+            the budget, by latency measured on the target (`qcompiler.auto`).
         evaluate: Labelled samples and a metric, or a callable that scores a CompiledModel (higher
             is better); measures what compilation costs.
         budget: Limits that the result must keep.
@@ -151,12 +151,13 @@ def compile(
             defaults.
         methods: Post-training methods that keep accuracy, as passes or as text:
             "equalize,adaround"; what held-out calibration samples do not approve is undone. None
-            takes `default_methods` of the precision: some for 4-bit weights, none for others.
+            takes `default_methods` of the precision: some for 4-bit weights, none for others, and
+            for a saved plan those that it was made with.
         seed: Seed of everything random.
         locked: Artifact or lock file to make again: whatever differs from it is refused, and its
             plan is taken where "auto" would search for one.
-        overrides: Precisions forced by selector: a node name, a pattern over node names, or
-            `op:NAME`; later ones win.
+        overrides: Precisions forced by selector: a node name, a pattern over node names, `op:NAME`,
+            or a region (`input:NAME`, `fusion`); later ones win.
         regions: What is asked of regions of a model with several inputs (docs/hybrid.md), by
             selector: `{"input:image": RegionOptions("w8a8", observer="percentile")}`.
         progress: Called with (what is going on, units done, units in total).
@@ -165,10 +166,13 @@ def compile(
         A model that runs, with `report` holding the measured figures.
 
     Raises:
+        UsageError: Options that make no sense, alone or together, or a plan that cannot be read.
         ModelError: The model cannot be read, or holds operators that cannot be compiled.
-        DataError: The samples do not fit the model.
+        ShapeError: Extents of inputs that stay open, or do not fit.
+        DataError: The samples do not fit the model, or there are none where they are needed.
         UnknownTargetError: No such target.
-        UnsupportedByTargetError: The target lacks what was asked for.
+        UnsupportedByTargetError: The target lacks what was asked for, or cannot be measured here.
+        TuningError: Tuning records cannot be read or written, or nothing lends a device.
         InfeasibleBudgetError: The budget is not kept; its `best` is the compiled model.
         LockError: Something differs from `locked`; all of it is listed.
     """

@@ -150,6 +150,7 @@ class CompiledModel:
 
         Raises:
             DataError: Inputs that do not fit the model, or hold NaN or infinity.
+            UsageError: `threads` is no positive integer.
             UnsupportedByTargetError: This machine cannot run the model.
         """
         exact = self._exact(inputs)
@@ -266,7 +267,15 @@ class CompiledModel:
     ) -> list[tuple[str, float]]:
         """Return (kernel symbol, seconds) of each kernel call of one run, in order.
 
-        Empty where the executor cannot tell (the interpreter). `inputs` default to random ones.
+        Empty where the executor cannot tell (the interpreter).
+
+        Args:
+            inputs: As in a call; None: seeded random ones. Their first batch is run.
+            runs: Runs; each kernel's least time counts.
+
+        Raises:
+            DataError: Inputs that do not fit the model, or hold NaN or infinity.
+            UnsupportedByTargetError: This machine cannot run the model.
         """
         executor = self._ready()
         own = isinstance(executor, (VmExecutor, DynamicExecutor))

@@ -19,6 +19,10 @@ class Tuning:
 
     With neither `seconds` nor `trials` nothing is measured: kernels use what the records say and
     the analytic defaults where they say nothing.
+
+    Raises:
+        UsageError: Neither records nor a limit, both limits, one out of range, or only one of
+            `tracker` and `key`.
     """
 
     records: str | os.PathLike[str] | None = None
