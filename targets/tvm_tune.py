@@ -297,10 +297,9 @@ class _Session:
     def baseline(self, tasks: Sequence[Task]) -> None:
         """Measure the defaults of tasks that have no record of theirs on this machine."""
         todo = [t for t in tasks if _identity(t.default) not in t.trials]
-        for start in range(0, len(todo), _BATCH):
-            group = todo[start : start + _BATCH]
-            if self.over():
-                return
+        while todo and not self.over():
+            most = _BATCH if self.trials is None else min(_BATCH, self.trials - self.measured)
+            group, todo = todo[:most], todo[most:]
             for task, built in zip(group, self.build([(t, t.default) for t in group]), strict=True):
                 if isinstance(built, WorkerError):
                     self.record(task, task.default, _build_status(built), note=str(built))

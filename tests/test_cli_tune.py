@@ -72,12 +72,10 @@ def test_files_that_are_no_records_are_refused(
 def test_an_interrupted_run_says_that_it_can_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qcompiler import driver
-
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(driver, "tune", interrupted)
+    monkeypatch.setattr("qcompiler.tune_model.tune_model", interrupted)
     status, _, err = run(capsys, *TUNE, "--records", "r.jsonl")
     assert status == 130
     assert "what was measured is in r.jsonl" in err

@@ -79,14 +79,14 @@ def tune(
         shell.output_file(records, "tuning records")
 
     import qcompiler
-    from qcompiler import driver
+    from qcompiler.tune_model import tune_model
 
     tuning = qcompiler.Tuning(
         records=records, seconds=seconds, trials=trials, tracker=tracker, key=key
     )
     try:
         with shell.ProgressBars(progress) as bars:
-            outcome = driver.tune(
+            outcome = tune_model(
                 model,
                 tuning,
                 target=target,

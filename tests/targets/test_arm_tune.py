@@ -17,7 +17,6 @@ import pytest
 import tvm
 from by_path import imported
 
-from qcompiler import driver
 from qcompiler.cli import main as command_line
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run as interpret
@@ -32,6 +31,7 @@ from qcompiler.targets.kernels.gemm import (
     pack_matmul,
 )
 from qcompiler.targets.tune_worker import SYMBOL, build
+from qcompiler.tune_model import tune_model
 from qcompiler.tuning import Tuning
 
 pytest.importorskip("tornado", reason="TVM's tracker needs tornado ([tune])")
@@ -126,7 +126,7 @@ def test_a_board_killed_half_way_costs_nothing(
             if label.startswith("tune"):
                 on_trial(done)
 
-        outcome = driver.tune(
+        outcome = tune_model(
             DIGITS / "model.onnx",
             Tuning(records=records, trials=8, tracker=farm.address, key=KEY),
             target=TARGET,
@@ -166,7 +166,7 @@ def test_kernels_in_half_precision_are_tuned(tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     with boards(1) as farm:
         tuning = Tuning(records=records, trials=6, tracker=farm.address, key=KEY)
-        outcome = driver.tune(DIGITS / "model.onnx", tuning, target=TARGET, precision="fp16")
+        outcome = tune_model(DIGITS / "model.onnx", tuning, target=TARGET, precision="fp16")
     assert outcome.tasks
     assert all("float16" in task.workload for task in outcome.tasks)
     trials = [r for r in RecordFile(records, "arm-dotprod").read() if r.stage == "trial"]

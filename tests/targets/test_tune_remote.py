@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import qcompiler
-from qcompiler import driver
 from qcompiler.errors import TuningError, UsageError
 from qcompiler.records import RecordFile
+from qcompiler.tune_model import tune_model
 from qcompiler.tuning import Tuning, tracker_address
 
 pytestmark = pytest.mark.timed
@@ -134,7 +134,7 @@ def tune(tuning: Tuning, on_trial: object = None) -> qcompiler.tuning.TuningOutc
         if label.startswith("tune") and callable(on_trial):
             on_trial(done)
 
-    return driver.tune(
+    return tune_model(
         DIGITS / "model.onnx",
         tuning,
         target=TARGET,

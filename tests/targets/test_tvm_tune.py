@@ -247,6 +247,14 @@ def test_a_second_run_goes_on_where_the_first_stopped(tuned: Any, graph: Graph) 
     assert again.tasks == outcome.tasks
 
 
+@pytest.mark.isa("x86-avx2")
+def test_a_limit_below_the_number_of_kernels_is_kept(graph: Graph, tmp_path: Path) -> None:
+    outcome = tune_graph(graph, ISA, ISA.name, Tuning(records=tmp_path / "r.jsonl", trials=1))
+    found = outcome.to_json()
+    assert found["trials"] == 1
+    assert found["unmeasured"] == len(outcome.tasks) - 1
+
+
 @pytest.fixture(scope="module")
 def session(graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tvm_tune._Session]:
     """A session on one small kernel whose default is measured and loaded."""
