@@ -13,16 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from built_models import executor, show_integers
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run
 from qcompiler.ort import Session
 from qcompiler.registry import get_target
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.types import Array, Precision
-from qcompiler.vm import VmExecutor
 
 SAMPLES, SEEN = 14, 12
 ROWS = sorted({"host", *(n for n in ("x86-avx2",) if runnable(ISA_TABLE[n]))})
@@ -311,16 +310,11 @@ def test_integers(build: Callable[[], Model]) -> None:
     for row in ROWS:
         graph = quantize_model(proto, calibration={"x": samples[:SEEN]}).graph
         returned = len(graph.outputs)
-        named = set(graph.output_values)
-        hidden = [v for n in graph.nodes for v in n.outputs if v.type.is_quantized]
-        more = [(f"value:{v.name}", v) for v in hidden if v not in named]
-        graph.set_outputs([*graph.outputs, *more])
+        show_integers(graph)
         built = build_graph(graph, get_target(row))
         floats = {op for r in built.regions if r.precision is Precision.FP32 for op in r.ops}
         assert floats - _CASTS <= MODELS[build]
-        assert built.library is not None
-        block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(built.parameters)})
-        vm = VmExecutor(built.library, block.arrays)
+        vm = executor(built)
         want, got = [], []
         for i in range(SEEN, SAMPLES):
             feeds = {"x": samples[i : i + 1]}
@@ -345,10 +339,8 @@ def test_integers(build: Callable[[], Model]) -> None:
 def test_float32(build: Callable[[], Model]) -> None:
     proto, samples = build()
     built = build_graph(quantize_model(proto, precision="fp32").graph, get_target("host"))
-    assert built.library is not None
-    block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(built.parameters)})
     feeds = {"x": samples[-1:]}
-    found = VmExecutor(built.library, block.arrays).run([feeds["x"]], threads=1)
+    found = executor(built).run([feeds["x"]], threads=1)
     want = Session(proto.SerializeToString(), optimization="disabled").run(feeds).values()
     for w, g in zip(want, found, strict=True):
         assert np.abs(w - g).max() <= 1e-4 * np.abs(w).max()

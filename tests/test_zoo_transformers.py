@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from built_models import executor, show_integers
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run
 from qcompiler.ort import Session
@@ -23,7 +23,6 @@ from qcompiler.registry import get_target
 from qcompiler.targets.base import Built
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.types import Array
-from qcompiler.vm import VmExecutor
 
 D, HEADS, S, WORDS = 32, 2, 12, 40
 SAMPLES, SEEN = 18, 16
@@ -292,12 +291,6 @@ MODELS: Mapping[Callable[[], Model], frozenset[str]] = {
 """Model -> operators that may stay in float."""
 
 
-def executor(built: Built) -> VmExecutor:
-    assert built.library is not None
-    block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(built.parameters)})
-    return VmExecutor(built.library, block.arrays)
-
-
 def decibels(want: Sequence[Array], got: Sequence[Array]) -> float:
     w, g = (np.concatenate([np.asarray(a, np.float64).ravel() for a in s]) for s in (want, got))
     return float(10 * np.log10((w**2).sum() / max(((w - g) ** 2).sum(), 1e-30)))
@@ -315,10 +308,7 @@ def test_model(build: Callable[[], Model]) -> None:
     for row in ROWS:
         graph = quantize_model(proto, calibration=calibration).graph
         returned = len(graph.outputs)
-        named = set(graph.output_values)
-        hidden = [v for n in graph.nodes for v in n.outputs if v.type.is_quantized]
-        more = [(f"value:{v.name}", v) for v in hidden if v not in named]
-        graph.set_outputs([*graph.outputs, *more])
+        show_integers(graph)
         built = build_graph(graph, get_target(row))
         _check_floats(built, MODELS[build])
         vm = executor(built)

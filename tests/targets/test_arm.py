@@ -21,10 +21,10 @@ import emulation
 import numpy as np
 import pytest
 import tvm
+from built_models import executor
 from by_path import imported
 from machine_code import innermost_loops, spills
 
-from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.errors import UnknownTargetError
 from qcompiler.interpreter import run as interpret
@@ -44,7 +44,6 @@ from qcompiler.targets.kernels.gemm import (
     pack_conv,
     pack_matmul,
 )
-from qcompiler.vm import VmExecutor
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parents[1] / "models"
@@ -376,9 +375,7 @@ def test_a_model_equals_the_artifact_of_x86(isa: Isa, name: str) -> None:
     result = quantize_model(model.path, calibration=model.calibration, precision="w8a8")
     built, native = (build_graph(result.graph, get_target(t)) for t in (isa.name, "x86-64"))
     assert built.library is not None
-    assert native.library is not None
-    block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(native.parameters)})
-    here = VmExecutor(native.library, block.arrays)
+    here = executor(native)
     (value,) = built.graph.inputs
     with emulation.executor(isa.name, built.library, built.parameters) as execute:
         for i in range(3):

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from built_models import executor, show_integers
 from by_path import imported
 
-from qcompiler.artifact import ParamBlock
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run
-from qcompiler.ir import Graph, Value
+from qcompiler.ir import Graph
 from qcompiler.passes.insert_qdq import quantize_passes
 from qcompiler.passmanager import PassContext, PassManager
 from qcompiler.plan import PrecisionPlan, uniform
@@ -21,7 +21,6 @@ from qcompiler.registry import get_target
 from qcompiler.targets.base import Built
 from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.types import UNCALIBRATED, Array, DType, TensorType
-from qcompiler.vm import VmExecutor
 
 MODELS = Path(__file__).parents[2] / "models"
 ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
@@ -35,17 +34,6 @@ EXTERNAL = (
     "mnist",
     "minilm",
 )
-
-
-def integer_values(graph: Graph) -> list[Value]:
-    """Every quantized result, so that a difference shows where it starts."""
-    return [v for n in graph.nodes for v in n.outputs if v.type.is_quantized]
-
-
-def executor(built: Built) -> VmExecutor:
-    assert built.library is not None
-    block = ParamBlock.from_arrays({str(i): a for i, a in enumerate(built.parameters)})
-    return VmExecutor(built.library, block.arrays)
 
 
 def compare(
@@ -70,9 +58,7 @@ def compile_all_values(
     """Compile a model that also returns every integer tensor it computes."""
     result = quantize_model(path, calibration=calibration, precision=precision)
     graph = result.graph
-    named = {v: name for name, v in graph.outputs}
-    extra = [(f"value:{v.name}", v) for v in integer_values(graph) if v not in named]
-    graph.set_outputs([*graph.outputs, *extra])
+    show_integers(graph)
     return build_graph(graph, get_target(target))
 
 
