@@ -20,6 +20,18 @@ FOLDER = Path(
     os.environ.get("QCOMPILER_MODELS") or Path(__file__).resolve().parents[2] / "shared" / "models"
 )
 
+TRAINED = (
+    "mobilenetv2",
+    "resnet20",
+    "resnet20_raw",
+    "resnet56",
+    "ic_resnet8",
+    "kws_dscnn",
+    "mnist",
+    "minilm",
+)
+"""Trained networks by their names in the catalogue."""
+
 each_model = pytest.mark.parametrize(
     "path", sorted(FOLDER.glob("*/*.onnx")) or [None], ids=lambda p: p.stem if p else "none"
 )

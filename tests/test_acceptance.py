@@ -17,20 +17,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 from by_path import imported
+from outside_models import TRAINED
 
 import qcompiler
 
 MODELS = Path(__file__).parents[1] / "models"
-TRAINED = (
-    "mobilenetv2",
-    "resnet20",
-    "resnet20_raw",
-    "resnet56",
-    "ic_resnet8",
-    "kws_dscnn",
-    "mnist",
-    "minilm",
-)
 pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from built_models import executor, show_integers
 from by_path import imported
+from outside_models import TRAINED
 
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run
@@ -24,16 +25,6 @@ from qcompiler.types import UNCALIBRATED, Array, DType, TensorType
 
 MODELS = Path(__file__).parents[2] / "models"
 ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
-EXTERNAL = (
-    "mobilenetv2",
-    "resnet20",
-    "resnet20_raw",
-    "resnet56",
-    "ic_resnet8",
-    "kws_dscnn",
-    "mnist",
-    "minilm",
-)
 
 
 def compare(
@@ -152,7 +143,7 @@ def test_products_at_run_time_scales_are_exact_in_a_model(per: str, target: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ROWS)
-@pytest.mark.parametrize("name", EXTERNAL)
+@pytest.mark.parametrize("name", TRAINED)
 def test_external_models(name: str, target: str) -> None:
     models = imported("catalogue", MODELS / "catalogue.py")
     reason = models.skip_reason(name)
