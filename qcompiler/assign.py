@@ -41,6 +41,10 @@ _MARGIN = 4e-6
 """Share of a limit that is then kept: HiGHS allows 1e-6."""
 _TIME = 60.0
 """Seconds that one program may take; real ones need milliseconds."""
+_PATIENCE = 10
+"""How many times as long it may take once more: where other programs have the processors."""
+_OUT_OF_TIME = 1
+"""SciPy's status of a solver that met its time limit."""
 
 Forms = frozenset[str]
 _GROUPED: tuple[Resource, ...] = ("latency", "loss", "size")
@@ -550,17 +554,25 @@ class _Program:
         scale = float(np.abs(cost).max(initial=0.0)) or 1.0
         integrality = np.zeros(self.count)
         integrality[: self.binary] = 1
-        result: Any = milp(
-            cost * (_SCALE / scale),
-            constraints=LinearConstraint(_matrix(rows, self.count), low, high),
-            bounds=Bounds(0, upper),
-            integrality=integrality,
-            options={"mip_rel_gap": 0.0, "time_limit": _TIME},
-        )
+        matrix = _matrix(rows, self.count)
+        for time in (_TIME, _PATIENCE * _TIME):
+            result: Any = milp(
+                cost * (_SCALE / scale),
+                constraints=LinearConstraint(matrix, low, high),
+                bounds=Bounds(0, upper),
+                integrality=integrality,
+                options={"mip_rel_gap": 0.0, "time_limit": time},
+            )
+            if result.status != _OUT_OF_TIME:
+                break
         if result.status == 2:  # infeasible
             return None
         if result.x is None or result.status != 0:
-            raise AssignmentError(f"the assignment was not solved: {result.message}")
+            raise AssignmentError(
+                f"the assignment was not solved: {result.message}",
+                hint="the same command goes on where it was; a machine that does nothing else "
+                "solves it sooner, and overrides leave less to solve",
+            )
         chosen: dict[str, str] = {}
         for (item, option), i in self.index.items():
             if result.x[i] > 0.5:
