@@ -31,7 +31,7 @@ def builders() -> ModuleType:
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_accuracy_and_coverage(name: str) -> None:
-    """Default settings, 128 samples: every product in integers, at most 1 point lost."""
+    """Default settings, 128 samples: every product in integers, at most half a point lost."""
     catalogue = imported("catalogue", MODELS / "catalogue.py")
     reason = catalogue.skip_reason(name)
     if reason:
@@ -45,7 +45,7 @@ def test_accuracy_and_coverage(name: str) -> None:
     assert compiled.report is not None
     metric = compiled.report["metric"]
     assert metric["samples"] >= 500
-    assert metric["drop"] <= (0.03 if name == "minilm" else 1.0), metric
+    assert metric["drop"] <= (0.007 if name == "minilm" else 0.5), metric
     ops = [op for node in compiled.report["nodes"] for op in node["ops"]]
     assert "conv" not in ops
     assert "matmul" not in ops
