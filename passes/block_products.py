@@ -16,18 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.numerics_dynamic import DYNAMIC_MAX, blocked_weights
+from qcompiler.numerics_dynamic import RUN_TIME_GRID, blocked_weights
 from qcompiler.ops import Stage
 from qcompiler.passes.fuse_moves import succeed
 from qcompiler.passmanager import Pass, PassContext
-from qcompiler.plan import summed_axis
+from qcompiler.plan import WHOLE_GROUP, summed_axis
 from qcompiler.types import DType, PerGroup, QuantParams, TensorType
-
-_WHOLE = 8
-"""Blocks hold whole dot instructions of every target."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def _held(node: Node) -> Value | None:
     bias = node.optional(2)
     fits = x.dtype is DType.FLOAT32 and x.type.rank >= 2 and not x.is_constant
     fits = fits and (bias is None or (bias.is_constant and bias.shape == node.output.shape[-1:]))
-    return held if fits and size % _WHOLE == 0 and held.shape[axis] % size == 0 else None
+    return held if fits and size % WHOLE_GROUP == 0 and held.shape[axis] % size == 0 else None
 
 
 def _rewrite(
@@ -101,13 +96,15 @@ def _quantizer(
 ) -> Node:
     """Return the node that quantizes activations in blocks; products that share them share it."""
     if (x, size) not in made:
-        unit = QuantParams(np.float32(1), np.int32(0), DType.INT8, -DYNAMIC_MAX, DYNAMIC_MAX)
         scales = (*x.shape[:-1], x.shape[-1] // size)
         made[x, size] = graph.add(
             "dynamic_quantize",
             [x],
             {"per": "block", "block": size},
-            types=[TensorType(x.shape, DType.INT8, unit), TensorType(scales, DType.FLOAT32)],
+            types=[
+                TensorType(x.shape, DType.INT8, RUN_TIME_GRID),
+                TensorType(scales, DType.FLOAT32),
+            ],
             name=f"{x.name}_quantize",
             names=[f"{x.name}_q", f"{x.name}_scale"],
             before=before,

@@ -20,7 +20,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize_bias, table_entries
 from qcompiler.ops import EvalContext, OpKind
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
-from qcompiler.plan import TABLE_BINARY, summed_axis
+from qcompiler.plan import TABLE_BINARY, WHOLE_GROUP, summed_axis
 from qcompiler.types import (
     Array,
     DType,
@@ -185,8 +185,6 @@ class Weights:
 
 
 _NARROW = (DType.INT8, DType.UINT8)
-_WHOLE = 8
-"""Blocks hold whole dot instructions of every target."""
 _WEIGHT_STORAGE = (DType.INT8, DType.UINT8, DType.INT4, DType.UINT4)
 
 
@@ -236,7 +234,7 @@ def _grouped(node: Node, x: Value, w: Value, weights: Weights) -> Product | None
     q, bias = params(w), node.optional(2)
     axis = summed_axis(node)
     size = q.granularity.group_size if isinstance(q.granularity, PerGroup) else 0
-    if q.granularity != PerGroup(axis, size) or w.shape[axis] % size or size % _WHOLE:
+    if q.granularity != PerGroup(axis, size) or w.shape[axis] % size or size % WHOLE_GROUP:
         return None
     if bias is not None and not (bias.is_constant and bias.dtype is DType.FLOAT32):
         return None

@@ -22,7 +22,7 @@ import numpy as np
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import choose_weight_qparams, quantize
-from qcompiler.numerics_dynamic import DYNAMIC_MAX, Per
+from qcompiler.numerics_dynamic import RUN_TIME_GRID, Per
 from qcompiler.ops import Stage
 from qcompiler.passes.fuse_moves import succeed
 from qcompiler.passes.weights import weight_qparams
@@ -157,13 +157,15 @@ class _Forms:
         succeed(new, node, out)
 
     def _quantizer(self, x: Value, per: Per, before: Node) -> Node:
-        unit = QuantParams(np.float32(1), np.int32(0), DType.INT8, -DYNAMIC_MAX, DYNAMIC_MAX)
         shape = (*x.shape[:-1], 1) if per == "row" else ()
         return self.graph.add(
             "dynamic_quantize",
             [x],
             {"per": per},
-            types=[TensorType(x.shape, DType.INT8, unit), TensorType(shape, DType.FLOAT32)],
+            types=[
+                TensorType(x.shape, DType.INT8, RUN_TIME_GRID),
+                TensorType(shape, DType.FLOAT32),
+            ],
             name=f"{x.name}_quantize",
             names=[f"{x.name}_q", f"{x.name}_scale"],
             before=before,

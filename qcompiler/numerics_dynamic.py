@@ -21,6 +21,16 @@ DYNAMIC_MAX = 127
 """Greatest magnitude of a quantized activation; the range is symmetric."""
 
 
+RUN_TIME_GRID = QuantParams(
+    np.float32(1),
+    np.int32(0),
+    DType.INT8,
+    -DYNAMIC_MAX,
+    DYNAMIC_MAX,
+)
+"""What integers quantized at run time carry: their real scales are a tensor of their own."""
+
+
 def dynamic_scale(x: Array, per: Per, block: int = 0) -> Array:
     """Return the float32 scale of each row (the last axis kept, of extent 1), or of the tensor.
 

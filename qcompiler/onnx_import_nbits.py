@@ -18,7 +18,7 @@ import numpy as np
 
 from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.ir import Value
-from qcompiler.numerics_dynamic import DYNAMIC_MAX, blocked_weights
+from qcompiler.numerics_dynamic import RUN_TIME_GRID, blocked_weights
 from qcompiler.onnx_import_context import OpContext, converter
 from qcompiler.onnx_import_qdq import checked, with_positive_scales
 from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
@@ -84,11 +84,10 @@ def _integer_product(ctx: OpContext, a: Value, weights: _Blocks, bias: Value | N
     if whole > k:
         pads = (*(0,) * (2 * a.type.rank - 1), whole - k)
         a = ctx.emit("pad", a, pads=pads, mode="constant", value=0.0)
-    unit = QuantParams(np.float32(1), np.int32(0), DType.INT8, -DYNAMIC_MAX, DYNAMIC_MAX)
     lead = a.shape[:-1]
     ints, own = ctx.builder.emit(
         "dynamic_quantize", [a], {"per": "block", "block": size}, ctx.name,
-        types=[TensorType(a.shape, DType.INT8, unit),
+        types=[TensorType(a.shape, DType.INT8, RUN_TIME_GRID),
                TensorType((*lead, whole // size), DType.FLOAT32)],
     )  # fmt: skip
     q = checked(weights.scale, weights.zero, weights.storage, PerGroup(1, size))

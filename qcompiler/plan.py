@@ -326,6 +326,9 @@ def narrow_obstacle(node: Node, precision: Precision) -> str | None:
     return None
 
 
+WHOLE_GROUP = 8
+"""Weights in groups that integers multiply: whole dot instructions of every target."""
+
 LEAST_GROUP = 8
 """Fewest weights that share a scale: below, scales take as much memory as what they save."""
 

@@ -216,6 +216,40 @@ def test_weights_that_a_product_does_not_take_are_refused() -> None:
 # -------------------------------------------------------------- activations with run-time scales
 
 
+def check_every_row(
+    rng: np.random.Generator,
+    epilogue: Epilogue,
+    operands: tuple[Array, Array, Array],
+    values: GemmValues,
+    expected: Array,
+    adds: bool,
+) -> None:
+    """Compare products of activations with scales, on every row, tiled anyhow.
+
+    Args:
+        rng: Chooses tilings and the residual.
+        epilogue: Without a residual.
+        operands: Integers, their scales, and the weights.
+        values: Of the kernel.
+        expected: The sums, scaled, before a residual and the clip of `values`.
+        adds: Whether a residual is added.
+    """
+    q, scale, b = operands
+    residual = []
+    if adds:
+        residual = [rng.standard_normal(expected.shape).astype(np.float32)]
+        expected = expected + residual[0]
+        epilogue = replace(epilogue, residual_dtype="float32")
+    if values.act_max is not None:
+        expected = np.minimum(expected, np.float32(values.act_max))
+    workload = MatmulWorkload(q.shape, b.shape, epilogue, a_dtype=q.dtype.name)
+    for isa in ROWS:
+        candidates = space(workload, isa)
+        params = candidates[rng.integers(len(candidates))]
+        got = reference.run(workload, isa, params, [q, *residual, scale], b, values)
+        np.testing.assert_array_equal(got, expected, f"{isa.name} {params}")
+
+
 @given(
     lead=st.sampled_from([(), (2,), (3, 2)]),
     extents=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 60)),
@@ -251,21 +285,9 @@ def test_products_with_row_scales_are_exact(
         addend=rng.standard_normal(n).astype(np.float32) if extras[0] else None,
         act_max=0.5 if extras[2] else None,
     )
-    residual = []
     if values.addend is not None:
         expected = expected + values.addend
-    if extras[1]:
-        residual = [rng.standard_normal(expected.shape).astype(np.float32)]
-        expected = expected + residual[0]
-    if values.act_max is not None:
-        expected = np.minimum(expected, np.float32(0.5))
-    epilogue = Epilogue("float32", "float32" if residual else None, per)
-    workload = MatmulWorkload(q.shape, b.shape, epilogue, a_dtype=dtype)
-    for isa in ROWS:
-        candidates = space(workload, isa)
-        params = candidates[rng.integers(len(candidates))]
-        got = reference.run(workload, isa, params, [q, *residual, scale], b, values)
-        np.testing.assert_array_equal(got, expected, f"{isa.name} {params}")
+    check_every_row(rng, Epilogue("float32", None, per), (q, scale, b), values, expected, extras[1])
 
 
 @given(
@@ -312,19 +334,8 @@ def test_products_with_scales_per_block_are_exact(
         group_zero=np.repeat(zero, size, axis=0).astype(np.int32),
     )
     expected = blocked_result(q, b, zero_point, zero, scale, factors, values.addend)
-    residual = []
-    if extras[1]:
-        residual = [rng.standard_normal(expected.shape).astype(np.float32)]
-        expected = expected + residual[0]
-    if values.act_max is not None:
-        expected = np.minimum(expected, np.float32(0.5))
-    epilogue = Epilogue("float32", "float32" if residual else None, "block", size)
-    workload = MatmulWorkload(q.shape, b.shape, epilogue, a_dtype=dtype)
-    for isa in ROWS:
-        candidates = space(workload, isa)
-        params = candidates[rng.integers(len(candidates))]
-        got = reference.run(workload, isa, params, [q, *residual, scale], b, values)
-        np.testing.assert_array_equal(got, expected, f"{isa.name} {params}")
+    epilogue = Epilogue("float32", None, "block", size)
+    check_every_row(rng, epilogue, (q, scale, b), values, expected, extras[1])
 
 
 @each_row
