@@ -183,7 +183,8 @@ class Learned:
 
     Args:
         codes: Codes in the shape of the weights, channels on `axis`.
-        grid: Their grid, with a scale per channel, or per group along the summed axis.
+        grid: Their grid, with a scale per channel, or per group along the summed axis; the scales
+            of a channel's groups keep their ratios.
         bias: Bias [O].
         least: Least scale of each channel [O].
         operand_scale: Scale of what the product reads.
@@ -206,7 +207,10 @@ class Learned:
         self._groups = granularity if isinstance(granularity, PerGroup) else None
         shape = (codes.shape[axis],) if self._groups is None else grid.scale.shape
         self._s = np.broadcast_to(grid.scale, shape).astype(np.float32)
-        self._log = np.zeros_like(self._s)
+        others = tuple(i for i in range(self._s.ndim) if i != axis)
+        self._apart = () if self._groups is None else others
+        """Axes of scales that move together."""
+        self._log = np.zeros_like(self._s.mean(self._apart, keepdims=True))
         self._bias = bias.astype(np.float32)
         if self._groups is None:
             self._reach = np.abs(self._v).sum(self._others) * self._s
@@ -242,13 +246,9 @@ class Learned:
             return np.expand_dims(scale, self._others)
         return np.repeat(scale, self._groups.group_size, self._groups.axis)
 
-    def _per_scale(self, a: Array) -> Array:
-        """Return the sums of what shares a scale, given an array in the shape of the codes."""
-        if self._groups is None:
-            return np.asarray(a.sum(self._others))
-        axis, size = self._groups.axis, self._groups.group_size
-        parts = (*a.shape[:axis], a.shape[axis] // size, size, *a.shape[axis + 1 :])
-        return np.asarray(a.reshape(parts).sum(axis + 1))
+    def _per_channel(self, a: Array) -> Array:
+        """Return the sums of what moves with one scale, given an array in the shape of codes."""
+        return np.asarray(a.sum(self._others, keepdims=self._groups is not None))
 
     def operands(self, name: str) -> dict[str, Array]:
         """Return the present weights and bias as a lesson takes them, both as they are rounded."""
@@ -285,7 +285,7 @@ class Learned:
             return
         self._count += 1
         d = dw * self._wide(self._scale())
-        ds = self._per_scale(d * self._codes())
+        ds = self._per_channel(d * self._codes())
         code_rate, scale_rate, bias_rate = rates
         if code_rate:
             self._v -= np.float32(code_rate) * self._adam(0, d)

@@ -360,7 +360,8 @@ class _Insertion:
             weights = self.grids.nodes.get(node.name)
             size = integer_group(node) if precision is Precision.W4A8_GROUP else None
             if weights is None and size is not None:
-                weights = in_bytes(group_qparams(data, 1 - axis, size, precision.weight_bits))
+                bits = precision.weight_bits
+                weights = in_bytes(group_qparams(data, 1 - axis, size, bits, factored=True))
             if weights is None:
                 weights = weight_qparams(data, axis, precision.weight_bits, least)
             held = self.graph.constant(quantize(data, weights), f"{w.name}_q", weights)

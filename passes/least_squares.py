@@ -12,10 +12,12 @@ Source: GPTQ, Frantar et al., arXiv 2210.17323.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from qcompiler.factors import FACTORS
 from qcompiler.passes.patches import Patches
 from qcompiler.types import Array
 
@@ -258,8 +260,8 @@ def group_scales(
     """Return (codes [G, R, K], scales [G, R, N]) where columns of a row share scales in groups.
 
     A group's scale is the one with the least error in its own weights, each counting as much as
-    the columns still open cannot make up for; then all scales of a row are tried larger and
-    smaller together.
+    the columns still open cannot make up for, among the whole multiples of one scale per row
+    (`factors`); then all scales of a row are tried larger and smaller together.
 
     Args:
         m: Moments of the operands.
@@ -278,16 +280,24 @@ def group_scales(
     count = int(groups.max()) + 1
     members = [np.flatnonzero(groups == n) for n in range(count)]
     s = np.empty((*w.shape[:2], count))
-    for n, at in enumerate(members):
-        part, weight = w[:, :, at], cost[:, :, at]
-        full = np.maximum(np.abs(part).max(2) / top, np.finfo(np.float32).tiny)
-        best = np.full(full.shape, np.inf)
-        for shrink in shrinks:
-            tried = (full * shrink)[:, :, None]
-            q = np.clip(np.rint(part / tried), *limits)
-            error = (weight * (q * tried - part) ** 2).sum(2)
-            s[:, :, n] = np.where(error < best, tried[:, :, 0], s[:, :, n])
+
+    def choose(n: int, tries: Iterable[Array]) -> None:
+        """Choose the scale of a group among some, all [G, R]."""
+        part, weight = w[:, :, members[n]], cost[:, :, members[n]]
+        best = np.full(w.shape[:2], np.inf)
+        for tried in tries:
+            q = np.clip(np.rint(part / tried[:, :, None]), *limits)
+            error = (weight * (q * tried[:, :, None] - part) ** 2).sum(2)
+            s[:, :, n] = np.where(error < best, tried, s[:, :, n])
             best = np.minimum(error, best)
+
+    for n, at in enumerate(members):
+        full = np.maximum(np.abs(w[:, :, at]).max(2) / top, np.finfo(np.float32).tiny)
+        choose(n, (full * shrink for shrink in shrinks))
+    unit = np.maximum(s.max(2) / FACTORS, np.finfo(np.float32).tiny)
+    for n in range(count):
+        near = np.rint(s[:, :, n] / unit)
+        choose(n, (unit * np.clip(near + step, 1, FACTORS) for step in (0, -1, 1)))
     least = np.full(w.shape[:2], np.inf)
     codes, scale = np.zeros(w.shape), s
     for factor in factors:

@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 from qcompiler.errors import UsageError
+from qcompiler.factors import snapped
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import choose_weight_qparams, quantize
 from qcompiler.numerics_dynamic import RUN_TIME_GRID, Per
@@ -173,7 +174,7 @@ class _Forms:
 
 
 def group_qparams(
-    w: Array, axis: int, size: int, bits: int, asymmetric: bool = False
+    w: Array, axis: int, size: int, bits: int, asymmetric: bool = False, factored: bool = False
 ) -> QuantParams:
     """Choose the scale of each group of `size` weights along `axis`.
 
@@ -186,6 +187,7 @@ def group_qparams(
         size: Weights that share a scale.
         bits: 8 or 4.
         asymmetric: With zero points, held as unsigned integers.
+        factored: Scales of a column are whole multiples of one (`factors`): what `w4a8-group` has.
     """
     if asymmetric:
         storage = DType.UINT4 if bits == 4 else DType.UINT8
@@ -196,6 +198,8 @@ def group_qparams(
     grouped = np.moveaxis(w.reshape(parts), axis + 1, -1)
     found = weight_qparams(grouped.reshape(-1, size), 0, bits)
     scale = found.scale.reshape(grouped.shape[:-1])
+    if factored:
+        scale = snapped(scale, 1 if axis == 0 else 0)
     storage = DType.INT4 if bits == 4 else DType.INT8
     zero = np.zeros(scale.shape, np.int32)
     return QuantParams(scale, zero, storage, found.qmin, found.qmax, PerGroup(axis, size))

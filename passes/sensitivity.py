@@ -404,7 +404,7 @@ def _held(node: Node, forms: tuple[Precision, ...]) -> dict[str, Array]:
         elif p is Precision.W4A8_GROUP:
             size = integer_group(node)
             if size is not None:
-                q = group_qparams(w, summed_axis(node), size, p.weight_bits)
+                q = group_qparams(w, summed_axis(node), size, p.weight_bits, factored=True)
                 found[p.value] = fake_quantize(w, q)
         else:
             options = NarrowProducts()

@@ -15,6 +15,7 @@ import numpy as np
 
 from qcompiler.document import Document
 from qcompiler.errors import UsageError
+from qcompiler.factors import FACTORED_RANGE
 from qcompiler.ir import Graph, Node
 from qcompiler.modality import is_regional, modalities, select
 from qcompiler.ops import OpKind
@@ -338,15 +339,14 @@ def group_size(extent: int, limit: int) -> int:
     return max(size for size in range(1, min(extent, limit) + 1) if extent % size == 0)
 
 
-GROUP = 64
-"""Most weights along K that share a scale in `w4a8-group`."""
+GROUP = 8
+"""Weights along K that share a factor in `w4a8-group`; half of it where eight do not divide K."""
 
 
 def integer_group(node: Node) -> int | None:
     """Return the group size of a product's weights in `w4a8-group`; None: one scale per column.
 
-    Groups hold whole dot instructions of every target (multiples of 8), and enough of them to pay
-    for the float addition at their end.
+    Groups hold whole dot instructions of most targets; their factors cost no time (`factors`).
     """
     w = node.input(1)
     if node.op.name not in ("conv", "matmul") or not w.is_constant or w.type.rank not in (2, 4):
@@ -354,7 +354,7 @@ def integer_group(node: Node) -> int | None:
     if node.op.name == "conv" and node.attr("group") != 1:
         return None
     extent = w.shape[summed_axis(node)]
-    return max((size for size in range(16, GROUP + 1, 8) if extent % size == 0), default=None)
+    return next((size for size in (GROUP, GROUP // 2) if extent % size == 0), None)
 
 
 def summed_axis(node: Node) -> int:
@@ -458,10 +458,11 @@ def precision_of(node: Node) -> Precision:
     weight = node.optional(1)
     product = node.op.name in ("qconv", "qmatmul")
     if product and weight is not None and weight.is_constant and weight.qparams is not None:
-        four = weight.qparams.qmax - weight.qparams.qmin < 16
-        if isinstance(weight.qparams.granularity, PerGroup) and four:
+        q = weight.qparams
+        four = q.qmax - q.qmin < 16
+        if (isinstance(q.granularity, PerGroup) and four) or (q.qmin, q.qmax) == FACTORED_RANGE:
             return Precision.W4A8_GROUP
-        bits = (weight.qparams.qmax - weight.qparams.qmin).bit_length()
+        bits = (q.qmax - q.qmin).bit_length()
         for p in Precision:
             if p.is_integer and (p.weight_bits, p.activation_bits) == (bits, 8):
                 return p

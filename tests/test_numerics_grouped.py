@@ -21,6 +21,7 @@ from qcompiler.onnx_import import load_onnx
 from qcompiler.ops import Stage
 from qcompiler.passes.narrow_products import group_qparams, in_bytes
 from qcompiler.plan import integer_group, precision_of, uniform
+from qcompiler.targets.kernels.weight_forms import factored_weights
 from qcompiler.types import DType, PerAxis, PerGroup, Precision, QuantParams, TensorType
 from qcompiler.windows import Geometry
 
@@ -80,8 +81,10 @@ def test_the_plan_and_the_graph_say_which_products_have_groups() -> None:
     for node in grouped_nodes:
         assert result.plan.precision(node.name) is Precision.W4A8_GROUP
         held, bias = node.input(1), node.optional(2)
-        assert isinstance(held.qparams.granularity, PerGroup)
-        assert bias is None or bias.dtype is DType.FLOAT32
+        assert held.qparams.granularity == PerAxis(0 if node.op.name == "qconv" else 1)
+        rows = np.moveaxis(held.array(), 1 if node.op.name == "qconv" else 0, -1)
+        assert factored_weights(rows, 4) is not None
+        assert bias is None or bias.dtype is DType.INT32
 
 
 def test_zero_points_of_groups_are_taken_from_the_weights() -> None:

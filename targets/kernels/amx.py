@@ -151,14 +151,33 @@ class TilesKernel:
         lines = self.plan.chunks * self.params.nv * 16 * self.plan.chunk // 64
         packed = self.constants["weight"]
         area = scratch(self.vectors.plan.col_block * lines * 64, "int8")
-        with own_function(f"{self.name}_unpack"), serial((end - begin) * lines) as line:
-            pairs = bind(load(packed, (begin * lines + line) * 32, 32))
-            for half, nibble in enumerate(
-                (pairs & splat(15, "uint8", 32), pairs >> splat(4, "uint8", 32))
-            ):
-                value = reinterpret(nibble - splat(8, "uint8", 32), "int8", 32)
-                store(area, line * 64 + half * 32, value)
+        shared = self.facts.factor or 1
+        with (
+            own_function(f"{self.name}_unpack"),
+            serial((end - begin) * (lines // shared)) as run,
+        ):
+            factors = self._factors(bind(begin * (lines // shared) + run))
+            with serial(shared) as k:
+                line = bind(run * shared + k)
+                pairs = bind(load(packed, (begin * lines + line) * 32, 32))
+                for half, nibble in enumerate(
+                    (pairs & splat(15, "uint8", 32), pairs >> splat(4, "uint8", 32))
+                ):
+                    value = reinterpret(nibble - splat(8, "uint8", 32), "int8", 32)
+                    if factors:
+                        value = value * factors[half]
+                    store(area, line * 64 + half * 32, value)
         return replace(self, constants={**self.constants, "weight": area}, first_tile=begin)
+
+    def _factors(self, run: Expr) -> list[Expr]:
+        """Factors of the codes of some lines: of each half of the columns, four times each."""
+        if not self.facts.factor:
+            return []
+        pairs = bind(load(self.constants["factors"], run * 8, 8))
+        nibbles = pairs & splat(15, "uint8", 8), pairs >> splat(4, "uint8", 8)
+        wide = [cast(bind(nibble), "int32") + splat(1, "int32", 8) for nibble in nibbles]
+        fours = [bind(bind(factor) * splat(0x01010101, "int32", 8)) for factor in wide]
+        return [bind(reinterpret(four, "int8", 32)) for four in fours]
 
     def _loop(self, extent: int, macs: int) -> Any:
         threads = extent > 1 and worth_threads(macs / _MACS_PER_CYCLE)

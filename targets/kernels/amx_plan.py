@@ -20,6 +20,7 @@ Source: Intel 64 and IA-32 Architectures Optimization Reference Manual, chapter 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -347,6 +348,39 @@ def tile_nibbles(weight: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """Weights of 4 bits plus 8, two to a byte: the two halves of every 64 bytes, `[..., 32]`."""
     halves = (weight.reshape(len(weight), -1, 2, 32) + 8).astype(np.uint8)
     return np.ascontiguousarray(halves[:, :, 0] | halves[:, :, 1] << 4)
+
+
+def tile_factors(
+    plan: TilesPlan,
+    factors: npt.NDArray[np.int8],
+    group: int,
+    columns: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.uint8], int] | None:
+    """Factors less 1 of codes in tiles as nibbles, and the lines of 64 bytes that share one.
+
+    A line holds four neighbours along K of 16 columns; the low nibbles of its eight bytes are those
+    of the first half of the columns.
+
+    Args:
+        plan: The tiles.
+        factors: Factor of each weight, 1 to 16, `[n, K]`.
+        group: Neighbours along K that share a factor.
+        columns: As `pack_tiles` takes them.
+
+    Returns:
+        uint8 `[T, chunks, V, lines of a chunk / shared, 8]`; None where a line mixes two groups.
+    """
+    lines = pack_tiles(plan, factors, columns)  # 0 where nothing is multiplied
+    shared = math.gcd(group // 4, plan.chunk // 4)
+    while shared:
+        runs = lines.reshape(*lines.shape[:3], -1, shared, *lines.shape[4:])
+        most = runs.max((4, 6))
+        least = np.where(runs > 0, runs, np.int8(16)).min((4, 6))
+        if (least >= most).all():
+            found = np.maximum(most, 1).astype(np.uint8) - 1
+            return np.ascontiguousarray(found[..., :8] | found[..., 8:] << 4), shared
+        shared //= 2
+    return None
 
 
 def pack_tiles(

@@ -51,7 +51,7 @@ from qcompiler.targets.kernels.neon import (
     rows_of_tile,
 )
 from qcompiler.targets.kernels.packing import Facts
-from qcompiler.targets.kernels.plan import Geometry, TilePlan
+from qcompiler.targets.kernels.plan import Geometry, TilePlan, unpacks_ahead
 from qcompiler.targets.kernels.register_tile import Accumulators, Step
 from qcompiler.targets.kernels.simd import worth_threads
 from qcompiler.targets.kernels.tir import (
@@ -67,12 +67,10 @@ from qcompiler.targets.kernels.tir import (
     scratch,
     serial,
     splat,
+    store,
     when,
 )
-from qcompiler.targets.kernels.unpack import (
-    group_terms,
-    unpacks_ahead,
-)
+from qcompiler.targets.kernels.unpack import factor_pairs, factor_vectors, group_terms
 from qcompiler.targets.kernels.workload import FLOATS, GemmParams
 
 __all__ = ["MacroKernel", "Source"]
@@ -197,18 +195,46 @@ class MacroKernel:
         packed = self.step(Accumulators(1, self.plan.nv, self.plan.lanes, "int32"))
         plain = replace(packed, storage="plain")
         dtype = {"exact": "int16", "float": "float32"}.get(self.facts.dot, "int8")
+        if dtype == "int16" and self.isa.a_dtype == "int8":
+            dtype = "int8"  # products of bytes, widened one by one
         area = scratch(self.geometry.k_groups * plain.weight_elements, dtype)
-        kernel = replace(
-            self,
-            constants={**self.constants, "weight": area},
-            facts=replace(self.facts, storage="plain"),
-        )
+        constants = {**self.constants, "weight": area}
+        facts, factors = replace(self.facts, storage="plain"), None
+        if self.facts.dot != "maddubs":
+            facts = replace(facts, factor=0)
+        elif self.facts.factor:
+            runs = self.geometry.k_groups // self.facts.factor
+            factors = constants["factors"] = scratch(runs * 2 * self.plan.nt, "int16")
+        kernel = replace(self, constants=constants, facts=facts)
         with serial(*tiles) as tile:
             first = bind(tile * (self.geometry.k_groups * packed.weight_elements))
-            with own_function(f"{self.name}_unpack"), self._each_group(packed, tile) as (step, k):
-                step.unpack(first + k * step.weight_elements, area, bind(k * plain.weight_elements))
+            with own_function(f"{self.name}_unpack"):
+                with self._each_group(packed, tile) as (step, k):
+                    to = bind(k * plain.weight_elements)
+                    step.unpack(first + k * step.weight_elements, area, to)
+                if factors is not None:
+                    self._unpack_factors(tile, factors)
             for row_tile, size in self.row_tiles(rows):
                 kernel._row(replace(source, weight_tile=tile), row_tile, size, (tile, None))
+
+    def _unpack_factors(self, tile: Expr, area: Buffer) -> None:
+        """Write the factors of a column tile as the int16 pairs that multiply int16 sums."""
+        runs, nt, lanes = self.geometry.k_groups // self.facts.factor, self.plan.nt, self.plan.lanes
+        with serial(runs) as run:
+            for v, pairs in enumerate(self.factors(bind(tile * runs + run))):
+                store(area, run * (2 * nt) + v * (2 * lanes), pairs)
+
+    def factors(self, run: Expr) -> list[Expr]:
+        """The factors of a run of K-groups, counted from the first column tile in the buffer."""
+        nt, nv, lanes = self.plan.nt, self.plan.nv, self.plan.lanes
+        held = self.constants["factors"]
+        if held.dtype == "int16":
+            size = 2 * lanes
+            return [bind(load(held, run * (2 * nt) + v * size, size)) for v in range(nv)]
+        found = factor_vectors(held, bind(run * (nt // 2)), nv, lanes)
+        if self.facts.dot != "maddubs":
+            return found
+        return [bind(factor_pairs(factor, lanes)) for factor in found]
 
     def step(self, acc: Accumulators) -> Step:
         """The step of a kernel with one kind of K-groups."""
@@ -222,6 +248,13 @@ class MacroKernel:
     def _each_group(self, step: Step, tile: Expr) -> Iterator[tuple[Step, Expr]]:
         """A loop over the K-groups of a column tile; gives the step that multiplies one."""
         count, size = self.geometry.k_groups, self.facts.group
+        factor = self.facts.factor
+        if factor:
+            with serial(count // factor) as run:
+                step = replace(step, factors=self.factors(bind(tile * (count // factor) + run)))
+                with serial(factor) as k:
+                    yield step, bind(run * factor + k)
+            return
         if self.facts.storage not in ("group8", "group4"):
             with serial(count) as k:
                 yield step, k
@@ -522,7 +555,11 @@ class MacroKernel:
                 with serial(ahead.pixels * ahead.groups, g.k_groups) as k:
                     group(step, k)
             return
+        factor = self.facts.factor
         with serial(g.k_groups // depth) as k:
+            if factor:
+                run = tile * (g.k_groups // factor) + k * depth // factor
+                step = replace(step, factors=self.factors(bind(run)))
             block(step, k * depth, depth)
         if g.k_groups % depth:
             block(step, g.k_groups // depth * depth, g.k_groups % depth)

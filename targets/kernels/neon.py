@@ -26,6 +26,7 @@ Sources: Arm A64 instruction set (SMULL, SMLAL, SADALP, SDOT by element, SMMLA).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.targets.isa import Isa
@@ -42,7 +43,7 @@ from qcompiler.targets.kernels.tir import (
     shuffle,
     splat,
 )
-from qcompiler.targets.kernels.unpack import weight_vectors
+from qcompiler.targets.kernels.unpack import times_factor, weight_vectors
 
 if TYPE_CHECKING:
     from qcompiler.targets.kernels.macro import MacroKernel, Source
@@ -83,7 +84,16 @@ def by_element_loops(
     runs = g.k_rows * g.k_cols
     if kernel.facts.dot == "smmla":
         blocks.pair()
-    if runs > 1 and g.run_groups % whole == 0:  # blocks never straddle runs: one flat loop
+    if size := kernel.facts.factor:
+        count = g.k_groups // size
+        with serial(count) as run:
+            begin = bind(run * size)
+            at = begin * g.k_group if offsets is None else load(offsets, begin, 1)
+            own = replace(step, factors=kernel.factors(bind(tile * count + run)))
+            weights = bind(first + begin * blocks.weight_elements)
+            part = _Blocks(own, source.buffer, a_steps, g.k_group, depth)
+            part.run(bind(a_index + at), weights, size)
+    elif runs > 1 and g.run_groups % whole == 0:  # blocks never straddle runs: one flat loop
         with serial(g.k_groups // whole) as k:
             at = bind(a_index + load(offsets, k * whole, 1))
             blocks.emit(at, first + k * (whole * blocks.weight_elements), whole)
@@ -146,10 +156,10 @@ def chain(isa: Isa, a: Sequence[Expr], w: Sequence[Expr]) -> Expr:
 
 
 def paired_weights(step: Step, index: Expr) -> list[list[Expr]]:
-    """The weights of one K-group for `smlal` and `smmla`: two registers for each column vector.
+    """The weights of one K-group by element: two registers for each column vector, but for `sdot`.
 
-    `smlal`: eight bytes of the first, and of the last, two members of each group.  `smmla`: eight
-    members of the first, and of the last, two columns.
+    `smlal` (and exact): eight bytes of the first, and of the last, two members of each group.
+    `smmla`: eight members of the first, and of the last, two columns.
     """
     nv = step.acc.nv
     if step.kind == "smmla":
@@ -162,14 +172,21 @@ def paired_weights(step: Step, index: Expr) -> list[list[Expr]]:
         ]
     whole = [vector[0] for vector in _unpacked(step, index, nv)]
     slots = [shuffle([vector], range(8 * k, 8 * k + 8)) for vector in whole for k in range(2)]
-    return [[bind(slots[half * nv + v]) for half in range(2)] for v in range(nv)]
+    found = [[bind(slots[half * nv + v]) for half in range(2)] for v in range(nv)]
+    if not step.factors:
+        return found
+    both = zip(found, step.factors, strict=True)
+    return [times_factor(vector, factor, step.kind, step.acc.lanes) for vector, factor in both]
 
 
 def _registers(step: Step, index: Expr, v: int) -> list[Expr]:
     """Both registers of one column vector for `smmla`."""
     if step.storage == "plain":
         return [bind(load(step.weight, index + (v * 2 + half) * 16, 16)) for half in range(2)]
-    return [vector[0] for vector in _unpacked(step, index + v * 16, 2)]
+    codes = [vector[0] for vector in _unpacked(step, index + v * 16, 2)]
+    if not step.factors:
+        return codes
+    return times_factor(codes, step.factors[v], step.kind, step.acc.lanes)
 
 
 def _unpacked(step: Step, index: Expr, count: int) -> list[list[Expr]]:

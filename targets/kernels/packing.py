@@ -21,7 +21,9 @@ Layouts (T column tiles, Q K-groups, V vectors, L lanes, G the dot instruction's
 * winograd: int16 `[blocks, positions, C / 2, V, L, 2]`, or int8 where the kernel transforms them
   (see `winograd_plan.Transformed`), and the bias times the power of two by which the kernel shifts
   the sums right;
-* weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`);
+* weights that all fit 4 bits, for one dot kind: bytes `[T, Q, V * L * G / 2]` (see `unpack`); the
+  same of codes that factors for groups along K make int8 weights, with those factors, less 1, as
+  nibbles `factors` `[T, Q / group, V * L / 2]`;
 * weights in groups along K: `group_start` int32 and `group_scale` float32 `[T, Q / group, V * L]`
   (the zero point's share and the multiplier of each run of K-groups), and `group_zero` int8 where
   weights have zero points; `bias` is then float32;
@@ -35,6 +37,7 @@ same shape, and eight `scalars` (see `SCALARS`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +47,13 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.amx_plan import tile_nibbles, tiles_constants
+from qcompiler.targets.kernels.amx_plan import (
+    pack_tiles,
+    tile_factors,
+    tile_nibbles,
+    tiles_constants,
+    tiles_plan,
+)
 from qcompiler.targets.kernels.depth import EXACT, group_time
 from qcompiler.targets.kernels.halves import column_powers, needs_halves
 from qcompiler.targets.kernels.near_plan import (
@@ -69,10 +78,12 @@ from qcompiler.targets.kernels.weight_forms import (
     FloatWeights,
     GroupedWeights,
     Weights,
+    factored_weights,
     fits_int4,
     float_weights,
     laid_out,
     nibbles,
+    packed_factors,
     packed_groups,
 )
 from qcompiler.targets.kernels.weight_order import is_wide, k_offsets, pack_weights
@@ -148,6 +159,8 @@ class Facts:
     """How the weights lie in memory."""
     group: int = 0
     """K-groups that share a scale, for weights in groups."""
+    factor: int = 0
+    """K-groups whose codes share a factor, for weights that are codes times factors."""
     patch: Patch = (1, 1)
     """Dot "winograd": the outputs that are computed together."""
     wide: bool = False
@@ -349,6 +362,7 @@ def _pack(
     depths: tuple[int, ...] = (1,)
     storage: Storage = "plain"
     split: Split | None = None
+    factor = 0
     if transformed is not None:
         arrays["weight"] = transformed.weight
     elif params.algorithm == "tiles":
@@ -357,20 +371,34 @@ def _pack(
         if fits_int4(weight):
             storage = "int4"
             arrays["weight"] = tile_nibbles(arrays["weight"])
+        elif found := _factored_tiles(geometry, params, weight, columns):
+            storage, factor = "int4", found[1]
+            arrays |= found[0]
     else:
         tiles = _tiles(geometry, plan, weight, columns)
         splits = None
         if not epilogue.group and may_split(isa, geometry, weight, largest):
             splits = largest_rows(weight), params.mt
         stored = Stored(a_zero_point, largest, values.a_spread)
-        in_order = epilogue.group > 0
-        dot, depths, split = pack_weights(geometry, isa, tiles, stored, arrays, splits, in_order)
-        if dot != "mixed" and fits_int4(weight):
+        factored = None
+        if not epilogue.group and not fits_int4(weight):
+            factored = factored_weights(weight, isa.k_group)
+        if factored is not None:
+            codes = _tiles(geometry, plan, factored.codes, columns)
+            dot, depths = _pack_codes(geometry, isa, tiles, codes, stored, arrays)
+            factor = factored.group // isa.k_group
+            factors = _tiles(geometry, plan, factored.factors, columns)
+            arrays["factors"] = packed_factors(factors, factor)
+            if isa.dot == "maddubs":  # the sums of a factor's codes are multiplied together
+                depths = (math.gcd(depths[0], factor),)
             storage = "int4"
-            groups = tiles.transpose(0, 3, 1, 2, 4)
-            if isa.a_dtype == "int8":  # the plain layout's registers, whatever they hold
-                groups = arrays["weight"].reshape(*groups.shape[:2], -1, 4, 4)
-            arrays["weight"] = nibbles(groups, dot)
+        else:
+            dot, depths, split = pack_weights(
+                geometry, isa, tiles, stored, arrays, splits, in_order=epilogue.group > 0
+            )
+            if dot != "mixed" and fits_int4(weight):
+                storage = "int4"
+                arrays["weight"] = _in_nibbles(isa, tiles, arrays["weight"], dot)
     group = 0
     if epilogue.group:
         if values.group_multiplier is None or epilogue.group % isa.k_group:
@@ -421,6 +449,7 @@ def _pack(
         depths=depths,
         storage=storage,
         group=group,
+        factor=factor,
         patch=(1, 1) if transformed is None else transformed.patch,
         wide=isa.dot == "maddubs"
         and not group
@@ -429,6 +458,51 @@ def _pack(
         far="none" if split is None else split.sides,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
+
+
+def _factored_tiles(
+    geometry: Geometry, params: GemmParams, weight: Array, columns: Array
+) -> tuple[dict[str, Array], int] | None:
+    """The codes and factors of weights in tiles, and the lines that share one; None without."""
+    found = factored_weights(weight, 4)
+    if found is None:
+        return None
+    count, plan = geometry.groups * geometry.n, tiles_plan(geometry, params)
+    factors = tile_factors(plan, found.factors.reshape(count, -1) + 9, found.group, columns)
+    if factors is None:
+        return None
+    codes = pack_tiles(plan, found.codes.reshape(count, -1), columns)
+    return {"weight": tile_nibbles(codes), "factors": factors[0]}, factors[1]
+
+
+def _in_nibbles(isa: Isa, tiles: Array, packed: Array, dot: Dot) -> Array:
+    """Weights `[T, V, L, Q, G]` of 4 bits as nibbles, given how they are packed in bytes."""
+    groups = tiles.transpose(0, 3, 1, 2, 4)
+    if isa.a_dtype == "int8":  # the plain layout's registers, whatever they hold
+        return nibbles(packed.reshape(*groups.shape[:2], -1, 4, 4), "sdot")
+    return nibbles(groups, dot)
+
+
+def _pack_codes(
+    geometry: Geometry,
+    isa: Isa,
+    tiles: Array,
+    codes: Array,
+    stored: Stored,
+    arrays: dict[str, Array],
+) -> tuple[Dot, tuple[int, ...]]:
+    """Put the codes of weights `[T, V, L, Q, G]` that have factors in `arrays`.
+
+    Returns:
+        How they will be multiplied, to which depths.
+    """
+    if isa.dot == "maddubs":  # where factors multiply sums, only the codes must not saturate these
+        tiles = codes
+    dot, depths, _ = pack_weights(geometry, isa, tiles, stored, arrays)
+    if tiles is not codes:
+        pack_weights(geometry, isa, codes, stored, arrays)
+    arrays["weight"] = _in_nibbles(isa, codes, arrays["weight"], dot)
+    return dot, depths
 
 
 def _uses_pairs(dot: Dot, depths: tuple[int, ...]) -> bool:

@@ -35,6 +35,7 @@ __all__ = [
     "geometry_of",
     "split",
     "tile_plan",
+    "unpacks_ahead",
 ]
 
 Dot = Literal[
@@ -57,6 +58,10 @@ each tile, "smlal", "sdot" and "smmla" by those instructions, "winograd" by tran
 
 Storage = Literal["plain", "int4", "half", "group8", "group4"]
 """How weights lie in memory: as they are multiplied, or in fewer bits (`unpack`)."""
+
+
+_FEW = 3
+"""Register tiles of a task over one column tile from which unpacking ahead pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +304,12 @@ def tile_plan(geometry: Geometry, params: GemmParams) -> TilePlan:
         col_blocks=-(-tiles // col_block),
         col_block=col_block,
     )
+
+
+def unpacks_ahead(storage: Storage, plan: TilePlan, order: str) -> bool:
+    """Whether a task unpacks each column tile once, before its register tiles."""
+    tiles = min(plan.row_block, plan.rows.tiles) * plan.cols.tiles
+    return storage != "plain" and order == "n" and tiles >= _FEW
 
 
 def column_index(n: int, lanes: int, nv: int) -> npt.NDArray[np.int64]:

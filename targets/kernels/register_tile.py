@@ -23,7 +23,7 @@ from qcompiler.targets.kernels.tir import (
     splat,
     store,
 )
-from qcompiler.targets.kernels.unpack import elements_per_lane, weight_vectors
+from qcompiler.targets.kernels.unpack import elements_per_lane, times_factor, weight_vectors
 
 __all__ = ["Accumulators", "Step"]
 
@@ -70,6 +70,8 @@ class Step:
     storage: Storage = "plain"
     terms: Sequence[tuple[Expr, Expr | None]] = ()
     """Scale and zero of each column vector, for weights in groups."""
+    factors: Sequence[Expr] = ()
+    """Factors of each column vector: int32, or int16 pairs that multiply int16 sums."""
 
     @property
     def weight_elements(self) -> int:
@@ -102,7 +104,7 @@ class Step:
         for m, a_step in enumerate(a_steps):
             parts = self._activations(source, indices[0] + a_step)
             for v in range(self.acc.nv):
-                self.acc.put(m, v, self.multiply(self.acc.get(m, v), parts, weights[v]))
+                self.acc.put(m, v, self.multiply(self.acc.get(m, v), parts, weights[v], v))
 
     def _emit_deep(
         self, source: Buffer, indices: list[Expr], a_steps: Sequence[int], w_index: Expr
@@ -119,32 +121,35 @@ class Step:
                     self.acc.put_narrow(m, v, pairs)
         for m in range(len(a_steps)):
             for v in range(self.acc.nv):
-                wide = self._widened(self.acc.get_narrow(m, v))
+                wide = self._widened(self.acc.get_narrow(m, v), v)
                 self.acc.put(m, v, self.acc.get(m, v) + wide)
 
-    def _widened(self, pairs: Expr) -> Expr:
-        """Neighbouring int16 sums added to int32."""
+    def _widened(self, pairs: Expr, v: int) -> Expr:
+        """Neighbouring int16 sums of column vector v added to int32, times their factors."""
         lanes = self.acc.lanes
-        return self._call("madd_i16", "int32", lanes, pairs, splat(1, "int16", 2 * lanes))
+        ones = self.factors[v] if self.factors else splat(1, "int16", 2 * lanes)
+        return self._call("madd_i16", "int32", lanes, pairs, ones)
 
     def weights(self, index: Expr) -> list[list[Expr]]:
         """The weight vectors of one K-group: for each column vector one, or two halves."""
-        if self.kind in ("smlal", "smmla"):
+        nv, lanes = self.acc.nv, self.acc.lanes
+        if self.kind in ("smlal", "smmla") or (self.kind == "exact" and self.isa.dot == "smlal"):
             return paired_weights(self, index)
         if self.storage != "plain":
-            nv, lanes = self.acc.nv, self.acc.lanes
-            return weight_vectors(
+            found = weight_vectors(
                 self.isa, self.storage, self.weight, self.kind, index, nv, lanes, self.terms
             )
-        halves = 2 if self.kind == "exact" else 1
-        size = self.weight_elements // self.acc.nv // halves
-        return [
-            [
-                bind(load(self.weight, index + (h * self.acc.nv + v) * size, size))
-                for h in range(halves)
+        else:
+            halves = 2 if self.kind == "exact" else 1
+            size = self.weight_elements // nv // halves
+            return [
+                [bind(load(self.weight, index + (h * nv + v) * size, size)) for h in range(halves)]
+                for v in range(nv)
             ]
-            for v in range(self.acc.nv)
-        ]
+        if not self.factors or self.kind == "maddubs":
+            return found
+        both = zip(found, self.factors, strict=True)
+        return [times_factor(vector, factor, self.kind, lanes) for vector, factor in both]
 
     def unpack(self, index: Expr, area: Buffer, to: Expr) -> None:
         """Write the weight vectors of one K-group as plain storage has them."""
@@ -177,8 +182,8 @@ class Step:
         odd = words >> splat(8, "uint16", 2 * lanes)
         return [bind(reinterpret(half, "int16", 2 * lanes)) for half in (even, odd)]
 
-    def multiply(self, acc: Expr, a: list[Expr], w: list[Expr]) -> Expr:
-        """`acc` plus the products of one activation group with one weight vector."""
+    def multiply(self, acc: Expr, a: list[Expr], w: list[Expr], v: int = 0) -> Expr:
+        """`acc` plus the products of one activation group with one weight vector, the v-th."""
         lanes = self.acc.lanes
         if self.kind == "float":
             return acc + a[0] * w[0]  # contracted to one FMA where the row has it
@@ -188,7 +193,7 @@ class Step:
             return self._call("dot_s8s8", "int32", lanes, acc, w[0], a[0])
         if self.kind == "maddubs":
             pairs = self._call("madd_u8s8", "int16", 2 * lanes, a[0], w[0])
-            return acc + self._widened(pairs)
+            return acc + self._widened(pairs, v)
         if self.kind == "smlal":
             return acc + chain(self.isa, a, w)
         if self.isa.a_dtype == "int8":

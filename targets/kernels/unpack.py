@@ -8,13 +8,17 @@ A form of storage (`plan.Storage`) says what a K-group of the packed weights loo
   the low nibbles are the first, the high nibbles the second; a vector without a partner keeps its
   first half in the low nibbles.  For int16 pairs ("exact") a byte holds an even and an odd member
   of its group.
+  Codes may have a factor for each column and each run of K-groups, in nibbles too (factor - 9):
+  they become int8 weights as they are unpacked, or where `vpmaddubsw` multiplies codes, the
+  int16 sums of a run are multiplied by the factors as they are widened.
 * "half": the bits of float16 weights of a float32 product.
 * "group8", "group4": integers of a float32 product, float32(code - zero) * scale with a scale (and
   a zero) for each column and each run of K-groups; nibbles as above.
 
 Where a task runs few register tiles over a column tile, each unpacks as it goes (products with few
 rows wait for memory, and the weights are half as many bytes).  Elsewhere the task unpacks a column
-tile once into a work area (`unpacks_ahead`), and the register tiles run as if weights were plain.
+tile once into a work area (`plan.unpacks_ahead`), and the register tiles run as if weights were
+plain.
 """
 
 from __future__ import annotations
@@ -22,29 +26,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.plan import Storage, TilePlan
+from qcompiler.targets.kernels.plan import Storage
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
     bind,
     cast,
+    dtype_of,
     fence,
+    lanes_of,
     load,
     reinterpret,
     shuffle,
     splat,
 )
 
-__all__ = ["elements_per_lane", "group_terms", "unpacks_ahead", "weight_vectors"]
-
-_FEW = 3
-"""Register tiles of a task over one column tile from which unpacking ahead pays."""
-
-
-def unpacks_ahead(storage: Storage, plan: TilePlan, order: str) -> bool:
-    """Whether a task unpacks each column tile once, before its register tiles."""
-    tiles = min(plan.row_block, plan.rows.tiles) * plan.cols.tiles
-    return storage != "plain" and order == "n" and tiles >= _FEW
+__all__ = [
+    "elements_per_lane",
+    "factor_pairs",
+    "factor_vectors",
+    "group_terms",
+    "times_factor",
+    "weight_vectors",
+]
 
 
 def elements_per_lane(storage: Storage, kind: str) -> tuple[int, int]:
@@ -109,6 +113,34 @@ def group_terms(
             zero = bind(cast(load(zeros, index + v * lanes, lanes), "int32"))
         found.append((bind(load(scales, index + v * lanes, lanes)), zero))
     return found
+
+
+def factor_vectors(factors: Buffer, index: Expr, nv: int, lanes: int) -> list[Expr]:
+    """The factors of one run of K-groups: for each column vector one vector of int32."""
+    nine = splat(9, "int32", lanes)
+    return [bind(cast(bind(code), "int32") + nine) for code in _bytes(factors, index, nv, lanes)]
+
+
+def times_factor(weights: list[Expr], factor: Expr, kind: str, lanes: int) -> list[Expr]:
+    """The registers of one column vector's weights, each code times its column's factor."""
+    if kind == "smmla":  # two columns to a register, eight members of each
+        whole = bind(factor * splat(0x01010101, "int32", lanes))
+        spread = [shuffle([whole], [2 * h, 2 * h, 2 * h + 1, 2 * h + 1]) for h in range(2)]
+        factors = [reinterpret(bind(part), "int8", 4 * lanes) for part in spread]
+    elif dtype_of(weights[0]) == "int16":
+        factors = [factor_pairs(factor, lanes)] * len(weights)
+    elif lanes_of(weights[0]) == 2 * lanes:  # two members of each column to a register
+        pairs = bind(cast(factor * splat(0x0101, "int32", lanes), "int16"))
+        factors = [reinterpret(pairs, "int8", 2 * lanes)] * len(weights)
+    else:
+        whole = bind(factor * splat(0x01010101, "int32", lanes))
+        factors = [reinterpret(whole, "int8", 4 * lanes)]
+    return [bind(w * f) for w, f in zip(weights, factors, strict=True)]
+
+
+def factor_pairs(factor: Expr, lanes: int) -> Expr:
+    """Each factor twice, as int16."""
+    return reinterpret(bind(factor * splat(0x00010001, "int32", lanes)), "int16", 2 * lanes)
 
 
 def _bytes(weight: Buffer, index: Expr, nv: int, size: int) -> list[Expr]:

@@ -88,7 +88,7 @@ def test_nibbles_take_half_the_memory_of_bytes(isa: Isa, nv: int) -> None:
 @each_row
 def test_one_weight_outside_of_four_bits_keeps_bytes(isa: Isa) -> None:
     workload = MatmulWorkload((4, 8), (8, 16), Epilogue("int32"))
-    b = np.zeros((8, 16), np.int8)
+    b = np.ones((8, 16), np.int8)
     params = replace(default_params(workload, isa), algorithm="direct")
     for value, storage in ((7, "int4"), (-8, "int4"), (8, "plain"), (-9, "plain")):
         b[3, 5] = value
