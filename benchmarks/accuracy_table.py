@@ -45,6 +45,8 @@ ALONE = (
     "distill",
 )
 """Methods that each get a column."""
+PER_CHANNEL = ("adaround", "brecq")
+"""Those that leave weights in groups alone."""
 TOGETHER = "equalize,gptq,distill"
 """What gives the best accuracy at 4 bits, and takes longest."""
 
@@ -84,9 +86,11 @@ def measured(model: Any, precision: str, methods: str) -> dict[str, Any]:
 def columns(precision: str) -> list[str]:
     """Return the methods to measure at a precision, "none" for rounding to nearest."""
     default = default_methods(precision)
-    alone = ALONE if precision == "w4a8" else ("equalize", "correct_bias")
+    alone: tuple[str, ...] = ("equalize", "correct_bias")
+    if precision.startswith("w4"):
+        alone = tuple(m for m in ALONE if precision == "w4a8" or m not in PER_CHANNEL)
     found = ["none", *alone, *([default] if default and default not in alone else [])]
-    return [*found, TOGETHER] if precision == "w4a8" else found
+    return [*found, TOGETHER] if precision.startswith("w4") else found
 
 
 def cell(found: dict[str, Any]) -> str:
@@ -117,7 +121,7 @@ def main() -> None:
     """Measure what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, help="JSON file of cells, added to")
-    parser.add_argument("--precision", default="w8a8,w4a8")
+    parser.add_argument("--precision", default="w8a8,w4a8,w4a8-group")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--methods", help="only these columns, separated by colons")
     parser.add_argument("--calibration", type=int, default=CALIBRATION, help="samples")
