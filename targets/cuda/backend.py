@@ -138,6 +138,7 @@ def make(name: str) -> Backend:
         precisions=(
             Precision.W8A8,
             Precision.W4A8,
+            Precision.W4A8_GROUP,
             Precision.FP32,
             Precision.FP16,
             Precision.W8A8_DYNAMIC,

@@ -143,7 +143,7 @@ def test_tuning(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["digits_cnn", "digits_hybrid", "resnet20", "kws_dscnn", "mobilenetv2", "ic_resnet8"]
 )
-@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w4a8-group"])
 def test_models(name: str, precision: str, tmp_path: Path) -> None:
     models = imported("test_cuda_models_on_gpu", HERE / "test_cuda_models.py")
     model, calibration, evaluation = models.model_of(name)

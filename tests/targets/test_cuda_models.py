@@ -105,6 +105,10 @@ def test_more_models(name: str, tmp_path: Path) -> None:
     check_model(name, tmp_path, samples=2)
 
 
+def test_four_bit_weights_in_groups(tmp_path: Path) -> None:
+    check_model("digits_cnn", tmp_path, samples=3, precision="w4a8-group")
+
+
 @pytest.mark.slow
 def test_four_bit_weights(tmp_path: Path) -> None:
     check_model("resnet20", tmp_path, samples=2, precision="w4a8")
