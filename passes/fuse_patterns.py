@@ -16,7 +16,6 @@ import numpy as np
 
 from qcompiler import numerics_dynamic
 from qcompiler.errors import VerificationError
-from qcompiler.factors import folded
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize_bias, table_entries
 from qcompiler.ops import EvalContext, OpKind
@@ -132,7 +131,6 @@ class Weights:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._made: dict[tuple[Value, bool], Value | None] = {}
-        self._folded: dict[Value, Value | None] = {}
 
     def get(self, w: Value, transpose: bool) -> Value | None:
         """Return the weights held as int8 around zero, the last two axes swapped if asked.
@@ -143,17 +141,6 @@ class Weights:
         if key not in self._made:
             self._made[key] = self._make(w, transpose)
         return self._made[key]
-
-    def folded(self, w: Value, axis: int) -> Value | None:
-        """Return weights with whole factors per group as int8 with a scale per index of `axis`.
-
-        None where their scales are no whole multiples of one per index (`factors.folded`).
-        """
-        if w not in self._folded:
-            found = folded(w.array(), params(w), axis)
-            made = None if found is None else self.graph.constant(found[0], w.name, found[1])
-            self._folded[w] = made
-        return self._folded[w]
 
     def in_blocks(self, w: Value, transpose: bool) -> Value:
         """Return a matrix with scales per block along K held as int8 [K, N]."""
@@ -218,14 +205,7 @@ def product(node: Node | None, weights: Weights) -> Product | None:
             attrs["transpose_b"] = False
         axis = 0 if node.op.name == "conv" else w.type.rank - (2 if transpose else 1)
         if isinstance(q.granularity, PerGroup):
-            whole = weights.folded(w, axis)
-            bias = node.optional(2)
-            if whole is None or (
-                bias is not None
-                and _integer_bias(weights.graph, bias, params(x), params(whole)) is None
-            ):
-                return _grouped(node, x, w, weights)
-            w, q = whole, params(whole)
+            return _grouped(node, x, w, weights)
         if q.storage not in _WEIGHT_STORAGE or w.type.rank < 2:
             return None
         if not q.is_per_tensor and q.granularity != PerAxis(axis):

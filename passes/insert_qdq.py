@@ -31,18 +31,17 @@ from qcompiler.numerics import (
 from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.calibrate import Calibrate, CalibrationTable
 from qcompiler.passes.channel_affine import use_depthwise
+from qcompiler.passes.fold_factors import FoldFactors
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.narrow_products import NarrowProducts, group_qparams, in_bytes
 from qcompiler.passes.regions import Kind, Regions, analyse, integer_operands
-from qcompiler.passes.weights import weight_qparams
+from qcompiler.passes.weights import bias_qparams, weight_qparams
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.plan import Decision, PrecisionPlan, integer_group, integer_obstacle
 from qcompiler.printer import digest
 from qcompiler.types import (
     DType,
-    PerAxis,
     PerGroup,
-    PerTensor,
     Precision,
     QuantParams,
     TensorType,
@@ -112,24 +111,6 @@ class InsertQdq(Pass):
         return True
 
 
-def bias_qparams(x_scale: float, weights: QuantParams) -> QuantParams:
-    """Return the int32 grid of a bias: one unit is worth a product of operand and weight.
-
-    Args:
-        x_scale: Scale of the operand.
-        weights: Of the weights, per tensor or per output channel.
-    """
-    scale = (np.float64(x_scale) * weights.scale.astype(np.float64)).astype(np.float32)
-    return QuantParams(
-        scale,
-        np.zeros(scale.shape, np.int32),
-        DType.INT32,
-        DType.INT32.min,
-        DType.INT32.max,
-        PerTensor() if weights.is_per_tensor else PerAxis(0),
-    )
-
-
 def quantize_passes(plan: PrecisionPlan, methods: Sequence[Pass] = ()) -> list[Pass]:
     """Return the passes from Graph[FLOAT] to Graph[INTEGER] for a plan.
 
@@ -139,6 +120,8 @@ def quantize_passes(plan: PrecisionPlan, methods: Sequence[Pass] = ()) -> list[P
             calibration table run after calibration, the others before it, in the given order.
     """
     passes: list[Pass] = [InsertQdq(), Fuse()]
+    if plan.has_integers:
+        passes.insert(1, FoldFactors())
     if plan.has_narrow:
         passes.append(NarrowProducts())
     if not plan.has_integers:

@@ -29,10 +29,11 @@ from qcompiler.passes.held_out import (
     verdict,
     weighted_products,
 )
-from qcompiler.passes.insert_qdq import WeightGrids, bias_qparams
+from qcompiler.passes.insert_qdq import WeightGrids
 from qcompiler.passes.single_node import Unit, units
 from qcompiler.passes.trails import MEMORY, Trail, most_live
 from qcompiler.passes.views import is_picture, view
+from qcompiler.passes.weights import bias_qparams
 from qcompiler.passmanager import PassContext
 from qcompiler.plan import PrecisionPlan
 from qcompiler.printer import digest

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Scales of constant weights: symmetric per output channel, searched for narrow widths."""
+"""Grids of constant weights, symmetric per output channel, and of the biases beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.numerics import choose_weight_qparams
-from qcompiler.types import Array, PerAxis, QuantParams
+from qcompiler.types import Array, DType, PerAxis, PerTensor, QuantParams
 
 _SHRINK = np.linspace(1.0, 0.35, 40)
 
@@ -45,4 +45,22 @@ def weight_qparams(w: Array, axis: int, bits: int, least_scale: Any = 0.0) -> Qu
         best, scale = np.where(better, error, best), np.where(better, s, scale)
     return QuantParams(
         scale.astype(np.float32), full.zero_point, full.storage, qmin, full.qmax, PerAxis(axis)
+    )
+
+
+def bias_qparams(x_scale: float, weights: QuantParams) -> QuantParams:
+    """Return the int32 grid of a bias: one unit is worth a product of operand and weight.
+
+    Args:
+        x_scale: Scale of the operand.
+        weights: Of the weights, per tensor or per output channel.
+    """
+    scale = (np.float64(x_scale) * weights.scale.astype(np.float64)).astype(np.float32)
+    return QuantParams(
+        scale,
+        np.zeros(scale.shape, np.int32),
+        DType.INT32,
+        DType.INT32.min,
+        DType.INT32.max,
+        PerTensor() if weights.is_per_tensor else PerAxis(0),
     )

@@ -282,9 +282,9 @@ class Precision(enum.Enum):
 
     `wNaM`: integers, with scales of activations from calibration; `w4a8-group`: with a factor of
     the weights for each group along K, on the scale of their column. The others need no
-    calibration: `fp16`: weights held in half precision; `w8`, `w4`: weights held in integers, one scale per
-    group along K, both computing in float32; `w8a8-dynamic`: integer products of activations that
-    are quantized at run time, one scale per row (token), or one per tensor.
+    calibration: `fp16`: weights held in half precision; `w8`, `w4`: weights held in integers, one
+    scale per group along K, both computing in float32; `w8a8-dynamic`: integer products of
+    activations that are quantized at run time, one scale per row (token), or one per tensor.
     """
 
     FP32 = "fp32"

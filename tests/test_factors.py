@@ -4,20 +4,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qcompiler.driver import quantize_model
 from qcompiler.factors import FACTORED_RANGE, folded, snapped, units
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.numerics import dequantize, quantize
+from qcompiler.onnx_export import to_onnx
 from qcompiler.ops import Stage
 from qcompiler.passes.fuse import Fuse
 from qcompiler.passes.narrow_products import group_qparams
 from qcompiler.passmanager import PassContext, PassManager
 from qcompiler.types import DType, PerAxis, PerGroup, QuantParams, TensorType
+
+MODEL = str(Path(__file__).resolve().parent.parent / "models" / "digits_cnn")
 
 
 def scales(rng: np.random.Generator, columns: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -115,3 +121,26 @@ def test_products_of_folded_weights_have_one_scale_per_column(
     got, want = run(fused, given)["y"], run(graph, given)["y"]
     assert np.abs(got.astype(int) - want).max() <= 1
     assert (got == want).mean() > 0.99
+
+
+def test_weights_in_groups_are_exported_as_int8_with_a_scale_per_channel(tmp_path: Path) -> None:
+    """Any runtime computes them, and reading the file again gives the same integers."""
+    calibration = dict(np.load(f"{MODEL}/calib.npz"))
+    path = tmp_path / "model.onnx"
+    kept = quantize_model(f"{MODEL}/model.onnx", calibration=calibration, precision="w4a8-group")
+    stage = Stage.QDQ
+    made = quantize_model(
+        f"{MODEL}/model.onnx", calibration=calibration, precision="w4a8-group", stage=stage
+    )
+    proto = to_onnx(made.graph)
+    path.write_bytes(proto.SerializeToString())
+    linear = [n for n in proto.graph.node if n.op_type == "DequantizeLinear"]
+    assert linear
+    assert not any(a.name == "block_size" and a.i for n in linear for a in n.attribute)
+    again = quantize_model(path, precision="w8a8")
+    for op in ("qconv", "qmatmul"):
+        was, found = ([n for n in g.graph.nodes if n.op.name == op] for g in (kept, again))
+        assert len(was) == len(found) > 0
+        for one, other in zip(was, found, strict=True):
+            np.testing.assert_array_equal(one.input(1).array(), other.input(1).array())
+            assert one.input(1).dtype is DType.INT8

@@ -377,7 +377,9 @@ def test_methods_of_a_precision(net: Graph, tmp_path: Path) -> None:
 def test_pipeline_order(net: Graph) -> None:
     methods = parse_methods("correct_bias,equalize")
     names = [p.name for p in quantize_passes(uniform(net), methods)]
-    assert names == ["equalize", "calibrate", "correct_bias", "insert_qdq", "fuse"]
+    assert names == [
+        "equalize", "calibrate", "correct_bias", "insert_qdq", "fold_factors", "fuse",
+    ]  # fmt: skip
     assert [p.name for p in quantize_passes(uniform(net, "fp32"), methods)] == [
         "insert_qdq",
         "fuse",
