@@ -49,6 +49,7 @@ from qcompiler.targets.kernels.tir import (
     store,
     when,
 )
+from qcompiler.targets.kernels.unpack import byte_products
 from qcompiler.targets.kernels.workload import GemmParams
 
 __all__ = ["TilesKernel"]
@@ -165,19 +166,17 @@ class TilesKernel:
                 ):
                     value = reinterpret(nibble - splat(8, "uint8", 32), "int8", 32)
                     if factors:
-                        value = value * factors[half]
+                        value = byte_products(bind(value), factors[half], 8)
                     store(area, line * 64 + half * 32, value)
         return replace(self, constants={**self.constants, "weight": area}, first_tile=begin)
 
     def _factors(self, run: Expr) -> list[Expr]:
-        """Factors of the codes of some lines: of each half of the columns, four times each."""
+        """Factors of the codes of some lines, int32: of each half of the columns."""
         if not self.facts.factor:
             return []
         pairs = bind(load(self.constants["factors"], run * 8, 8))
         nibbles = pairs & splat(15, "uint8", 8), pairs >> splat(4, "uint8", 8)
-        wide = [cast(bind(nibble), "int32") + splat(1, "int32", 8) for nibble in nibbles]
-        fours = [bind(bind(factor) * splat(0x01010101, "int32", 8)) for factor in wide]
-        return [bind(reinterpret(four, "int8", 32)) for four in fours]
+        return [bind(cast(bind(nibble), "int32") + splat(1, "int32", 8)) for nibble in nibbles]
 
     def _loop(self, extent: int, macs: int) -> Any:
         threads = extent > 1 and worth_threads(macs / _MACS_PER_CYCLE)

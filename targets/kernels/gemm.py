@@ -93,7 +93,7 @@ def _build(
     name: str,
 ) -> Any:
     geometry = geometry_of(workload, isa)
-    params = fitted(workload, isa, params, packed.facts.depths)
+    params = fitted(workload, isa, params, packed.facts.depths, packed.facts.factor > 0)
     params = plain_weights(workload, isa, params, packed.facts.storage == "plain")
     plan = tile_plan(geometry, params)
     epilogue, is_float = workload.epilogue, workload.a_dtype == "float32"

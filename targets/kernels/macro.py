@@ -178,7 +178,8 @@ class MacroKernel:
 
     def emit_task(self, source: Source, rows: tuple[Expr, Expr], tiles: tuple[Expr, Expr]) -> None:
         """All register tiles of the tile rows and column tiles in the two half-open ranges."""
-        if unpacks_ahead(self.facts.storage, self.plan, self.params.order):
+        storage, factors = self.facts.storage, self.facts.factor > 0
+        if unpacks_ahead(storage, self.plan, self.params.order, factors):
             self._emit_unpacked(source, rows, tiles)
         elif self.params.order == "n":
             with serial(*tiles) as tile:

@@ -33,6 +33,9 @@ _NEAR_BYTES = 28 * 1024
 """Activations that stay in level 1 (32 KiB or more) while column tiles pass."""
 _FAR_BYTES = 4 * _L2_BYTES
 """Constants that no level 2 keeps from one use to the next."""
+_UNPACKED_FOR = 64
+"""Pixels that a task multiplies by weights with factors, at least: unpacking these takes about as
+long as multiplying ten."""
 _GAIN = 0.95
 """Share of the direct kernel's time that a Winograd kernel must stay within to be the default."""
 _TASKS = 32
@@ -81,14 +84,20 @@ def space(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> tuple[GemmParams
 
 
 def fitted(
-    workload: ConvWorkload | MatmulWorkload, isa: Isa, params: GemmParams, depths: Sequence[int]
+    workload: ConvWorkload | MatmulWorkload,
+    isa: Isa,
+    params: GemmParams,
+    depths: Sequence[int],
+    factors: bool = False,
 ) -> GemmParams:
-    """The tiling for sums that packing proved to be as deep as `depths` in int16.
+    """The tiling for what packing found: sums as deep as `depths` in int16, factors of weights.
 
     Deep sums need a register for int16 beside each accumulator, so the tile gets fewer pixels: on
     16 registers three of two vectors, or two from depth 4 on, where LLVM spills with three (2 to
     8 % slower).  Without deep sums four pixels share more of the fixed cost of a tile (4 % for 64
     input channels).  Measured on Zen 5.
+
+    A task unpacks each column tile with its factors once, so tasks get enough pixels to pay for it.
     """
     deep, grouped = max(depths) > 1, workload.epilogue.group > 0
     beside = 4 if max(depths) < 4 else 8
@@ -96,14 +105,19 @@ def fitted(
     most = max(1, (isa.vector_registers - beside) // (1 + deep + grouped) // params.nv)
     if grouped and isa.dot == "smmla" and most > 1:
         most -= most % 2  # whole pairs of pixels
-    if not (deep or grouped) or params.mt <= most:
-        return params
     geometry = geometry_of(workload, isa)
-    before = tile_plan(geometry, params)
-    smaller = replace(params, mt=most)
-    rows = tile_plan(geometry, smaller).rows
-    blocks = -(-before.rows.tiles // before.row_block)
-    return replace(smaller, m_block=-(-rows.tiles // blocks))
+    if (deep or grouped) and params.mt > most:
+        before = tile_plan(geometry, params)
+        smaller = replace(params, mt=most)
+        rows = tile_plan(geometry, smaller).rows
+        blocks = -(-before.rows.tiles // before.row_block)
+        params = replace(smaller, m_block=-(-rows.tiles // blocks))
+    if factors:
+        plan = tile_plan(geometry, params)
+        pixels = plan.rows.size * geometry.ow
+        least = min(plan.rows.tiles, -(-_UNPACKED_FOR // pixels))
+        params = replace(params, m_block=max(params.m_block, least))
+    return params
 
 
 def plain_weights(

@@ -306,9 +306,15 @@ def tile_plan(geometry: Geometry, params: GemmParams) -> TilePlan:
     )
 
 
-def unpacks_ahead(storage: Storage, plan: TilePlan, order: str) -> bool:
-    """Whether a task unpacks each column tile once, before its register tiles."""
+def unpacks_ahead(storage: Storage, plan: TilePlan, order: str, factors: bool = False) -> bool:
+    """Whether a task unpacks each column tile once, before its register tiles.
+
+    Factors take longer to unpack than nibbles alone, so that two register tiles are enough, and the
+    order of the loops is of less account.
+    """
     tiles = min(plan.row_block, plan.rows.tiles) * plan.cols.tiles
+    if factors:
+        return tiles > 1
     return storage != "plain" and order == "n" and tiles >= _FEW
 
 

@@ -42,6 +42,7 @@ from qcompiler.targets.kernels.tir import (
 )
 
 __all__ = [
+    "byte_products",
     "elements_per_lane",
     "factor_pairs",
     "factor_vectors",
@@ -123,6 +124,8 @@ def factor_vectors(factors: Buffer, index: Expr, nv: int, lanes: int) -> list[Ex
 
 def times_factor(weights: list[Expr], factor: Expr, kind: str, lanes: int) -> list[Expr]:
     """The registers of one column vector's weights, each code times its column's factor."""
+    if kind == "vpdpbusd":
+        return [bind(byte_products(code, factor, lanes)) for code in weights]
     if kind == "smmla":  # two columns to a register, eight members of each
         whole = bind(factor * splat(0x01010101, "int32", lanes))
         spread = [shuffle([whole], [2 * h, 2 * h, 2 * h + 1, 2 * h + 1]) for h in range(2)]
@@ -136,6 +139,19 @@ def times_factor(weights: list[Expr], factor: Expr, kind: str, lanes: int) -> li
         whole = bind(factor * splat(0x01010101, "int32", lanes))
         factors = [reinterpret(whole, "int8", 4 * lanes)]
     return [bind(w * f) for w, f in zip(weights, factors, strict=True)]
+
+
+def byte_products(codes: Expr, factor: Expr, lanes: int) -> Expr:
+    """int8 codes of 4 bits times factors, four codes to each int32 factor, by 16-bit products.
+
+    Codes plus 8 times factors stay below 256, so that two of them in 16 bits keep apart.
+    """
+    biased = reinterpret(codes, "uint8", 4 * lanes) + splat(8, "uint8", 4 * lanes)
+    whole = bind(factor * splat(0x00010001, "int32", lanes))
+    twice = bind(reinterpret(whole, "uint16", 2 * lanes))
+    found = bind(reinterpret(bind(biased), "uint16", 2 * lanes) * twice)
+    eights = bind(twice * splat(0x0808, "uint16", 2 * lanes))
+    return reinterpret(found, "int8", 4 * lanes) - reinterpret(eights, "int8", 4 * lanes)
 
 
 def factor_pairs(factor: Expr, lanes: int) -> Expr:
