@@ -56,9 +56,15 @@ _ROUNDS = 4
 """Attempts to pair what did not pair before."""
 
 
-def group_time(depth: int) -> float:
-    """Time of one K-group of a depth class, relative to depth 1."""
-    return _COST[depth]
+def group_time(depth: int, groups: int | None = None) -> float:
+    """Time of one K-group of a depth class, relative to depth 1.
+
+    With the number of K-groups of a tile that are all of this class, its start and epilogue, which
+    take longer for deep sums, are shared out to them.
+    """
+    if groups is None or depth <= 1:
+        return _COST[depth]
+    return _DEEP * _COST[depth] + _FEWER / groups
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -232,7 +232,9 @@ def pack_conv(
         packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
         if params.algorithm != "auto" or isinstance(weight, GroupedWeights):
             return packed
-        time = _time(packed) * (_SMALL if packed.facts.storage == "int4" else 1.0)
+        time = _time(packed, geometry.k_groups)
+        if packed.facts.storage == "int4":
+            time *= _SMALL
         faster = patches_by_time(workload, isa, time)
         transformed = _transformed(workload, isa, weight, values, faster)
         if transformed is None:
@@ -273,11 +275,11 @@ def _transformed(
     return None if patch is None else transform_weights(workload, isa, weight, patch)
 
 
-def _time(packed: Packed) -> float:
+def _time(packed: Packed, k_groups: int) -> float:
     """Estimated time of a K-group, relative to one that is multiplied by `vpmaddubsw` alone."""
     facts = packed.facts
     if facts.dot != "mixed":
-        return group_time(EXACT if facts.dot == "exact" else facts.depths[0])
+        return group_time(EXACT if facts.dot == "exact" else facts.depths[0], k_groups)
     spans = packed.arrays[packed.names.index("spans")]
     counts = spans[:, : len(facts.depths)].sum(0) * np.maximum(facts.depths, 1)
     times = [group_time(depth) for depth in facts.depths]
