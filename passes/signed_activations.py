@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Hold every 8-bit activation as int8: ARM dot instructions multiply s8 by s8."""
+"""Hold every 8-bit activation as int8: ARM dot instructions multiply s8 by s8; 16 bits as int16."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from qcompiler.types import DType
 
 @dataclass(frozen=True)
 class SignedActivations(Pass):
-    """Shift uint8 activations (not weights, not graph inputs and results) to int8."""
+    """Shift unsigned activations (not weights, not graph inputs and results) to signed ones."""
 
     name: ClassVar[str] = "signed_activations"
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """Return whether anything was shifted."""
         del ctx
-        return hold_activations(graph, DType.INT8)
+        sixteen = hold_activations(graph, DType.INT16)
+        return hold_activations(graph, DType.INT8) or sixteen

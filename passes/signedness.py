@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Move 8-bit activations to the signedness that a target's dot instruction takes.
+"""Move activations to the signedness that a target's kernels take.
 
 int8 with zero point z and uint8 with zero point z + 128 are the same grid shifted by 128, so only
-types, table entries and constants change, never a real value.
+types, table entries and constants change, never a real value. The same holds of 16 bits.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 from qcompiler.ir import Graph, Value
 from qcompiler.types import Array, DType, TensorType
 
-_SHIFT = 128
+_OTHER = {DType.UINT8: DType.INT8, DType.INT8: DType.UINT8, DType.INT16: DType.UINT16}
+_SUFFIX = {DType.UINT8: "u8", DType.INT8: "s8", DType.INT16: "s16", DType.UINT16: "u16"}
 
 
 def hold_activations(graph: Graph, wanted: DType, kept: AbstractSet[Value] = frozenset()) -> bool:
-    """Shift every 8-bit activation of the other signedness to `wanted`; return whether any was.
+    """Shift every activation of the other signedness to `wanted`; return whether any was.
 
     Weights, and the types of graph inputs and results, stay as they are.
 
     Args:
         graph: Graph[INTEGER].
-        wanted: UINT8 or INT8.
+        wanted: UINT8, INT8 or INT16.
         kept: Values to leave alone.
     """
-    other = DType.INT8 if wanted is DType.UINT8 else DType.UINT8
-    suffix = "u8" if wanted is DType.UINT8 else "s8"
-    back_suffix = "s8" if wanted is DType.UINT8 else "u8"
+    other = _OTHER[wanted]
+    suffix, back_suffix = _SUFFIX[wanted], _SUFFIX[other]
     changed = False
     for v in graph.inputs:
         if is_activation(v, other) and v.uses and v not in kept:
@@ -80,7 +80,7 @@ def shifted(t: TensorType, wanted: DType) -> TensorType:
     q = t.qparams
     if q is None:
         return t
-    by = _SHIFT if wanted is DType.UINT8 else -_SHIFT
+    by = _shift(wanted)
     moved = replace(
         q,
         zero_point=np.asarray(q.zero_point, np.int32) + by,
@@ -97,5 +97,9 @@ def is_activation(v: Value, dtype: DType) -> bool:
 
 
 def _shifted_data(data: Array, wanted: DType) -> Array:
-    by = _SHIFT if wanted is DType.UINT8 else -_SHIFT
-    return (data.astype(np.int16) + by).astype(wanted.numpy)
+    return (data.astype(np.int32) + _shift(wanted)).astype(wanted.numpy)
+
+
+def _shift(wanted: DType) -> int:
+    """Return what is added to codes of the other signedness."""
+    return wanted.min - _OTHER[wanted].min

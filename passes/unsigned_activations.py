@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Hold every 8-bit activation as uint8: x86 dot instructions multiply u8 by s8."""
+"""Hold 8-bit activations as uint8: x86 dot instructions multiply u8 by s8; 16 bits as int16."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from qcompiler.types import DType
 
 @dataclass(frozen=True)
 class UnsignedActivations(Pass):
-    """Shift int8 activations (not weights, not graph inputs and results) to uint8."""
+    """Shift int8 activations (not weights, graph inputs and results) to uint8, uint16 to int16."""
 
     name: ClassVar[str] = "unsigned_activations"
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """Return whether anything was shifted."""
         del ctx
-        return hold_activations(graph, DType.UINT8, _kept_signed(graph))
+        sixteen = hold_activations(graph, DType.INT16)  # what kernels read and write
+        return hold_activations(graph, DType.UINT8, _kept_signed(graph)) or sixteen
 
 
 def _is_signed(v: Value) -> bool:

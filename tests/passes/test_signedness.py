@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from built_models import executor
 
-from qcompiler.driver import quantize_model
+from qcompiler.driver import build_graph, quantize_model
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage
@@ -17,6 +18,7 @@ from qcompiler.passes.signed_activations import SignedActivations
 from qcompiler.passes.signedness import shifted
 from qcompiler.passes.unsigned_activations import UnsignedActivations
 from qcompiler.passmanager import Pass, PassContext, PassManager
+from qcompiler.registry import get_target
 from qcompiler.types import DType, QuantParams, TensorType
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -82,6 +84,47 @@ def test_inputs_results_constants_and_tables(dtype: DType, wanted: str) -> None:
     assert [v.type for v in after_graph.output_values] == types
     assert [v.dtype for v in after_graph.inputs] == [dtype]
     assert {v.dtype.value for v in activations(after_graph)} <= {wanted}
+
+
+@pytest.mark.parametrize("wanted", PASSES)
+def test_sixteen_bits_are_signed(rng: np.random.Generator, wanted: str) -> None:
+    """CPU kernels read and write int16: uint16 inside of a model moves by 32768."""
+    kind = DType.UINT16
+    grids = [
+        QuantParams(np.float32(s), np.int32(z), kind, 0, 65535)
+        for s, z in ((1e-4, 0), (2e-4, 65535), (3e-4, 30000))
+    ]
+    small = QuantParams(np.float32(0.02), np.int32(7), DType.UINT8, 0, 255)
+    graph = Graph("g", Stage.INTEGER)
+    x, y = (
+        graph.add_input(n, TensorType((5, 64), kind, q))
+        for n, q in zip("xy", grids[:2], strict=True)
+    )
+    b = graph.add_input("b", TensorType((5, 64), DType.UINT8, small))
+    s = graph.add("qadd", [x, y], types=[TensorType((5, 64), kind, grids[2])]).output
+    held = graph.constant(rng.integers(0, 65536, 64).astype(np.uint16), "c", grids[0])
+    m = graph.add("qmul", [s, held], types=[TensorType((5, 64), kind, grids[1])]).output
+    r = graph.add("requantize", [m], types=[TensorType((5, 64), kind, grids[0])]).output
+    entries = graph.constant(rng.integers(0, 65536, 256).astype(np.uint16), "e", grids[2])
+    t = graph.add("table", [b, entries], types=[TensorType((5, 64), kind, grids[2])]).output
+    w = QuantParams(np.float32(0.01), np.int32(0), DType.INT8, -128, 127)
+    weights = graph.constant(rng.integers(-128, 128, (64, 9)).astype(np.int8), "w", w)
+    p = graph.add("qmatmul", [b, weights], types=[TensorType((5, 9), kind, grids[2])]).output
+    graph.set_outputs([("r", r), ("t", t), ("f", graph.add("dequantize", [p]).output), ("p", p)])
+    feeds = {
+        v.name: rng.integers(0, v.dtype.max + 1, v.shape).astype(v.dtype.numpy) for v in (x, y, b)
+    }
+    want = run(graph, feeds)
+    moved = shape(graph, PASSES[wanted])
+    inside = [v for n in moved.nodes for v in n.outputs if not moved.is_output(v)]
+    assert kind not in [v.dtype for v in inside]
+    assert [v.dtype for v in moved.output_values] == [v.dtype for v in graph.output_values]
+    compiled = executor(build_graph(graph, get_target("host")))
+    found = compiled.run([feeds[v.name] for v in graph.inputs])
+    after = run(moved, feeds)
+    for (name, _), array in zip(graph.outputs, found, strict=True):
+        np.testing.assert_array_equal(after[name], want[name])
+        np.testing.assert_array_equal(array, want[name])
 
 
 def test_a_moved_grid_keeps_its_spread() -> None:
