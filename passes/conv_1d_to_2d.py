@@ -10,7 +10,7 @@ The reshapes behind them then sink through elementwise operators to meet the nex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qcompiler.ir import Graph, Node, Value
@@ -18,7 +18,7 @@ from qcompiler.ops import OpKind
 from qcompiler.ops._base import AttrValue
 from qcompiler.passes.rewrite import merged_sources, producer_of, scalar, supersede
 from qcompiler.passmanager import Pass, PassContext
-from qcompiler.types import PerAxis
+from qcompiler.types import PerAxis, PerGroup, QuantParams
 
 _PER_AXIS = {"strides": 1, "dilations": 1, "kernel": 1, "output_padding": 0}
 """Attributes with one entry per spatial axis -> the entry of the new axis of extent 1."""
@@ -53,7 +53,8 @@ def _lifted(graph: Graph, value: Value) -> Value:
     a, b, length = value.shape
     shape = (a, b, 1, length)
     if value.is_constant:
-        return graph.constant(value.array().reshape(shape), value.name, value.qparams, value.dtype)
+        data = value.array().reshape(shape)
+        return graph.constant(data, value.name, _widened(value.qparams), value.dtype)
     node = producer_of(value, "dequantize")
     stored = node.input(0) if node is not None else None
     if node is not None and stored is not None and stored.is_constant and _keeps_axes(stored):
@@ -73,8 +74,17 @@ def _keeps_axes(value: Value) -> bool:
     return (
         q is None
         or q.is_per_tensor
-        or (isinstance(q.granularity, PerAxis) and q.granularity.axis < 2)
+        or (isinstance(q.granularity, (PerAxis, PerGroup)) and q.granularity.axis < 2)
     )
+
+
+def _widened(q: QuantParams | None) -> QuantParams | None:
+    """Return the quantization of the widened tensor: scales per block have its axes."""
+    if q is None or not isinstance(q.granularity, PerGroup):
+        return q
+    a, b, length = q.scale.shape
+    shape = (a, b, 1, length)
+    return replace(q, scale=q.scale.reshape(shape), zero_point=q.zero_point.reshape(shape))
 
 
 def _widen(graph: Graph, node: Node) -> bool:

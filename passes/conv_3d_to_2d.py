@@ -14,7 +14,7 @@ the order N, D, H, W, C, so that what moves are whole slices and whole channel v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passes.rewrite import producer_of, supersede
 from qcompiler.passmanager import Pass, PassContext
-from qcompiler.types import Array, PerAxis
+from qcompiler.types import Array, PerAxis, PerGroup
 
 _TO_LAST = (0, 2, 3, 4, 1)
 _TO_FIRST = (0, 4, 1, 2, 3)
@@ -138,10 +138,14 @@ def _weight(graph: Graph, w: Value, group: int) -> Value | None:
     held = node.input(0) if node is not None else None
     if node is None or held is None or not held.is_constant or held.qparams is None:
         return None
-    by = held.qparams.granularity
-    if not (held.qparams.is_per_tensor or (isinstance(by, PerAxis) and by.axis == 0)):
+    q, by = held.qparams, held.qparams.granularity
+    if isinstance(by, PerGroup):
+        if by.axis != 1 or w.shape[1] % by.group_size:  # blocks of a plane follow each other
+            return None
+        q = replace(q, scale=flat(q.scale), zero_point=flat(q.zero_point))
+    elif not (q.is_per_tensor or by == PerAxis(0)):
         return None
-    new = graph.constant(flat(held.array()), held.name, held.qparams, held.dtype)
+    new = graph.constant(flat(held.array()), held.name, q, held.dtype)
     return graph.add("dequantize", [new], name=node.name, sources=node.sources).output
 
 

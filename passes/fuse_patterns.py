@@ -16,6 +16,7 @@ import numpy as np
 
 from qcompiler import numerics_dynamic
 from qcompiler.errors import VerificationError
+from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize_bias, table_entries
 from qcompiler.ops import EvalContext, OpKind
@@ -195,7 +196,7 @@ def product(node: Node | None, weights: Weights) -> Product | None:
     if node.attr("act_min") is not None or node.attr("act_max") is not None:
         return None
     x, w = dequantized(node.input(0)), dequantized(node.input(1))
-    if x is None or w is None or not _activation(x):
+    if x is None or w is None or not _activation(x) or is_volume(node):
         return None
     attrs: dict[str, object] = {}
     if w.is_constant:
@@ -236,7 +237,12 @@ def _grouped(node: Node, x: Value, w: Value, weights: Weights) -> Product | None
     size = q.granularity.group_size if isinstance(q.granularity, PerGroup) else 0
     if q.granularity != PerGroup(axis, size) or w.shape[axis] % size or size % WHOLE_GROUP:
         return None
-    if bias is not None and not (bias.is_constant and bias.dtype is DType.FLOAT32):
+    if bias is not None and not bias.is_constant:
+        reals = known(bias)
+        if reals is None:
+            return None
+        bias = weights.graph.constant(reals, bias.name)
+    if bias is not None and bias.dtype is not DType.FLOAT32:
         return None
     if node.op.name == "conv":
         if node.attr("group") != 1 or q.storage is not DType.INT8 or not q.is_symmetric:
@@ -246,6 +252,21 @@ def _grouped(node: Node, x: Value, w: Value, weights: Weights) -> Product | None
         return None
     held = weights.in_blocks(w, bool(node.attr("transpose_b")))
     return Product(node, "qmatmul", (x, held, bias), {"transpose_b": False})
+
+
+def is_volume(node: Node) -> bool:
+    """Whether a convolution runs along three axes, still: what no integer kernel does."""
+    return node.op.name == "conv" and node.input(0).type.rank > 4
+
+
+def is_plain(node: Node) -> bool:
+    """Whether a product has at most a bias, whose elements are known: it may be split."""
+    if node.op.name not in ("conv", "matmul") or is_volume(node) or node.optional(3) is not None:
+        return False
+    bias = node.optional(2)
+    if bias is not None and known(bias) is None:
+        return False
+    return node.attr("act_min") is None and node.attr("act_max") is None
 
 
 def _activation(v: Value) -> bool:

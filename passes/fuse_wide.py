@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
+from qcompiler.numerics import expanded
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
 from qcompiler.types import Array, DType, PerAxis, QuantParams, TensorType
 
@@ -35,9 +36,9 @@ def split_wide_weights(graph: Graph) -> bool:
         known = q.is_per_tensor or isinstance(q.granularity, PerAxis)
         if x.dtype not in _NARROW or not known or w.type.rank < 2:
             continue
-        if w.dtype not in _NARROW and not _nearly_narrow(w):
+        if w.dtype not in _NARROW and not nearly_narrow(w):
             continue
-        terms = _terms(w)
+        terms = int8_terms(w.array().astype(np.int32) - expanded(q, w.shape)[1])
         if len(terms) > 1:
             _rewrite(graph, node, x, w, terms)
             changed = True
@@ -46,18 +47,14 @@ def split_wide_weights(graph: Graph) -> bool:
     return changed
 
 
-def _nearly_narrow(w: Value) -> bool:
+def nearly_narrow(w: Value) -> bool:
     """Whether 16-bit weights are low bytes of wider ones (see `fuse_sixteen`)."""
     return w.dtype is DType.INT16 and bool(np.abs(w.array().astype(np.int32)).max() <= 255)
 
 
-def _terms(w: Value) -> list[Array]:
-    """Return int8 tensors whose sum is w - zero point."""
-    q = params(w)
-    shape = [1] * w.type.rank
-    if isinstance(q.granularity, PerAxis):
-        shape[q.granularity.axis] = -1
-    rest = w.array().astype(np.int16) - q.zero_point.astype(np.int16).reshape(shape)
+def int8_terms(around: Array) -> list[Array]:
+    """Return int8 tensors whose sum is a tensor of integers; as few as there are."""
+    rest = around
     terms: list[Array] = []
     while not terms or rest.any():
         term = np.clip(rest, DType.INT8.min, DType.INT8.max).astype(np.int8)

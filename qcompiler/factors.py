@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qcompiler.numerics import spread_out
 from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams
 
 __all__ = ["FACTORED_RANGE", "FACTORS", "folded", "snapped", "units"]
@@ -80,11 +81,10 @@ def folded(codes: Array, q: QuantParams, axis: int) -> tuple[Array, QuantParams]
     """
     assert isinstance(q.granularity, PerGroup)
     found = units(q.scale, axis)
-    if found is None:
+    if found is None or q.granularity.axis == axis:  # a block of columns has no scale per column
         return None
-    along, size = q.granularity.axis, q.granularity.group_size
-    zero = np.repeat(np.broadcast_to(q.zero_point, q.scale.shape), size, along)
-    whole = (codes.astype(np.int32) - zero) * np.repeat(found[1], size, along)
+    zero, factors = (spread_out(a, q.granularity, codes.shape) for a in (q.zero_point, found[1]))
+    whole = (codes.astype(np.int32) - zero) * factors
     if whole.size and (whole.min() < DType.INT8.min or whole.max() > DType.INT8.max):
         return None
     four = q.is_symmetric and q.qmin >= -8 and q.qmax <= 7

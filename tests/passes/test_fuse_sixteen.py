@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import qcompiler
-from qcompiler.driver import quantize_model
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph
 from qcompiler.onnx_export import to_onnx
@@ -43,8 +42,6 @@ def network(
         extents = (7, 6, 3, 3) if op == "conv" else (40, 7)
         codes = rng.integers(kind.min, kind.max + 1, extents)
         codes.reshape(-1)[:4] = kind.min, kind.max, kind.max, zero
-        if kind in (DType.INT16, DType.UINT16):
-            codes = np.clip(codes, zero - 32768, zero + 32767)
         steps = rng.uniform(0.5, 1, 7) / kind.max
         axis = 0 if op == "conv" else 1
         w = graph.constant(codes.astype(kind.numpy), "w", grid(kind, steps, zero, axis))
@@ -57,22 +54,26 @@ def network(
 
 
 WEIGHTS = [
-    (DType.INT8, 0), (DType.UINT8, 120), (DType.INT4, 0), (DType.INT16, 0), (DType.UINT16, 32768)
+    (DType.INT8, 0), (DType.UINT8, 120), (DType.INT4, 0), (DType.INT16, 0), (DType.UINT16, 32768),
+    (DType.INT16, -32768), (DType.UINT16, 65535), (DType.UINT16, 1000),
+]  # fmt: skip
+ACTIVATIONS = [
+    (DType.INT16, 0), (DType.INT16, -32768), (DType.INT16, 1023), (DType.UINT16, 32768),
+    (DType.UINT16, 0), (DType.UINT16, 65535), (DType.UINT8, 77),
 ]  # fmt: skip
 PAIRS = [
-    (stored, kind, zero)
-    for stored in (DType.INT16, DType.UINT16, DType.UINT8)
+    (stored, point, kind, zero)
+    for stored, point in ACTIVATIONS
     for kind, zero in WEIGHTS
     if 16 in (stored.bits, kind.bits)
 ]
 
 
 @pytest.mark.parametrize("op", ["conv", "matmul"])
-@pytest.mark.parametrize(("stored", "kind", "zero"), PAIRS)
-def test_products_of_bytes(op: str, stored: DType, kind: DType, zero: int) -> None:
+@pytest.mark.parametrize(("stored", "point", "kind", "zero"), PAIRS)
+def test_products_of_bytes(op: str, stored: DType, point: int, kind: DType, zero: int) -> None:
     rng = np.random.default_rng(kind.bits)
-    middle = {DType.INT16: 0, DType.UINT16: 32768, DType.UINT8: 77}[stored]
-    activations = grid(stored, 8.0 / (stored.max - stored.min), middle)
+    activations = grid(stored, 8.0 / (stored.max - stored.min), point)
     graph = network(op, activations, kind, zero, rng)
     x = rng.standard_normal(graph.inputs[0].shape).astype(np.float32) * 2
     x.reshape(-1)[:3] = 100, -100, 0  # both ends, and the zero point
@@ -88,7 +89,7 @@ def test_products_of_bytes(op: str, stored: DType, kind: DType, zero: int) -> No
     got = run(graph, feeds)
     for name, array in want.items():
         np.testing.assert_allclose(got[name], array, rtol=1e-5, atol=3e-6 * np.abs(array).max())
-    if op == "matmul" or kind is DType.INT8:
+    if (kind, zero) in ((DType.INT8, 0), (DType.UINT16, 1000)):
         compiled = qcompiler.compile(model)(feeds)
         same = qcompiler.compile(model, target="reference")(feeds)
         for name, array in same.items():
@@ -115,9 +116,70 @@ def test_sums_are_exact() -> None:
     assert np.abs(got - exact).max() <= 2**-22 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("stored", "zero"), [(DType.INT16, 5), (DType.UINT16, 0)])
-def test_what_leaves_16_bits_around_its_zero_stays_in_floats(stored: DType, zero: int) -> None:
-    rng = np.random.default_rng(0)
-    graph = network("matmul", grid(stored, 0.001, zero), DType.INT8, 0, rng)
-    names = [n.op.name for n in quantize_model(to_onnx(graph)).graph.nodes]
-    assert names.count("matmul") == 2
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (DType.INT16, DType.INT16), (DType.UINT16, DType.INT16), (DType.INT16, DType.UINT8),
+        (DType.INT8, DType.UINT16),
+    ],
+)  # fmt: skip
+def test_products_of_two_activations(left: DType, right: DType, turned: bool) -> None:
+    """Scores of attention, say: both sides become bytes."""
+    rng = np.random.default_rng(2)
+    graph = Graph("net", Stage.QDQ)
+    shapes = {"a": (2, 3, 5, 40), "b": (2, 3, 7, 40) if turned else (2, 3, 40, 7)}
+    operands, feeds = [], {}
+    for (name, shape), kind in zip(shapes.items(), (left, right), strict=True):
+        x = graph.add_input(name, TensorType(shape, DType.FLOAT32))
+        q = grid(kind, 8.0 / (kind.max - kind.min), kind.min + (kind.max - kind.min) // 3)
+        made = graph.add("quantize", [x], types=[TensorType(shape, kind, q)])
+        operands.append(graph.add("dequantize", [made.output]).output)
+        feeds[name] = (rng.standard_normal(shape) * 3).astype(np.float32)
+        feeds[name].reshape(-1)[:2] = 100, -100
+    graph.set_outputs([("y", graph.add("matmul", operands, {"transpose_b": turned}).output)])
+    want, model = run(graph, feeds)["y"], to_onnx(graph)
+    fused = PassManager([Fuse()]).run(graph, PassContext())
+    names = [n.op.name for n in fused.nodes]
+    assert names.count("qmatmul") == (left.bits // 8) * (right.bits // 8)
+    assert "matmul" not in names
+    np.testing.assert_allclose(run(fused, feeds)["y"], want, atol=3e-6 * np.abs(want).max())
+    compiled = qcompiler.compile(model)(feeds)["y"]
+    same = qcompiler.compile(model, target="reference")(feeds)["y"]
+    np.testing.assert_array_equal(compiled, same)
+
+
+@pytest.mark.parametrize("op", ["conv", "matmul"])
+def test_a_bias_beyond_the_finest_accumulator_is_added_as_a_float(op: str) -> None:
+    rng = np.random.default_rng(3)
+    graph = network(op, grid(DType.INT16, 1e-7), DType.INT16, 0, rng)
+    feeds = {"x": rng.standard_normal(graph.inputs[0].shape).astype(np.float32) * 1e-3}
+    want = run(graph, feeds)["b"]
+    fused = PassManager([Fuse()]).run(graph, PassContext())
+    names = [n.op.name for n in fused.nodes]
+    assert op not in names
+    assert names.count("add") == 2 * 3 + 1
+    np.testing.assert_allclose(run(fused, feeds)["b"], want, rtol=1e-6)
+
+
+def test_weights_that_no_integer_product_takes_are_not_split() -> None:
+    """A scale per row of K: there is no one scale of a sum."""
+    graph = Graph("net", Stage.QDQ)
+    x = graph.add_input("x", TensorType((4, 6), DType.INT16, grid(DType.INT16, 1.0)))
+    q = grid(DType.INT16, np.arange(1, 7), 0, 0)
+    w = graph.constant(np.ones((6, 3), np.int16), "w", q)
+    operands = [graph.add("dequantize", [v]).output for v in (x, w)]
+    graph.set_outputs([("y", graph.add("matmul", operands).output)])
+    fused = PassManager([Fuse()]).run(graph, PassContext())
+    assert [n.op.name for n in fused.nodes] == ["dequantize", "matmul"]
+
+
+def test_a_scale_without_a_high_byte_stays() -> None:
+    """256 times it is no float32."""
+    graph = Graph("net", Stage.QDQ)
+    x = graph.add_input("x", TensorType((4, 6), DType.INT16, grid(DType.INT16, 3e36)))
+    w = graph.constant(np.ones((6, 3), np.int8), "w", grid(DType.INT8, 1.0))
+    operands = [graph.add("dequantize", [v]).output for v in (x, w)]
+    graph.set_outputs([("y", graph.add("matmul", operands).output)])
+    fused = PassManager([Fuse()]).run(graph, PassContext())
+    assert "qmatmul" not in [n.op.name for n in fused.nodes]
