@@ -21,6 +21,7 @@ import emulation
 import numpy as np
 import pytest
 import tvm
+from block_models import Case
 from built_models import executor
 from by_path import imported
 from machine_code import innermost_loops, spills
@@ -44,6 +45,7 @@ from qcompiler.targets.kernels.gemm import (
     pack_conv,
     pack_matmul,
 )
+from qcompiler.types import DType
 
 HERE = Path(__file__).resolve().parent
 MODELS = HERE.parents[1] / "models"
@@ -359,6 +361,26 @@ def test_precisions_that_need_no_calibration(isa: Isa, precision: str) -> None:
         (found,) = execute.run([x])
     (want,) = interpret(built.graph, {name: x}).values()
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-4)
+
+
+BLOCKS = [
+    Case("Conv", DType.UINT8, DType.UINT8, 12, 50, kernel=3, result=DType.UINT8, bias=True),
+    Case("MatMul", DType.INT16, DType.UINT4, 12, 50, bias=True),
+]
+
+
+@emulated
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda c: c.op)
+@each_row
+def test_imported_weights_in_blocks(isa: Isa, case: Case) -> None:
+    model, x = case.made()
+    built = build_graph(quantize_model(model).graph, get_target(isa.name))
+    assert {"qconv", "qmatmul"} & {n.op.name for n in built.graph.nodes}
+    assert built.library is not None
+    with emulation.executor(isa.name, built.library, built.parameters) as execute:
+        (found,) = execute.run([x])
+    (want,) = interpret(built.graph, {"x": x}).values()
+    np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.slow
