@@ -115,7 +115,7 @@ def _blocked(make: Maker, node: Node, size: int) -> Answer:
         make, node, size, weights.scale, None if bias is None else bias.array(), total,
         node.input(2),
     )  # fmt: skip
-    if isinstance(launches, str) or plain:
+    if plain:
         return launches
     operands = [Operand(total, DType.FLOAT32, row_major(out.shape))]
     return (*launches, _finished(node, operands, "a"))

@@ -32,6 +32,7 @@ _NUMBERS = {  # dtype -> (least, greatest) as C++ text
     DType.INT8: ("-128", "127"),
     DType.UINT8: ("0", "255"),
     DType.INT16: ("-32768", "32767"),
+    DType.UINT16: ("0", "65535"),
     DType.INT32: ("-2147483647 - 1", "2147483647"),
     DType.INT64: ("-9223372036854775807ll - 1", "9223372036854775807ll"),
 }

@@ -20,7 +20,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.targets.base import VIEWS
 from qcompiler.targets.cuda.arch import Arch
-from qcompiler.targets.cuda.blocked import blocked_matmul
+from qcompiler.targets.cuda.blocked import blocked_conv, blocked_matmul
 from qcompiler.targets.cuda.halves import with_halves
 from qcompiler.targets.cuda.maps import Operand, map_launch, row_major
 from qcompiler.targets.cuda.products import (
@@ -276,6 +276,17 @@ def _float_epilogue(node: Node, columns: int) -> Epilogue | str:
     )  # fmt: skip
 
 
+def _window(node: Node) -> Window:
+    """Return the geometry of a convolution with channels last."""
+    (n, ih, iw, channels), (_, oh, ow, _) = node.input(0).shape, node.output.shape
+    kh, kw = node.input(1).shape[2:]
+    pads, strides, dilations = (node.attr(name) for name in ("pads", "strides", "dilations"))
+    return Window(
+        n, ih, iw, channels, oh, ow, kh, kw, (strides[0], strides[1]), (pads[0], pads[1]),
+        (dilations[0], dilations[1]),
+    )  # fmt: skip
+
+
 @row("qconv", "conv")
 def _conv(make: Maker, node: Node) -> Answer:
     x, w, out = node.input(0), node.input(1), node.output
@@ -283,11 +294,15 @@ def _conv(make: Maker, node: Node) -> Answer:
         return f"its operand {x.type} is not an image with channels last"
     if not w.is_constant:
         return "its weights are computed at run time"
+    window = _window(node)
     columns, zero = out.shape[3], 0
     if node.op.name == "qconv":
-        q, found = grid(x), _weights(w)
+        q = grid(x)
         if q is None or x.dtype not in EIGHT_BITS:
             return f"its operand {x.type} is not quantized per tensor in 8 bits"
+        if w.qparams is not None and isinstance(w.qparams.granularity, PerGroup):
+            return blocked_conv(make, node, window)
+        found = _weights(w)
         if isinstance(found, str):
             return found
         epilogue, zero = _epilogue(node, q, found.scale, columns), q.z
@@ -298,15 +313,7 @@ def _conv(make: Maker, node: Node) -> Answer:
         return f"no kernel computes in {x.dtype.value}"
     if isinstance(epilogue, str):
         return epilogue
-    (n, ih, iw, channels), (_, oh, ow, _) = x.shape, out.shape
-    group, pads = int(node.attr("group")), node.attr("pads")
-    kh, kw = w.shape[2], w.shape[3]
-    strides, dilations = node.attr("strides"), node.attr("dilations")
-    window = Window(
-        n, ih, iw, channels, oh, ow, kh, kw, (strides[0], strides[1]), (pads[0], pads[1]),
-        (dilations[0], dilations[1]),
-    )  # fmt: skip
-    residual = node.optional(3)
+    group, channels, residual = int(node.attr("group")), window.channels, node.optional(3)
     data = found.data
     if group == channels and w.shape[1] == 1 and group > 1:
         if x.dtype in EIGHT_BITS:
@@ -318,12 +325,12 @@ def _conv(make: Maker, node: Node) -> Answer:
                                  a_zero=zero, residual=residual),)  # fmt: skip
     if x.dtype in FLOATS and found.dtype is not x.dtype:
         return f"no kernel multiplies {x.dtype.value} by {found.dtype.value}"
-    per_group, depth = columns // group, w.shape[1] * kh * kw
+    per_group, depth = columns // group, w.shape[1] * window.kh * window.kw
     # [O, I, KH, KW] -> [group, O, KH * KW * I]: K runs as the channels of a window lie in memory.
     packed = data.transpose(0, 2, 3, 1).reshape(group, per_group, depth)
     product = Product(
-        x, None, n * oh * ow, per_group, depth, group, x.dtype, found.dtype, epilogue, out,
-        residual, window, a_row=channels, out_row=columns,
+        x, None, window.batch * window.oh * window.ow, per_group, depth, group, x.dtype,
+        found.dtype, epilogue, out, residual, window, a_row=channels, out_row=columns,
         a_offset=_times("z", channels // group, group), c_offset=_times("z", per_group, group),
         n_offset=_times("z", per_group, group), weights=packed, b_bits=found.bits,
         a_zero=zero, b_zero=found.zero,

@@ -100,6 +100,8 @@ class Product:
         out_row: Elements between rows of the result.
         a_offset, b_offset, c_offset: C++ text: where pair z begins, in elements.
         n_offset: C++ text: number of the first column of pair z in arrays per column.
+        y_offset, x_offset: C++ text: by how much the windows of pair z lie lower, and further
+            right, than those of the geometry.
         weights: Constant B before packing, [batch][N][K]; None for a run-time B.
         b_bits: Width of the constant weights.
         a_zero: Zero point of A.
@@ -124,6 +126,8 @@ class Product:
     b_offset: str = "0"
     c_offset: str = "0"
     n_offset: str = "0"
+    y_offset: str = "0"
+    x_offset: str = "0"
     weights: Array | None = None
     b_bits: int = 8
     a_zero: int = 0
@@ -236,7 +240,8 @@ def product_launch(p: Product, arch: Arch, tile: Tile | None = None) -> Launch:
     pad = np.zeros(32, np.uint8)
     if not half:
         pad[:16] = np.array([p.a_zero]).astype(p.a_dtype.numpy).view(np.uint8)[0]
-    window = None if p.window is not None and p.window.is_matrix else p.window
+    still = p.y_offset == p.x_offset == "0"
+    window = None if p.window is not None and p.window.is_matrix and still else p.window
     a_row = p.window.channels if window is None and p.window is not None else p.a_row
     channels = p.depth // (window.kh * window.kw) if window is not None else p.depth
     whole_rows = [channels, window.channels] if window is not None else [a_row, p.depth]
@@ -278,6 +283,8 @@ def product_launch(p: Product, arch: Arch, tile: Tile | None = None) -> Launch:
         f"int b_offset(int z) {{ return {b_offset}; }}",
         f"int c_offset(int z) {{ return {p.c_offset}; }}",
         f"int n_offset(int z) {{ return {p.n_offset}; }}",
+        f"int y_offset(int z) {{ return {p.y_offset}; }}",
+        f"int x_offset(int z) {{ return {p.x_offset}; }}",
     ]
     base = "qc_half_epilogue" if half else "qc_int_epilogue"
     text = struct(base, types, constants, functions)

@@ -161,6 +161,29 @@ def test_products_use_tensor_cores_async_copies_and_no_local_memory(name: str) -
 
 
 @needs_sass
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["cuda-sm75", "cuda-sm90"])
+def test_a_convolution_in_blocks_stays_in_registers(name: str, bits: int) -> None:
+    """Kernel positions are a pair each: where its windows begin depends on the block index."""
+    window = Window(4, 32, 32, 128, 32, 32, 1, 1, (1, 1), (1, 1), (1, 1))
+    launch = product_launch(
+        Product(
+            Temporary(1), None, 4096, 512, 64, 18, U8, I8,
+            Epilogue(DType.FLOAT32, np.ones(1, np.float32)), Temporary(1), window=window,
+            out_row=512, a_offset="z % 2 * 64", c_offset="z * 2097152", n_offset="z * 512",
+            y_offset="z / 6 * 1", x_offset="z / 2 % 3 * 1",
+            weights=np.ones((18, 512, 64), np.int8), b_bits=bits, a_zero=5,
+        ),
+        ARCHES[name],
+    )  # fmt: skip
+    sass, said = compiled({"blocks": launch}, ARCHES[name])
+    assert re.findall(r"([1-9]\d*) bytes spill", said) == []
+    words = collections.Counter(o.split(".")[0] for _, o, _ in instructions(sass["blocks"]))
+    assert words["IMMA"] >= 4
+    assert words["LDL"] == words["STL"] == 0
+
+
+@needs_sass
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(ARCHES))
 def test_every_tile_of_every_gpu(name: str) -> None:

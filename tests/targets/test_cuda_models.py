@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from block_models import Case
 from by_path import imported
 from cuda_emulator import emulator
 
 import qcompiler
 from qcompiler.artifact import inspect_artifact
 from qcompiler.driver import assemble, build_graph, quantize_model
+from qcompiler.interpreter import run as interpret
 from qcompiler.registry import get_target
 from qcompiler.runtime import CompiledModel
 from qcompiler.targets.cuda import backend
 from qcompiler.targets.reference import GraphExecutor
-from qcompiler.types import Precision
+from qcompiler.types import DType, Precision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +99,28 @@ def test_digits_hybrid(tmp_path: Path) -> None:
 
 def test_resnet20(tmp_path: Path) -> None:
     check_model("resnet20", tmp_path, samples=2)
+
+
+BLOCKS = [
+    Case("Conv", DType.UINT8, DType.UINT8, 12, 50, kernel=3, result=DType.UINT8, bias=True),
+    Case("Conv", DType.INT8, DType.INT4, 8, 24, "middle", result=DType.INT16, seed=1),
+    Case("Conv", DType.UINT16, DType.INT16, 16, 32, bias=True),
+    Case("MatMul", DType.INT16, DType.INT16, 12, 50, result=DType.UINT16, bias=True),
+    Case("MatMul", DType.UINT8, DType.UINT16, 0, 50, "low"),
+]
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=lambda c: f"{c.op}-{c.stored.value}-{c.kind.value}")
+def test_imported_weights_in_blocks(case: Case) -> None:
+    """Whatever the storage, blocks and zero points: integers, and the interpreter's."""
+    model, x = case.made()
+    graph = quantize_model(model).graph
+    assert not {"conv", "matmul"} & {n.op.name for n in graph.nodes}
+    made = get_target("cuda-sm80")
+    with emulator.without_nvcc():
+        shaped = build_graph(graph, made).graph
+    got = emulator.run_graph(shaped, {"x": x})
+    assert emulator.differences(got, interpret(graph, {"x": x})) == []
 
 
 @pytest.mark.slow

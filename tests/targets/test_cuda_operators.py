@@ -14,14 +14,15 @@ from qcompiler.errors import DataError, UnsupportedByTargetError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage, all_ops
-from qcompiler.targets.cuda import backend, lower_maps, lower_rows, lowering
+from qcompiler.targets.cuda import backend, blocked, lower_maps, lower_rows, lowering
 from qcompiler.types import DType, PerAxis, PerGroup, QuantParams, TensorType
 
 needs_emulator = pytest.mark.skipif(
     emulator.skip_reason() is not None, reason=emulator.skip_reason() or ""
 )
 Array = np.ndarray[Any, np.dtype[Any]]
-U8, I8, I16, F32, F16 = DType.UINT8, DType.INT8, DType.INT16, DType.FLOAT32, DType.FLOAT16
+U8, I8, U16, I16 = DType.UINT8, DType.INT8, DType.UINT16, DType.INT16
+F32, F16 = DType.FLOAT32, DType.FLOAT16
 I32, I64, BOOL, F64 = DType.INT32, DType.INT64, DType.BOOL, DType.FLOAT64
 
 
@@ -133,6 +134,7 @@ def test_pooling(rng: np.random.Generator) -> None:
     for x, kernel, strides, pads in (
         (a, (3, 3), (2, 2), (1, 1, 1, 1)),
         (net.real((1, 4, 4, 8), dtype=F16), (2, 2), (2, 2), (0, 0, 0, 0)),
+        (net.codes((1, 4, 4, 8), q(U16, 0.01, 40000)), (2, 2), (2, 2), (0, 0, 0, 0)),
     ):
         net.add("max_pool", x, kernel=kernel, strides=strides, pads=pads, **window)
     hanging: dict[str, Any] = {**window, "ceil_mode": True}
@@ -184,6 +186,7 @@ def test_reductions(rng: np.random.Generator) -> None:
         out = TensorType(shape, F32 if target is None else target.storage, target)
         net.add("qreduce_mean", a, axes=axes, keepdims=keepdims, out=out)
     net.add("reduce_max", a, axes=(1,), keepdims=False)
+    net.add("reduce_min", net.codes((3, 20), q(U16, 0.01, 40000)), axes=(1,), keepdims=False)
     f = net.real((3, 50, 33))
     for name in ("reduce_mean", "reduce_sum", "reduce_max", "reduce_min", "reduce_l1", "reduce_l2",
                  "reduce_sum_square"):  # fmt: skip
@@ -270,6 +273,70 @@ def test_products_of_weights_in_blocks(rng: np.random.Generator, size: int) -> N
         net.add("qmatmul", fixed, weights, out=TensorType(t, U8, q(U8, 0.05, 100)))
         other = net.codes(t, q(I8, 0.03, -7))
         net.add("qmatmul", fixed, weights, bias, other, out=TensorType(t, I8, q(I8, 0.04, 3)))
+    net.check()
+
+
+CONVS: list[tuple[tuple[int, int], dict[str, Any], int]] = [
+    ((1, 1), {"strides": (1, 1), "pads": (0, 0, 0, 0)}, 16),
+    ((1, 1), {"strides": (2, 2), "pads": (0, 0, 0, 0)}, 8),
+    ((3, 3), {"strides": (1, 1), "pads": (1, 1, 1, 1)}, 16),
+    ((3, 3), {"strides": (2, 1), "pads": (0, 1, 2, 0)}, 48),
+    ((2, 3), {"strides": (1, 2), "pads": (2, 0, 0, 3), "dilations": (2, 3)}, 24),
+    ((1, 3), {"strides": (1, 1), "pads": (0, 0, 0, 2)}, 48),
+]
+
+
+@needs_emulator
+@pytest.mark.parametrize("at_once", [1 << 26, 5000])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("kernel", "window", "size"), CONVS)
+def test_convolutions_of_weights_in_blocks(
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: tuple[int, int],
+    window: dict[str, Any],
+    size: int,
+    bits: int,
+    at_once: int,
+) -> None:
+    """Codes at both ends; with little memory, ranges of blocks follow each other."""
+    monkeypatch.setattr(blocked, "MOST_BYTES", at_once)
+    net = Net(rng)
+    limit = 1 << (bits - 1)
+    grid = QuantParams(
+        rng.uniform(0.001, 0.02, (21, 48 // size, *kernel)),
+        np.zeros((21, 48 // size, *kernel)), I8, -limit, limit - 1, PerGroup(1, size),
+    )  # fmt: skip
+    codes = rng.integers(-limit, limit, (21, 48, *kernel)).astype(np.int8)
+    codes[:4] = -limit
+    weights = net.constant(codes, grid)
+    bias = net.constant(rng.standard_normal(21).astype(np.float32))
+    attrs: dict[str, Any] = {"dilations": (1, 1), "group": 1, "layout": "NHWC", **window}
+    for storage, zero in ((I8, -128), (U8, 130)):
+        x = net.codes((2, 7, 8, 48), q(storage, 0.02, zero))
+        t = net.add("qconv", x, weights, bias, out=None, **attrs).type
+        net.add("qconv", x, weights, out=TensorType(t.shape, U8, q(U8, 0.1, 100, 20)), **attrs)
+        other = net.codes(t.shape, q(I8, 0.03, -7))
+        out = TensorType(t.shape, I8, q(I8, 0.08, 3))
+        net.add("qconv", x, weights, bias, other, out=out, **attrs)
+    net.check()
+
+
+@needs_emulator
+def test_ranges_of_blocks_of_a_matrix(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocked, "MOST_BYTES", 3000)
+    net = Net(rng)
+    zero = rng.integers(-128, 128, (8, 33))
+    grid = QuantParams(rng.uniform(0.001, 0.02, (8, 33)), zero, I8, -128, 127, PerGroup(0, 8))
+    weights = net.constant(rng.integers(-128, 128, (64, 33)).astype(np.int8), grid)
+    a = net.codes((2, 5, 64), q(U8, 0.02, 255))
+    net.add("qmatmul", a, weights, out=TensorType((2, 5, 33), F32))
+    types = [TensorType((2, 5, 64), I8, q(I8, 1.0, 0)), TensorType((2, 5, 8), F32)]
+    attrs = {"per": "block", "block": 8}
+    node = net.graph.add("dynamic_quantize", [net.real((2, 5, 64))], attrs, types=types)
+    net.add("dynamic_matmul", node.outputs[0], weights, node.outputs[1])
     net.check()
 
 

@@ -31,6 +31,7 @@
 //   TO_FLOAT                    OUT = float32(acc) * multiplier, else quantized
 //   RES_ZERO, RES_SCALE, LO, HI, ZERO
 //   a_offset(z), b_offset(z), c_offset(z), n_offset(z)   where group or batch z begins, elements
+//   y_offset(z), x_offset(z)    where its windows begin, rows and columns of the image
 //   SCALE                       multiplier of all columns where SCALE_ROW is false
 //   GROUP_ROWS                  block rows that share columns in the order of the blocks
 //   OUT_STRIDE, OUT_PIECE       elements between rows of the result; bytes moved at once there
@@ -127,6 +128,7 @@ QC_DEVICE void qc_product(const typename P::A* __restrict__ a, const void* __res
   constexpr int A_COPIES = P::BM * T::PIECES / T::THREADS;
   static_assert(P::BM * T::PIECES % T::THREADS == 0, "tile of A and threads do not fit");
   int base[A_COPIES], y0[A_COPIES], x0[A_COPIES];
+  const int first_y = P::y_offset(z) - P::PH, first_x = P::x_offset(z) - P::PW;
 #pragma unroll
   for (int i = 0; i < A_COPIES; ++i) {
     const int m = m0 + (thread + i * T::THREADS) / T::PIECES;
@@ -137,8 +139,8 @@ QC_DEVICE void qc_product(const typename P::A* __restrict__ a, const void* __res
     } else {
       const int pixel = m % (P::OH * P::OW);
       base[i] = m / (P::OH * P::OW) * (P::IH * P::IW * P::C);
-      y0[i] = m < P::M ? pixel / P::OW * P::SH - P::PH : -(1 << 28);
-      x0[i] = pixel % P::OW * P::SW - P::PW;
+      y0[i] = m < P::M ? pixel / P::OW * P::SH + first_y : -(1 << 28);
+      x0[i] = pixel % P::OW * P::SW + first_x;
     }
   }
 
