@@ -23,7 +23,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import table_entries
 from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.fold_factors import fold_factors
-from qcompiler.passes.fuse_blocks import fit_blocks
+from qcompiler.passes.fuse_blocks import fit_blocks, split_groups
 from qcompiler.passes.fuse_float import absorb_bias, fuse_float
 from qcompiler.passes.fuse_moves import (
     absorb_clamps,
@@ -71,6 +71,7 @@ class Fuse(Pass):
         fuse_recurrent(graph)
         until_stable(graph, fold_constants, merge_casts, absorb_clamps, sink, hoist)
         fold_factors(graph)
+        split_groups(graph)
         split_sixteen_bits(graph)
         fit_blocks(graph)
         split_wide_weights(graph)

@@ -10,6 +10,8 @@ int8 around 0. Before -> after, for a block of channels x (of rows, in a matrix 
 `b` is what exceeds int8, x' are the channels of x where it is not 0, and channels that count for
 nothing fill every block up to one size. The sum of each block is the same integer, and blocks are
 added in the same order. Matrix products keep their codes, because kernels take zero points there.
+
+A convolution of several groups becomes one convolution for each: blocks lie within a group.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.numerics import expanded
+from qcompiler.numerics import dequantize, expanded
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
 from qcompiler.passes.fuse_patterns import is_plain
 from qcompiler.passes.fuse_wide import int8_terms, nearly_narrow
@@ -26,6 +28,9 @@ from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
 
 _ACTIVATIONS = (DType.INT8, DType.UINT8)
 _WEIGHTS = (*_ACTIVATIONS, DType.INT4, DType.UINT4)
+
+MOST_GROUPS = 32
+"""Groups of a convolution that become convolutions of their own, at most."""
 
 
 def fit_blocks(graph: Graph) -> bool:
@@ -41,6 +46,69 @@ def fit_blocks(graph: Graph) -> bool:
     if changed:
         graph.eliminate_dead()
     return changed
+
+
+def split_groups(graph: Graph) -> bool:
+    """Rewrite convolutions of a few groups with weights in blocks as one convolution per group."""
+    changed = False
+    for node in graph.nodes:
+        if node.op.name != "conv" or not 1 < int(node.attr("group")) <= MOST_GROUPS:
+            continue
+        x, w = dequantized(node.input(0)), dequantized(node.input(1))
+        if not is_plain(node) or x is None or w is None or not w.is_constant or x.is_constant:
+            continue
+        if params(w).granularity == PerGroup(1, _size(w)) and params(x).is_per_tensor:
+            changed = _split(graph, node, x, w) or changed
+    if changed:
+        graph.eliminate_dead()
+    return changed
+
+
+def _split(graph: Graph, node: Node, x: Value, w: Value) -> bool:
+    """Put convolutions of one group each in the place of one of several; whether that can be."""
+    bias, reals = node.optional(2), None
+    if bias is not None:
+        held = dequantized(bias)
+        if bias.is_constant:
+            reals = bias.array()
+        elif held is not None and held.is_constant:
+            reals = dequantize(held.array(), params(held))
+        else:
+            return False
+    at = 1 if node.attr("layout") == "NCHW" else x.type.rank - 1
+    groups, out, q = int(node.attr("group")), node.output, params(w)
+    columns = w.shape[0] // groups
+    shape = (*out.shape[:at], columns, *out.shape[at + 1 :])
+    zero = np.broadcast_to(q.zero_point, q.scale.shape)
+    known: dict[tuple[Value, int, bytes], Value] = {}
+    parts = []
+    for group in range(groups):
+        mine = slice(group * columns, (group + 1) * columns)
+        grid = QuantParams(q.scale[mine], zero[mine], q.storage, q.qmin, q.qmax, q.granularity)
+        own = graph.constant(np.ascontiguousarray(w.array()[mine]), w.name, grid)
+        rows = np.arange(group * w.shape[1], (group + 1) * w.shape[1])
+        read = _read(graph, node, x, rows, at, known)
+        operands: list[Value | None] = [
+            graph.add("dequantize", [v], before=node, sources=node.sources).output
+            for v in (read, own)
+        ]
+        if bias is not None and reals is not None:
+            operands.append(graph.constant(np.ascontiguousarray(reals[mine]), bias.name))
+        parts.append(
+            graph.add(
+                "conv",
+                operands,
+                {**node.attrs, "group": 1},
+                types=[TensorType(shape, out.dtype)],
+                name=f"{node.name}_group{group}",
+                before=node,
+                sources=node.sources,
+            ).output
+        )
+    joined = graph.add("concat", parts, {"axis": at}, before=node, sources=node.sources)
+    graph.replace_node(node, joined.output)
+    succeed(joined, node, out)
+    return True
 
 
 def _operands(node: Node) -> tuple[Value, Value] | None:
@@ -64,8 +132,7 @@ def _operands(node: Node) -> tuple[Value, Value] | None:
 
 def _size(w: Value) -> int:
     by = params(w).granularity
-    assert isinstance(by, PerGroup)
-    return by.group_size
+    return by.group_size if isinstance(by, PerGroup) else 0
 
 
 def _fits(node: Node, w: Value) -> bool:

@@ -43,6 +43,7 @@ class Case:
         kernel: Window of a convolution.
         result: Storage of the result; None: float.
         bias: Whether it has a bias.
+        groups: Groups of a convolution, of `extent` channels each.
         seed: Of the numbers.
     """
 
@@ -56,6 +57,7 @@ class Case:
     result: DType | None = None
     bias: bool = False
     seed: int = 0
+    groups: int = 1
 
     @property
     def step(self) -> float:
@@ -100,13 +102,15 @@ class Case:
             helper.make_node("DequantizeLinear", ["q", "t", "p"], ["a"]),
             helper.make_node("DequantizeLinear", ["w", "s", "z"], ["f"], **attributes),
         ]
-        inputs, window = ["a", "f"], {}
+        inputs = ["a", "f"]
+        window: dict[str, Any] = {}
         if self.bias:
             bias = rng.standard_normal(columns).astype(np.float32)
             tensors.append(numpy_helper.from_array(bias, "c"))
         if conv:
             inputs += ["c"] * self.bias
             window = {"pads": [self.kernel // 2] * 4, "strides": [1 + self.seed % 2] * 2}
+            window["group"] = self.groups
         last = "u" if self.bias and not conv else "m"
         nodes.append(helper.make_node(self.op, inputs, [last], **window))
         if last == "u":
@@ -121,7 +125,7 @@ class Case:
             ]
             nodes.append(helper.make_node("QuantizeLinear", ["m", "ys", "yz"], ["v"]))
             nodes.append(helper.make_node("DequantizeLinear", ["v", "ys", "yz"], ["y"]))
-        shape = [2, extent, 5, 4] if conv else [3, extent]
+        shape = [2, extent * self.groups, 5, 4] if conv else [3, extent]
         graph = helper.make_graph(
             nodes,
             "blocks",

@@ -7,6 +7,7 @@ Their results agree with ONNX Runtime's float products, and every target gives t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def check(case: Case, targets: list[str]) -> None:
     names = [n.op.name for n in quantize_model(model).graph.nodes]
     assert not {"conv", "matmul"} & set(names)
     products = names.count("qconv") + names.count("qmatmul")
-    assert products == (case.stored.bits // 8) * max(1, case.kind.bits // 8)
+    assert products == case.groups * (case.stored.bits // 8) * max(1, case.kind.bits // 8)
     want = compiled(model, x, "reference")
     for target in targets:
         np.testing.assert_array_equal(compiled(model, x, target), want, target)
@@ -63,6 +64,25 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op}-{c.kind.value}-{c.size}-{c.zero}")
 def test_every_kind_of_weights_and_zero_points(case: Case) -> None:
     check(case, ["host"] if case.seed % 3 == 0 else [])
+
+
+@pytest.mark.parametrize(
+    ("groups", "kind", "stored", "size"),
+    [
+        (2, DType.INT4, DType.UINT8, 8),
+        (3, DType.UINT8, DType.INT8, 12),
+        (6, DType.INT8, DType.UINT8, 3),
+        (2, DType.INT16, DType.INT8, 4),
+        (2, DType.UINT4, DType.INT16, 5),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_of_convolutions_have_blocks_of_their_own(
+    groups: int, kind: DType, stored: DType, size: int, bias: bool
+) -> None:
+    case = Case("Conv", stored, kind, size, 12, kernel=3, bias=bias, groups=groups)
+    check(case, ["host"])
+    check(replace(case, result=DType.UINT8, seed=1), ["host"])
 
 
 @settings(max_examples=10, deadline=None)
