@@ -30,6 +30,8 @@ from qcompiler.errors import AssignmentError
 
 Resource = Literal["latency", "loss", "size", "memory"]
 RESOURCES: tuple[Resource, ...] = ("latency", "loss", "size", "memory")
+Aim = Resource | tuple[str, Resource]
+"""What can be made least: a total, or that of one group (its name first)."""
 
 _TOLERANCE = 1e-9
 """Share of a limit by which a sum may pass it: the order of additions, nothing else."""
@@ -184,6 +186,14 @@ class Limits:
     memory: float = math.inf
     groups: Mapping[str, Limits] = field(default_factory=dict)
 
+    def at_most(self, of: Aim, value: float) -> Limits:
+        """Return these limits with one more."""
+        if isinstance(of, tuple):
+            group, resource = of
+            own = self.groups.get(group, Limits()).at_most(resource, value)
+            return dataclasses.replace(self, groups={**self.groups, group: own})
+        return dataclasses.replace(self, **{of: min(getattr(self, of), value)})
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -204,9 +214,11 @@ class Solution:
     casts: frozenset[str] = frozenset()
     groups: Mapping[str, Option] = field(default_factory=dict)
 
-    def total(self, resource: Resource) -> float:
-        """Return one of the totals."""
-        return float(getattr(self, resource))
+    def total(self, of: Aim) -> float:
+        """Return one of the totals, or of a group's."""
+        if isinstance(of, tuple):
+            return float(getattr(self.groups[of[0]], of[1]))
+        return float(getattr(self, of))
 
     def within(self, limits: Limits) -> bool:
         """Whether every total keeps its limit."""
@@ -285,10 +297,10 @@ def is_allowed(problem: Problem, choices: Mapping[str, str]) -> bool:
 
 def solve(
     problem: Problem,
-    minimize: Resource = "latency",
+    minimize: Aim = "latency",
     limits: Limits | None = None,
     *,
-    then: Resource | None = None,
+    then: Aim | None = None,
     excluded: Sequence[Mapping[str, str]] = (),
 ) -> Solution | None:
     """Return the best choice, or None where no choice keeps the limits.
@@ -309,9 +321,7 @@ def solve(
     if found is None or then is None:
         return found
     best = found.total(minimize)
-    tight = dataclasses.replace(
-        bounds, **{minimize: min(getattr(bounds, minimize), best + abs(best) * _TOLERANCE)}
-    )
+    tight = bounds.at_most(minimize, best + abs(best) * _TOLERANCE)
     second = program.solve(then, tight, excluded)
     return found if second is None or second.total(then) > found.total(then) else second
 
@@ -375,20 +385,6 @@ def _distinct(found: Iterable[Solution]) -> list[Solution]:
     return kept
 
 
-def next_step(
-    problem: Problem, chosen: Solution, limits: Limits | None = None, *, gain: float = 1e-3
-) -> Solution | None:
-    """Return the least loss at which the latency falls by a share `gain` of the chosen one's.
-
-    That is what relaxing a limit on the loss by one step would buy. None: nothing is faster.
-    """
-    bounds = limits or Limits()
-    wanted = min(bounds.latency, chosen.latency * (1 - gain))
-    return solve(
-        problem, "loss", dataclasses.replace(bounds, latency=wanted, loss=math.inf), then="latency"
-    )
-
-
 class _Program:
     """Matrices of a problem; variables are one per item and option, then one per conversion."""
 
@@ -419,7 +415,7 @@ class _Program:
         self.costs = {r: self._costs(r) for r in RESOURCES}
 
     def solve(
-        self, minimize: Resource, limits: Limits, excluded: Sequence[Mapping[str, str]]
+        self, minimize: Aim, limits: Limits, excluded: Sequence[Mapping[str, str]]
     ) -> Solution | None:
         """Solve; a choice that passes a limit within the solver's tolerance is ruled out."""
         passed: list[Mapping[str, str]] = []
@@ -522,7 +518,7 @@ class _Program:
 
     def _run(
         self,
-        minimize: Resource,
+        minimize: Aim,
         limits: Limits,
         excluded: Sequence[Mapping[str, str]],
         margin: float,
@@ -550,7 +546,10 @@ class _Program:
             rows.append(dict.fromkeys(taken, 1.0))
             low.append(-np.inf)
             high.append(len(choice) - 1)
-        cost = self.costs[minimize]
+        if isinstance(minimize, tuple):
+            cost = self._of_group(self.problem.groups[minimize[0]], minimize[1])
+        else:
+            cost = self.costs[minimize]
         scale = float(np.abs(cost).max(initial=0.0)) or 1.0
         integrality = np.zeros(self.count)
         integrality[: self.binary] = 1

@@ -198,7 +198,7 @@ def choose(
             late=clock.late, progress=progress,
         )  # fmt: skip
         seconds["rounds"] = time.perf_counter() - mark
-    log = assignment_log(outcome, table, limits, judge, trials, by_default, seconds, overrides)
+    log = assignment_log(outcome, table, limits, judge, trials, by_default, seconds)
     plan = outcome.network.plan(outcome.choices, reasons_of(log))
     if overrides:
         plan = plan.overridden(prepared.graph, overrides)

@@ -125,10 +125,19 @@ def plan_lines(report: Report) -> list[str]:
     """Return how an automatic plan was chosen, one sentence each; empty for any other."""
     found = report.get("assignment") or {}
     lines = [f"Plan: {found['statement']}"] if found.get("statement") else []
-    relax = (found.get("relax") or {}).get("sentence")
-    if found.get("bound_by"):
-        lines.append(f"Bound by {found['bound_by']}" + (f"; {relax}" if relax else ""))
-    return lines
+    return lines + binding_lines(found)
+
+
+def binding_lines(assignment: Report) -> list[str]:
+    """Return which limits bind an automatic plan and what one step of each buys, as sentences."""
+    binding = assignment.get("binding") or {}
+    lines = [str(binding["sentence"])] if binding.get("sentence") else []
+    together = binding.get("step") or {}
+    if together.get("sentence"):
+        lines.append(str(together["sentence"]))
+    limits = (assignment.get("limits") or {}).values()
+    lines += [str(limit["sentence"]) for limit in limits if limit.get("step")]
+    return [x if x.startswith("max_") else f"{x[:1].upper()}{x[1:]}" for x in lines]
 
 
 def measured_facts(report: Report) -> dict[str, str]:

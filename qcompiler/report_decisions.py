@@ -9,7 +9,7 @@ from typing import Any
 
 from qcompiler import report_charts as charts
 from qcompiler import svg
-from qcompiler.report import Report, number, precision_of
+from qcompiler.report import Report, binding_lines, number, precision_of
 from qcompiler.report_html import Cell, chip, folded, num, section, table, text, wide
 from qcompiler.svg import escape
 
@@ -17,12 +17,6 @@ _SHOWN = 45
 _TELLING = 3
 """Distinct drops that a chart needs: on an easy set all plans may have the same, and then the
 divergence from float tells them apart."""
-_LIMIT_NAMES = {
-    "max_drop": "the drop allowed",
-    "max_latency_ms": "the latency allowed",
-    "max_size_mb": "the size allowed",
-    "max_memory_mb": "the memory allowed",
-}
 
 
 def pareto(report: Report) -> str:
@@ -134,14 +128,7 @@ def _statement(found: Report) -> str:
     ]
     if said:
         lines.append(f"The chosen plan: {'; '.join(said)}.")
-    bound = found.get("bound_by")
-    if bound:
-        lines.append(f"What binds is {_LIMIT_NAMES.get(bound, bound)} ({bound}).")
-    elif "bound_by" in found:
-        lines.append("No limit binds: every product has its fastest precision.")
-    relax = found.get("relax") or {}
-    if relax.get("sentence"):
-        lines.append(f"One step further: {relax['sentence']}.")
+    lines += [f"{line}." for line in binding_lines(found)]
     infeasible = found.get("infeasible")
     if infeasible:
         lines.append(f"Infeasible: {infeasible.get('message')}")
@@ -233,7 +220,7 @@ def _log(report: Report, log: Mapping[str, Mapping[str, Any]]) -> str:
                     num(number(n.get("measured_us"))),
                     num(number(n.get("gained_us"))),
                     num(cost_, ".2g"),
-                    text(n.get("blocked_by") or "–"),
+                    text(blocked_text(n)),
                     Cell(_step(n.get("next_step") or {})),
                 ],
             )
@@ -250,6 +237,14 @@ def _log(report: Report, log: Mapping[str, Mapping[str, Any]]) -> str:
     )
     listed = f'<div class="scroll">{table(heads, rows, "decision-table")}</div>'
     return section("decisions", "Decision log", about, listed, _rounds(report))
+
+
+def blocked_text(node: Mapping[str, Any]) -> str:
+    """Return what stops the next precision of a node, with how much it would be too much."""
+    over = (node.get("next_step") or {}).get("over") or {}
+    said = [f"{n} +{o['by']:.2g} {o['unit']}" for n, o in over.items() if number(o.get("by"))]
+    blocked = str(node.get("blocked_by") or "–")
+    return ", ".join(said) if said and blocked in over else blocked
 
 
 def _step(step: Mapping[str, Any]) -> str:

@@ -27,17 +27,17 @@ from qcompiler.search_regions import Regional
 from qcompiler.types import Precision
 from qcompiler.workshop import Figures, Judge, Trial, Workshop, race
 
-__all__ = ["Curve", "Outcome", "Round", "search"]
+__all__ = ["GAIN", "SLACK", "Curve", "Outcome", "Round", "search"]
 
 _ROUNDS = 8
-_GAIN = 0.004
+GAIN = 0.004
 """Share of the latency below which a further solution is not worth building."""
 _FRONT = 20
 _MOST_RATE = 4.0
 """Greatest factor between joint and summed losses that a uniform model teaches."""
 _EVEN = 0.01
 """Measured latencies this close are equal."""
-_SLACK = 0.01
+SLACK = 0.01
 """Share of a latency limit that is kept in hand: measurements differ."""
 
 
@@ -150,6 +150,7 @@ class Outcome:
         note: Why the choice is not the solver's, where it is not; else empty.
         regions: Limits of single regions and what they cost, for the log; None without any.
         bounds: What the program kept at last, besides loss and latency.
+        unfinished: Time, or the number of joint models, was up before nothing better was left.
     """
 
     network: Network
@@ -167,6 +168,15 @@ class Outcome:
     note: str = ""
     regions: dict[str, Any] | None = None
     bounds: Limits = field(default_factory=Limits)
+    unfinished: bool = False
+
+    @property
+    def rate(self) -> float:
+        """The factor that was learned between predicted and measured latency."""
+        expected = self.predicted.seconds
+        if expected is None or self.solution.latency <= 0:
+            return 1.0
+        return expected / self.solution.latency
 
 
 class Search:
@@ -308,19 +318,19 @@ class Search:
                 return
             if good is not None:
                 good = totals(problem, good.choices)
-                if top.latency >= good.latency * (1 - _GAIN):
+                if top.latency >= good.latency * (1 - GAIN):
                     return
             most = top.loss if bad is None else min(top.loss, bad)
             limit = self._next_limit(most, good, bad)
             bound = dataclasses.replace(limits, loss=min(limits.loss, limit))
             point = solve(problem, "latency", bound, then="loss", excluded=excluded)
-            if point is None or (good is not None and point.latency >= good.latency * (1 - _GAIN)):
+            if point is None or (good is not None and point.latency >= good.latency * (1 - GAIN)):
                 if bad is not None and good is not None and most > good.loss * 1.02:
                     # Nothing faster up to there: look between there and what failed.
                     bound = dataclasses.replace(limits, loss=_below(bad))
                     point = solve(problem, "latency", bound, then="loss", excluded=excluded)
                 if point is None or (
-                    good is not None and point.latency >= good.latency * (1 - _GAIN)
+                    good is not None and point.latency >= good.latency * (1 - GAIN)
                 ):
                     return
             made = self.attempt(point.choices)
@@ -369,7 +379,7 @@ class Search:
     def least_loss(self, limits: Limits) -> Iterator[Round]:
         """Yield joint models of least loss within a latency, ever closer to the limit."""
         target = limits.latency
-        room = target * (1 - _SLACK)
+        room = target * (1 - SLACK)
         excluded: list[Mapping[str, str]] = []
         while len(self.rounds) < self.most and not self.late():
             bound = dataclasses.replace(self.limits(limits), latency=room / self.latency_rate)
@@ -381,7 +391,7 @@ class Search:
                  if r.kept and _in_time(r, self.budget) and r.measured.loss is not None),
                 default=math.inf,
             )  # fmt: skip
-            if point.loss >= best * (1 - _GAIN):
+            if point.loss >= best * (1 - GAIN):
                 return  # by all that was learned, nothing better is left
             made = self.attempt(point.choices)
             made.learned = self.learn(made) or made.learned
@@ -396,7 +406,7 @@ class Search:
             self.latency_rate *= max(seconds / (point.latency * self.latency_rate), 1.0)
             made.kept = False
             made.learned = f"it takes {seconds / point.latency:.3g} times the sum of its kernels"
-            room = target * (1 - _SLACK)
+            room = target * (1 - SLACK)
 
 
 def _below(value: float) -> float:
@@ -543,10 +553,12 @@ def _finished(work: Search, objective: Literal["latency", "loss"], limits: Limit
     found = dict(seconds)
     found["chosen"] = chosen.measured.seconds or math.nan
     limit = solution.loss if objective == "latency" else limits.latency
+    unfinished = len(work.rounds) >= work.most or work.late()
     return Outcome(
         work.network, chosen.choices, solution, chosen.trial, work.predicted(solution), work.curve,
         work.rounds, points, objective, limit, broken, found, note,
         work.regional.to_json(work.network, solution, chosen.regions), bounds,
+        unfinished,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pathlib
 import time
 
 import pytest
+from assignment_problems import brute, problems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,85 +23,14 @@ from qcompiler.assign import (
     Moment,
     Option,
     Problem,
-    Requirement,
     front,
     is_allowed,
-    next_step,
     solve,
     totals,
 )
 from qcompiler.errors import AssignmentError
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "hawq_v3.json").read_text())
-
-FORMS = ("fp32", "w8a8", "w4a8")
-
-
-def brute(problem: Problem, minimize: str, limits: Limits) -> float | None:
-    """Return the least total over all choices."""
-    names = [i.name for i in problem.items]
-    found = []
-    for combination in itertools.product(*(i.options for i in problem.items)):
-        choices = dict(zip(names, combination, strict=True))
-        if not is_allowed(problem, choices):
-            continue
-        solution = totals(problem, choices)
-        if solution.within(limits):
-            found.append(solution.total(minimize))  # type: ignore[arg-type]
-    return min(found, default=None)
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    """Draw small problems with every feature."""
-    count = draw(st.integers(1, 5))
-    cost = st.integers(0, 1000).map(lambda v: v * 1e-7)
-    loss = st.integers(0, 1000).map(lambda v: v * 1e-5)
-    items = []
-    for i in range(count):
-        forms = draw(st.lists(st.sampled_from(FORMS), min_size=1, max_size=3, unique=True))
-        options = {
-            f: Option(draw(cost), draw(loss), float(draw(st.integers(0, 99)))) for f in forms
-        }
-        items.append(Item(f"n{i}", options))
-    some = st.frozensets(st.sampled_from(FORMS), min_size=1, max_size=2)
-    name = st.sampled_from([i.name for i in items])
-    casts = []
-    prices: dict[str, float] = {}
-    for _ in range(draw(st.integers(0, 4))):
-        key = draw(st.sampled_from(["a", "b", "c"]))
-        price = prices.setdefault(key, draw(cost))
-        source, target = draw(st.none() | name), draw(st.none() | name)
-        casts.append(Cast(key, price, source, draw(some), target, draw(some)))
-    ties = ()
-    if count > 1 and draw(st.booleans()):
-        ties = ((items[0].name, items[1].name),)
-    requirements = []
-    if draw(st.booleans()):
-        any_of = tuple((draw(name), draw(some)) for _ in range(draw(st.integers(0, 2))))
-        requirements.append(Requirement(draw(name), draw(some), any_of))
-    fixed = {}
-    if draw(st.booleans()):
-        item = draw(st.sampled_from(items))
-        fixed[item.name] = draw(st.sampled_from(sorted(item.options)))
-    base = Option(draw(cost), draw(loss))
-    held = st.dictionaries(
-        name, st.fixed_dictionaries({f: st.integers(0, 50).map(float) for f in FORMS}), max_size=3
-    )
-    moments = tuple(
-        Moment(
-            draw(held),
-            float(draw(st.integers(0, 9))),
-            draw(st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 50).map(float))),
-        )
-        for _ in range(draw(st.integers(0, 3)))
-    )
-    groups = {
-        "some": Group(draw(st.frozensets(name)), draw(st.frozensets(st.sampled_from(["a", "b"]))))
-    }
-    return Problem(
-        tuple(items), tuple(casts), ties, tuple(requirements), fixed, base, moments, groups
-    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -216,22 +146,6 @@ def test_a_shared_conversion_is_paid_once() -> None:
     assert both.choices == {"a": "w8a8", "b": "w8a8"}  # 3 + 3 + 3.5 < 10
     assert both.latency == pytest.approx(9.5)
     assert both.casts == {"input"}
-
-
-def test_the_next_step_is_the_cheapest_gain() -> None:
-    items = (
-        Item("x", {"w8a8": Option(10.0, 1.0), "w4a8": Option(8.0, 9.0)}),
-        Item("y", {"w8a8": Option(10.0, 1.0), "w4a8": Option(9.0, 2.0)}),
-    )
-    problem = Problem(items)
-    chosen = solve(problem, "latency", Limits(loss=2.0))
-    assert chosen is not None
-    step = next_step(problem, chosen)
-    assert step is not None
-    assert step.choices == {"x": "w8a8", "y": "w4a8"}
-    fastest = solve(problem)
-    assert fastest is not None
-    assert next_step(problem, fastest) is None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 import qcompiler
 from qcompiler import auto
+from qcompiler.assignment_nodes import RULES
 from qcompiler.auto import choose, default_budget
 from qcompiler.cache import Cache, cache_folder, key_of
 from qcompiler.data import Budget, Evaluation
@@ -90,7 +91,10 @@ def test_the_log_says_why_for_every_node(compiled: qcompiler.CompiledModel) -> N
         if entry["next_step"] is None:
             assert entry["blocked_by"] in (None, "slower", "override")
         else:
-            assert entry["blocked_by"] in ("max_drop", "casts", "tied", "slower")
+            assert entry["blocked_by"] in ("max_drop", "tied", *RULES)
+        stops = {p: o["blocked_by"] for p, o in entry["options"].items()}
+        assert stops.pop(entry["precision"]) is None
+        assert set(stops.values()) <= {"max_drop", "tied", "slower", *RULES}
     assert products == 8
     json.dumps(log)  # plain data
 

@@ -42,6 +42,11 @@ def test_auto_writes_the_log_and_the_lock_makes_it_again(
     assert report["precision"]["stem_1"]["precision"] == "fp32"
     assert report["digests"]["evaluation"]
     assert json.loads((tmp_path / "a.report.json").read_text())["assignment"] == log
+    status, out, _ = run(capsys, "inspect", art, "--json")
+    assert json.loads(out)["measured"]["assignment"] == log
+    status, out, _ = run(capsys, "inspect", art)
+    assert "plan, limits" in out
+    assert "stopped by" in out
     status, out, err = run(
         capsys, *asked, "-o", tmp_path / "b.qcm", "--max-drop", 1, "--locked", art, "--json"
     )

@@ -419,7 +419,8 @@ def assigned(figures: dict[str, Any]) -> dict[str, Any]:
                     "w4a8": option(16.0, 0.5)},
         "latency_us": 20.0, "measured_us": 21.0, "gained_us": 60.0, "loss": 0.0008, "cost": 0.04,
         "blocked_by": "max_drop",
-        "next_step": {"precision": "w4a8", "saves_us": 4.0, "loss": 0.01, "cost": 0.5},
+        "next_step": {"precision": "w4a8", "saves_us": 4.0, "loss": 0.01, "cost": 0.5,
+                      "over": {"max_drop": {"by": 0.3, "unit": "points"}}, "tied": []},
     }  # fmt: skip
     follower = {"precision": "w8a8", "reason": "joins the kernel before it", "op": "relu",
                 "region": "n0", "options": {}, "next_step": None}  # fmt: skip
@@ -436,8 +437,12 @@ def assigned(figures: dict[str, Any]) -> dict[str, Any]:
         "uniform": {"fp32": {"latency_ms": 4.0, "loss": 0.0, "drop": 0.0},
                     "w8a8": {"latency_ms": 1.6, "loss": 0.004, "drop": 0.2}},
         "nodes": {"n0": product, "relu": follower},
-        "bound_by": "max_drop",
-        "relax": {"sentence": "0.12 points more would save 6.2 us"},
+        "binding": {"any_of": [["max_drop"]], "step": None, "sentence": "max_drop binds"},
+        "limits": {
+            "max_drop": {"binds": True, "step": {"saves_us": 6.2},
+                         "sentence": "0.12 points more of max_drop would save 6.2 us"},
+            "max_size_mb": {"binds": False, "step": None, "sentence": "it would buy nothing"},
+        },
         "rounds": [{"round": 1, "predicted": {"latency_ms": 1.1}, "measured": {"latency_ms": 1.2},
                     "kept": False, "counts": {"w8a8": 3}, "learned": "losses add up to 1.45"}],
     }  # fmt: skip
@@ -450,8 +455,9 @@ def test_the_assignment_is_shown_with_its_sentences(assigned: dict[str, Any]) ->
     for sentence in (
         "Asked for: the least latency with top1 at most 1 point below float.",
         "latency 1.2 predicted, 1.25 ms measured; drop 0.7 predicted, 0.8 points measured",
-        "What binds is the drop allowed (max_drop).",
-        "One step further: 0.12 points more would save 6.2 us.",
+        "max_drop binds.",
+        "0.12 points more of max_drop would save 6.2 us.",
+        "max_drop +0.3 points",
         "1 joint models that were built and evaluated",
         "losses add up to 1.45",
         "saves 4 µs, costs 0.5",
@@ -464,16 +470,20 @@ def test_the_assignment_is_shown_with_its_sentences(assigned: dict[str, Any]) ->
 def test_the_plan_in_a_line_each(assigned: dict[str, Any]) -> None:
     assert report.plan_lines(assigned) == [
         "Plan: the least latency with top1 at most 1 point below float",
-        "Bound by max_drop; 0.12 points more would save 6.2 us",
+        "max_drop binds",
+        "0.12 points more of max_drop would save 6.2 us",
     ]
     assert report.plan_lines({"assignment": None}) == []
 
 
 def test_an_infeasible_budget_is_said(assigned: dict[str, Any]) -> None:
-    assigned["assignment"].update(infeasible={"message": "at least 2 points"}, bound_by=None)
+    assigned["assignment"].update(
+        infeasible={"message": "at least 2 points"},
+        binding={"any_of": [], "step": None, "sentence": "no limit binds: nothing is faster"},
+    )
     page = report.to_html(assigned)
     assert "Infeasible: at least 2 points" in page
-    assert "No limit binds" in page
+    assert "No limit binds: nothing is faster." in page
 
 
 def test_without_a_metric_the_front_shows_the_loss(assigned: dict[str, Any]) -> None:

@@ -149,8 +149,9 @@ def assignment(found: dict[str, Any]) -> dict[str, Any]:
         "front": front,
         "uniform": {"fp32": {"latency_ms": 0.2, "loss": 0.0, "drop": 0.0},
                     "w8a8": {"latency_ms": 0.08, "loss": 0.01, "drop": 0.1}},
-        "nodes": nodes, "casts": [], "rounds": [], "bound_by": "max_drop",
-        "relax": {"sentence": "0.1 points more would save 2 us"},
+        "nodes": nodes, "casts": [], "rounds": [],
+        "binding": {"any_of": [["max_drop"]], "step": None, "sentence": "max_drop binds"},
+        "limits": {"max_drop": {"step": {}, "sentence": "0.1 points more would save 2 us"}},
     }  # fmt: skip
 
 

@@ -59,10 +59,11 @@ def _write_lock(file: Path, lock: Path) -> None:
 def _artifact(file: Path, json_output: bool) -> None:
     from qcompiler import report as pages
     from qcompiler.artifact import inspect_artifact
+    from qcompiler.report_decisions import blocked_text
 
     found = inspect_artifact(file)
     report = report_beside(file, found["manifest"])
-    keys = ("metric", "latency_ms", "budget")
+    keys = ("metric", "latency_ms", "budget", "assignment")
     found["measured"] = None if report is None else {key: report.get(key) for key in keys}
     shell.emit(found)
     if json_output:
@@ -85,6 +86,10 @@ def _artifact(file: Path, json_output: bool) -> None:
     if report is not None:
         measured = pages.measured_facts(report)
         facts.update({f"measured, {name}": said for name, said in measured.items()})
+        assigned = report.get("assignment") or {}
+        if assigned.get("statement"):
+            facts["plan"] = assigned["statement"]
+            facts["plan, limits"] = "; ".join(pages.binding_lines(assigned))
     _facts(console, facts)
     missing = found["missing_cpu_features"]
     if missing:
@@ -97,10 +102,13 @@ def _artifact(file: Path, json_output: bool) -> None:
         entries = {node: entries[node] for node in order}
     if entries:
         table = Table(title="precision of each node", title_justify="left")
-        for heading in ("node", "precision", "reason"):
+        log = ((report or {}).get("assignment") or {}).get("nodes") or {}
+        stopped = {n: blocked_text(e) for n, e in log.items() if e.get("options")}
+        for heading in ("node", "precision", "reason", *(["stopped by"] if stopped else [])):
             table.add_column(heading, overflow="fold")
         for node, entry in entries.items():
-            shell.add_row(table, node, *pages.precision_of(entry))
+            last = [stopped.get(node, "")] if stopped else []
+            shell.add_row(table, node, *pages.precision_of(entry), *last)
         console.print(table)
 
 
