@@ -71,6 +71,7 @@ class _Nodes:
         self.solution = outcome.solution
         self.by_latency = outcome.objective == "latency"
         self.slope = self._slope()
+        self.neighbours = self._neighbours()
 
     def all(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -225,13 +226,56 @@ class _Nodes:
         return "near" if self.limiting.refuted(other) else "untried"
 
     def _led(self, name: str, precision: str) -> Solution | None:
-        """Return the whole with one product moved and the kernels without one following it."""
-        fixed = {n: self.solution.choices[n] for n in self.network.products}
-        fixed |= {**self.problem.fixed, name: precision}
+        """Return the whole with one product moved and the kernels without one following it.
+
+        None where a rule forbids it. Only what the product reaches through such kernels is solved
+        for: beyond the next products nothing changes.
+        """
+        near, ends = {name}, [name]
+        while ends:
+            at = ends.pop()
+            if at != name and at in self.network.products:
+                continue
+            more = self.neighbours.get(at, set()) - near
+            near |= more
+            ends += more
+        p = self.problem
+        local = dataclasses.replace(
+            p,
+            items=tuple(i for i in p.items if i.name in near),
+            casts=tuple(c for c in p.casts if {c.source, c.target} <= near | {None}),
+            ties=tuple(t for t in p.ties if set(t) <= near),
+            requirements=tuple(
+                r for r in p.requirements if {r.item, *(n for n, _ in r.any_of)} <= near
+            ),
+            fixed={
+                n: self.solution.choices[n]
+                for n in near if n in self.network.products or n in p.fixed
+            } | {name: precision},
+            moments=(),
+            groups={},
+        )  # fmt: skip
         try:
-            return solve(dataclasses.replace(self.problem, fixed=fixed))
+            found = solve(local)
         except AssignmentError:
             return None
+        if found is None:
+            return None
+        choices = {**self.solution.choices, **found.choices}
+        return totals(p, choices) if is_allowed(p, choices) else None
+
+    def _neighbours(self) -> dict[str, set[str]]:
+        """Return item -> items that a conversion or a rule joins it to."""
+        p = self.problem
+        joined = [{c.source, c.target} - {None} for c in p.casts]
+        joined += [{r.item, *(n for n, _ in r.any_of)} for r in p.requirements]
+        joined += [set(t) for t in p.ties]
+        found: dict[str, set[str]] = {}
+        for together in joined:
+            for name in together:
+                if name is not None:
+                    found.setdefault(name, set()).update(n for n in together if n is not None)
+        return found
 
     def _tied(self, name: str, choices: Mapping[str, str]) -> tuple[str, ...]:
         """Return the products that a rule binds to one that moves."""

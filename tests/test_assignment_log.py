@@ -10,6 +10,7 @@ point, and a run takes 4 % more than its kernels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,12 @@ def test_what_the_log_says_of_nodes_holds(
             alone = totals(problem, moved)
             if option["blocked_by"] == "slower":
                 assert own[precision].latency >= own[entry["precision"]].latency
+            elif option["blocked_by"] == "casts":
+                followers = {n: problem.item(n).options for n in outcome.network.followers}
+                for forms in itertools.product(*followers.values()):
+                    led = {**moved, **dict(zip(followers, forms, strict=True))}
+                    if is_allowed(problem, led):
+                        assert totals(problem, led).latency >= chosen.latency * (1 - 1e-9)
             elif option["blocked_by"] == "loss":
                 assert alone.loss >= chosen.loss
             elif option["blocked_by"] in limits:
