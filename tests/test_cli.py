@@ -33,6 +33,8 @@ from qcompiler.errors import (
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "digits_cnn" / "model.onnx"
+COMMANDS = ("compile", "analyze", "run", "check", "bench", "tune", "export", "inspect", "targets",
+            "doctor")  # fmt: skip
 
 
 # --- usage ---------------------------------------------------------------------------------------
@@ -43,8 +45,34 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert (status, out) == (0, f"qcompile {importlib.metadata.version('qcompiler')}\n")
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("compile", "run", "check", "bench", "export", "inspect", "targets", "doctor"):
+    for command in COMMANDS:
         assert f" {command} " in out
+    assert "Exit status: 0 done and every budget kept" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_prints_json(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert "--json" in out
+
+
+def test_wrong_usage_is_json_where_json_was_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for argv in (["compile", "m.onnx"], ["run", "a.qcm", "--unknown"], ["bench"], ["frob"]):
+        status, out, err = run(capsys, *argv, "--json")
+        assert status == 2
+        found = json.loads(out)
+        assert found["exit_status"] == 2
+        first = found["error"]["message"].split()[0]
+        assert first in err
+    status, out, _ = run(capsys, "inspect", "missing.onnx", "--json")
+    assert status == 2
+    assert "does not exist" in json.loads(out)["error"]["message"]
+    status, out, _ = run(capsys, "targets", "--json")
+    assert status == 0
+    assert json.loads(out)["targets"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -361,6 +362,34 @@ def test_run_gives_the_results_of_the_model(
         logits = results[name]
         assert logits.shape == (len(samples["label"]), 10)
         assert (logits.argmax(1) == samples["label"]).mean() > 0.95
+
+
+def test_run_says_as_json_what_it_wrote(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    given = (artifact, "--inputs", EVALUATION, "-o", "out.npz")
+    status, out, err = run(capsys, "run", *given, "--json", "--threads", "1")
+    assert status == 0
+    assert "wrote out.npz" in err
+    found = json.loads(out)
+    with np.load("out.npz") as results:
+        (name,) = results.files
+        logits = results[name]
+    about = found["outputs"][name]
+    assert about["shape"] == list(logits.shape)
+    assert about["dtype"] == "float32"
+    assert about["finite"] == logits.size
+    assert about["min"] == pytest.approx(float(logits.min()))
+    assert about["sha256"] == hashlib.sha256(logits.tobytes()).hexdigest()
+    assert found["given"]["input"] == {"dtype": "float32", "shape": [len(logits), 1, 8, 8]}
+    assert found["ignored"] == ["label"]
+    assert found["threads"] == 1
+    assert found["output"] == "out.npz"
+    assert found["size_bytes"] == Path("out.npz").stat().st_size
+    assert found["seconds"]["run"] > 0
+    again = json.loads(run(capsys, "run", *given, "--json", "--threads", "2")[1])
+    assert again["outputs"] == found["outputs"]
+    status, out, _ = run(capsys, "run", artifact, "--inputs", "none.npz", "-o", "o.npz", "--json")
+    assert status == 2
+    assert "none.npz does not exist" in json.loads(out)["error"]["message"]
 
 
 @pytest.mark.parametrize(

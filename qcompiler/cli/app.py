@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -23,7 +24,6 @@ from qcompiler.cli.tune import tune
 
 app = typer.Typer(
     name="qcompile",
-    help="Compile trained ONNX models to exact, fast integer kernels.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,8 +45,9 @@ def _root(
 ) -> None:
     """Compile trained ONNX models to exact, fast integer kernels.
 
-    Exit status: 0 done and every budget kept, 1 a budget or check not met, 2 bad usage or bad
-    input, 3 a defect of qcompiler (a reproducer folder is named), 130 interrupted.
+    Exit status: 0 done and every budget kept, 1 a budget or check not met,
+    2 bad usage or bad input, 3 a defect of qcompiler (a reproducer folder is
+    named), 130 interrupted.
     """
 
 
@@ -70,14 +71,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     shell.remember_arguments(arguments)
+    wants_json = "--json" in arguments
     try:
-        app(args=arguments, prog_name="qcompile")
+        code = app(args=arguments, prog_name="qcompile", standalone_mode=not wants_json)
+        return _status(code)
     except SystemExit as ending:
         return _status(ending.code)
+    except Exception as error:
+        if not wants_json or not hasattr(error, "format_message"):
+            raise
+        return _misused(error)
     except KeyboardInterrupt:  # outside of a command: while the interpreter imports, for one
         shell.err_console().print(escape("interrupted"))
         return shell.INTERRUPTED
-    return shell.DONE
+
+
+def _misused(error: Any) -> int:
+    """Print a mistake on the command line, and the document that --json asked for."""
+    from typer import rich_utils
+
+    rich_utils.rich_format_error(error)
+    return shell.print_error(error, error.format_message())
 
 
 def _status(code: object) -> int:

@@ -4,13 +4,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qcompiler.cli import options, shell
 from qcompiler.errors import DataError
+
+if TYPE_CHECKING:
+    from qcompiler.types import Array
 
 
 def run(
@@ -26,6 +30,7 @@ def run(
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", min=1, help="Threads to run with.")
     ] = None,
+    json_output: options.JsonOption = False,
 ) -> int:
     """Run an artifact on the arrays of a file; N samples give N results, in order."""
     shell.input_file(artifact, "artifact")
@@ -36,20 +41,67 @@ def run(
 
     import qcompiler
     from qcompiler.artifact import atomic_write
+    from qcompiler.cpu import default_threads
 
-    compiled = qcompiler.load(artifact, threads=threads)
+    with shell.Stopwatch() as loading:
+        compiled = qcompiler.load(artifact, threads=threads)
     wanted = {name: arrays[name] for name in compiled.inputs if name in arrays}
     ignored = sorted(set(arrays) - set(wanted))
     if ignored:
         shell.say(f"note: {inputs} also holds {', '.join(ignored)}; these are not inputs")
-    results = compiled(wanted)
+    with shell.Stopwatch() as running:
+        results = compiled(wanted)
     with atomic_write(output) as file:
         np.savez(file, **results)  # type: ignore[arg-type]
     shapes = ", ".join(
         f"{name} {value.dtype}{list(value.shape)}" for name, value in results.items()
     )
     shell.say(f"wrote {output}: {shapes}")
+    if json_output:
+        shell.emit(
+            {
+                "artifact": artifact,
+                "inputs": inputs,
+                "output": output,
+                "target": compiled.target.name,
+                "threads": threads or default_threads(),
+                "given": {name: about_type(value) for name, value in wanted.items()},
+                "ignored": ignored,
+                "outputs": {name: about(value) for name, value in results.items()},
+                "size_bytes": output.stat().st_size,
+                "seconds": {"load": loading.seconds, "run": running.seconds},
+                "versions": shell.versions(),
+            }
+        )
     return shell.DONE
+
+
+def about_type(array: Array) -> dict[str, Any]:
+    """Return dtype and shape of an array, for JSON."""
+    return {"dtype": array.dtype.name, "shape": list(array.shape)}
+
+
+def about(array: Array) -> dict[str, Any]:
+    """Return what an array holds, for JSON.
+
+    `sha256` is of its elements in C order, little-endian: equal results have equal digests,
+    whatever the file around them.
+    """
+    import numpy as np
+
+    data = np.ascontiguousarray(array)
+    if data.dtype.byteorder == ">":
+        data = data.astype(data.dtype.newbyteorder("<"))
+    found = {**about_type(array), "sha256": hashlib.sha256(data.tobytes()).hexdigest()}
+    wide = data.astype(np.float64) if data.size else np.zeros(0)
+    finite = wide[np.isfinite(wide)]
+    return {
+        **found,
+        "finite": int(finite.size),
+        "min": float(finite.min()) if finite.size else None,
+        "max": float(finite.max()) if finite.size else None,
+        "mean": float(finite.mean()) if finite.size else None,
+    }
 
 
 def read_arrays(path: Path) -> dict[str, Any]:

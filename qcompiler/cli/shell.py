@@ -144,8 +144,7 @@ def command(function: Callable[P, int]) -> Callable[P, None]:
         with _stdout_to_stderr() if _document.enabled else contextlib.nullcontext():
             status = _guarded(function, *args, **kwargs)
         if _document.enabled:
-            text = json.dumps(json_safe(_document.value), indent=2, ensure_ascii=False)
-            status = _printed(text, status)
+            status = _printed(_as_text(_document.value), status)
         if status != DONE:
             raise typer.Exit(status)
 
@@ -207,7 +206,14 @@ def _failed(error: BaseException, status: int, message: str, hint: str | None) -
     if status == DEFECT:
         kept = f"a reproducer is in {folder}" if folder else "no reproducer could be written"
         console.print(f"This is a defect of qcompiler, not of your input; {escape(kept)}")
-    _document.value = {
+    _document.value = _error_document(error, status, message, hint, folder)
+    return status
+
+
+def _error_document(
+    error: BaseException, status: int, message: str, hint: str | None, folder: Path | None = None
+) -> dict[str, Any]:
+    return {
         "error": {
             "type": type(error).__name__,
             "message": message,
@@ -218,7 +224,15 @@ def _failed(error: BaseException, status: int, message: str, hint: str | None) -
         },
         "exit_status": status,
     }
-    return status
+
+
+def print_error(error: BaseException, message: str) -> int:
+    """Print the document of a command that did not begin: its options were wrong."""
+    return _printed(_as_text(_error_document(error, BAD_INPUT, message, None)), BAD_INPUT)
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(json_safe(value), indent=2, ensure_ascii=False)
 
 
 def write_reproducer(error: BaseException) -> Path | None:
