@@ -293,6 +293,10 @@ def obstacle_to(node: Node, precision: Precision) -> str | None:
 
 
 _HALF_MAX = 65504.0
+NO_WEIGHTS = "it has no weights to multiply"
+"""Why most operators are float where only weights are to be held in fewer bits: by that choice."""
+FLOAT_THERE = "float in the model"
+"""Why operators of a quantized model are float where the model says nothing of integers."""
 
 
 def narrow_obstacle(node: Node, precision: Precision) -> str | None:
@@ -304,7 +308,7 @@ def narrow_obstacle(node: Node, precision: Precision) -> str | None:
     if name == "gather" and precision is Precision.FP16:
         return _half_obstacle(node, 0)
     if name not in ("conv", "matmul"):
-        return f"it has no weights to multiply: {name}"
+        return f"{NO_WEIGHTS}: {name}"
     w = node.input(1)
     if not w.is_constant or w.dtype is not DType.FLOAT32 or w.type.rank < 2 or not w.type.size:
         return f"the second operand of {name} is not a constant matrix of float32"
@@ -504,8 +508,18 @@ def found_in(graph: Graph) -> PrecisionPlan:
         precision = precision_of(node)
         if precision is not Precision.FP32:
             decision = Decision(precision, "quantized in the model: its scales are kept")
-        else:
+        elif _between_integers(node):
             reason = f"no integer form of {node.op.name} fits what the model says"
             decision = Decision(precision, reason)
+        else:
+            decision = Decision(precision, FLOAT_THERE)
         nodes[node.name] = decision
     return PrecisionPlan(nodes)
+
+
+def _between_integers(node: Node) -> bool:
+    """Whether the model quantizes what the node reads or makes: integers were meant there."""
+    made = [v.producer for v in node.operands if not v.is_constant]
+    read = [r for v in node.outputs for r in v.users]
+    return any(n is not None and n.op.name == "dequantize" and not n.input(0).is_constant
+               for n in made) or any(n.op.name == "quantize" for n in read)  # fmt: skip

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qcompiler.plan import FLOAT_THERE, NO_WEIGHTS
+
 Report = Mapping[str, Any]
 
 PERCENT = ("top1", "top5")
@@ -198,12 +200,33 @@ def precision_counts(report: Report) -> dict[str, int]:
 
 
 def fallbacks(report: Report) -> list[tuple[str, str]]:
-    """Return (node, reason) of the nodes that stay float although integers were asked for."""
+    """Return (node, reason) of the nodes that stay float although integers were asked for.
+
+    Not those that are float by what was asked for: operators without weights where only weights
+    have fewer bits, and what is float in a model that was quantized before.
+    """
     plan = report.get("precision") or {}
     found = [(node, *precision_of(entry)) for node, entry in plan.items()]
     if not any(not _is_float(precision) for _, precision, _ in found):
         return []
-    return [(node, f"{p}: {reason}") for node, p, reason in found if _is_float(p) and reason]
+    return [
+        (node, f"{p}: {reason}")
+        for node, p, reason in found
+        if p == "fp32" and reason and not reason.startswith((NO_WEIGHTS, FLOAT_THERE))
+    ]
+
+
+def fallback_lines(report: Report, nodes: int = 3) -> list[str]:
+    """Return `fallbacks` by reason, those of most nodes first, with a few of the nodes each."""
+    groups: dict[str, list[str]] = {}
+    for node, reason in fallbacks(report):
+        groups.setdefault(reason, []).append(node)
+    lines = []
+    for reason, found in sorted(groups.items(), key=lambda g: -len(g[1])):
+        named = ", ".join(found[:nodes])
+        more = f" and {len(found) - nodes} more" if len(found) > nodes else ""
+        lines.append(f"{reason} ({named}{more})")
+    return lines
 
 
 def precision_of(entry: object) -> tuple[str, str]:

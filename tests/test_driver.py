@@ -264,6 +264,44 @@ def test_evaluation_samples_are_checked_before_the_long_part(calibration: dict[s
 
 
 @pytest.mark.e2e
+def test_what_a_quantized_model_has_in_float_is_told_from_what_found_no_integers() -> None:
+    """Only weights are in int8 before `apart`; `between` has integers on both sides."""
+
+    def tensor(name: str, array: np.ndarray[Any, Any]) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(array, name)
+
+    node = onnx.helper.make_node
+    codes = np.arange(64, dtype=np.int8).reshape(8, 8)
+    constants = [
+        tensor("codes", codes), tensor("scale", np.float32(0.1)), tensor("zero", np.int8(0)),
+        tensor("uzero", np.uint8(128)),
+    ]  # fmt: skip
+    nodes = [
+        node("DequantizeLinear", ["codes", "scale", "zero"], ["w"]),
+        node("MatMul", ["x", "w"], ["p"]),
+        node("Sin", ["p"], ["s"], name="apart"),
+        node("Erf", ["s"], ["e"], name="before"),
+        node("QuantizeLinear", ["e", "scale", "uzero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "uzero"], ["d"]),
+        node("CumSum", ["d", "axis"], ["c"], name="between"),
+        node("QuantizeLinear", ["c", "scale", "uzero"], ["q2"]),
+        node("DequantizeLinear", ["q2", "scale", "uzero"], ["d2"]),
+        node("MatMul", ["d2", "w"], ["y"]),
+    ]
+    constants.append(tensor("axis", np.int64(1)))
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes, "g", [value("x", 1, [1, 8])], [value("y", 1, [1, 8])], constants
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    plan = qcompiler.compile(model, target="reference").plan["nodes"]
+    reasons = {n: d["reason"] for n, d in plan.items()}
+    assert reasons["between"] == "no integer form of cumsum fits what the model says"
+    assert reasons["before"] == "no integer form of erf fits what the model says"
+    assert reasons["apart"] == "float in the model"
+
+
 def test_methods_that_nobody_chose_leave_quantized_models_alone() -> None:
     found = driver.quantize_model(MODEL, calibration=MODEL.parent / "calib.npz", stage=Stage.QDQ)
     quantized = to_onnx(found.graph)

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompiler import report, report_charts, report_html, report_network, svg
+from qcompiler.plan import FLOAT_THERE, NO_WEIGHTS
 
 
 @pytest.fixture
@@ -145,6 +146,30 @@ def test_parts_of_the_size_and_the_way_of_measuring(figures: dict[str, Any]) -> 
 def test_precision_counts_and_fallbacks(figures: dict[str, Any]) -> None:
     assert report.precision_counts(figures) == {"w8a8": 3, "fp32": 1}
     assert report.fallbacks(figures) == [("n2", "fp32: no integer form of <Erf>")]
+
+
+def test_fallbacks_are_grouped_by_their_reason(figures: dict[str, Any]) -> None:
+    figures["precision"] |= {
+        f"e{i}": {"precision": "fp32", "reason": "operator has no integer form: einsum"}
+        for i in range(5)
+    }
+    assert report.fallback_lines(figures) == [
+        "fp32: operator has no integer form: einsum (e0, e1, e2 and 2 more)",
+        "fp32: no integer form of <Erf> (n2)",
+    ]
+
+
+def test_what_is_float_by_what_was_asked_for_is_no_fallback(figures: dict[str, Any]) -> None:
+    figures["precision"] = {
+        "product": {"precision": "w4", "reason": "weights held in int4 by groups"},
+        "half": {"precision": "fp16", "reason": "weights held in float16"},
+        "first": {"precision": "fp32", "reason": "convolutions of several groups keep float"},
+        "relu": {"precision": "fp32", "reason": f"{NO_WEIGHTS}: relu"},
+        "add": {"precision": "fp32", "reason": FLOAT_THERE},
+    }
+    assert report.fallback_lines(figures) == [
+        "fp32: convolutions of several groups keep float (first)"
+    ]
 
 
 def test_an_all_float_plan_has_no_fallbacks(figures: dict[str, Any]) -> None:

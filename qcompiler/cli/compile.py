@@ -15,7 +15,7 @@ from rich.table import Table
 from qcompiler.cli import options, shell
 from qcompiler.errors import InfeasibleBudgetError, UsageError
 
-_SHOWN_FALLBACKS = 10
+_SHOWN_REASONS = 6
 
 
 def compile_(
@@ -285,11 +285,11 @@ def print_summary(report: Mapping[str, Any], output: Path, page: Path | None) ->
         console.print(f"Nodes by precision: {shares}")
     for line in pages.plan_lines(report):
         console.print(line, markup=False)
-    fallbacks = pages.fallbacks(report)
-    for node, reason in fallbacks[:_SHOWN_FALLBACKS]:
-        console.print(f"  {node}: {reason}", markup=False)
-    if len(fallbacks) > _SHOWN_FALLBACKS:
-        console.print(f"  and {len(fallbacks) - _SHOWN_FALLBACKS} more; the report has all")
+    lines = pages.fallback_lines(report)
+    for line in lines[:_SHOWN_REASONS]:
+        console.print(f"  {line}", markup=False)
+    if len(lines) > _SHOWN_REASONS:
+        console.print(f"  and {len(lines) - _SHOWN_REASONS} more reasons; the report has all")
     console.print(f"Artifact: {output}", markup=False)
     if page is not None:
         console.print(f"Report:   {page}", markup=False)
