@@ -34,6 +34,7 @@ from qcompiler.errors import (
     UnsupportedByTargetError,
     UsageError,
 )
+from qcompiler.example import example_of
 from qcompiler.infinite import takes_infinity
 from qcompiler.interrupts import interruptible
 from qcompiler.ir import Graph
@@ -187,8 +188,8 @@ def compile(
         methods = "" if ranges is not None else default_methods(precision)
     decided = decided_by(backend.spec, methods, input_shapes, freeze, seed, asked)
     lock = None if locked is None else Lock.load(locked)
+    calibration = None if calibration is None else load_samples(calibration)
     if lock is not None:
-        calibration = None if calibration is None else load_samples(calibration)
         check_given(lock, decided, model, calibration, evaluate, tuning)
         if lock.gives_plan(precision):
             precision = lock.precision_plan()
@@ -196,8 +197,7 @@ def compile(
                 lock.options.get("precision"), lock.digests.get("evaluation")
             )
     if ranges is not None:
-        loaded = None if calibration is None else load_samples(calibration)
-        calibration, input_shapes = loaded, ranges.shapes_of(loaded)
+        input_shapes = ranges.shapes_of(calibration)
     choice: Choice | None = None
     if isinstance(precision, str) and precision == "auto":
         from qcompiler.auto import choose
@@ -258,6 +258,7 @@ def compile(
         whole = assemble(built, backend.spec, result, decided).artifact
         compiled = CompiledModel(joined(whole, parts, dynamic))
     result.log.extend(built.notes)
+    compiled.example = example_of(compiled.inputs, calibration)
     if lock is not None:
         lock.check_result(compiled.artifact)
     from qcompiler.measure import measured_report

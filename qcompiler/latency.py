@@ -409,7 +409,7 @@ def _rounds(
     progress: ProgressFn,
 ) -> dict[str, KernelTime]:
     """Measure all models in turn, several rounds."""
-    inputs = {name: model.random_inputs() for name, (_, model) in runnable.items()}
+    inputs = {name: model.timed_inputs() for name, (_, model) in runnable.items()}
     calls: dict[str, list[list[float]]] = {name: [] for name in runnable}
     whole: dict[str, list[float]] = {name: [] for name in runnable}
     count = {

@@ -248,7 +248,7 @@ def _as_sampled(
 
 
 def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[str, Any]:
-    inputs = compiled.random_inputs()
+    inputs = compiled.timed_inputs()
     runners = {"compiled": lambda: compiled(inputs)}
     if reference is not None:
         runners["float"] = lambda: reference(inputs)
@@ -265,7 +265,7 @@ def _latency(compiled: CompiledModel, reference: CompiledModel | None) -> dict[s
 
 def _energy(compiled: CompiledModel, reference: CompiledModel | None) -> dict[str, Any]:
     """Return the energy of one call of both models; see `qcompiler.energy`."""
-    inputs = compiled.random_inputs()
+    inputs = compiled.timed_inputs()
     runners = {"compiled": lambda: compiled(inputs)}
     if reference is not None:
         runners["float"] = lambda: reference(inputs)

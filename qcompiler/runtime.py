@@ -74,6 +74,7 @@ class CompiledModel:
     Attributes:
         artifact: Everything that `save` writes.
         report: Measured figures and decisions as JSON, if there are any; not part of the artifact.
+        example: One batch of real inputs that timed runs get, where one is known; not saved.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class CompiledModel:
         """
         self.artifact = artifact
         self.report = report
+        self.example: Mapping[str, Array] | None = None
         self._threads = _checked_threads(threads)
         self._executor = executor
         self._lock = threading.Lock()
@@ -241,7 +243,7 @@ class CompiledModel:
             runs: Measured runs.
             warmup: Runs before them.
             threads: As in a call.
-            inputs: One batch of inputs; None: seeded random ones.
+            inputs: One batch of inputs; None: `timed_inputs`.
 
         Returns:
             median_ms, min_ms, spread (distance of the quartiles over the median), runs, threads.
@@ -251,7 +253,7 @@ class CompiledModel:
             UsageError: `runs`, `warmup` or `threads` out of range.
         """
         execute = self._execute(threads)
-        feeds = self._feeds(self.random_inputs() if inputs is None else inputs)
+        feeds = self._feeds(self.timed_inputs() if inputs is None else inputs)
         self._runs(feeds)
         arrays = [feed.batch(0, self._batch) for feed in feeds]
         timing = measure(
@@ -270,7 +272,7 @@ class CompiledModel:
         Empty where the executor cannot tell (the interpreter).
 
         Args:
-            inputs: As in a call; None: seeded random ones. Their first batch is run.
+            inputs: As in a call; None: `timed_inputs`. Their first batch is run.
             runs: Runs; each kernel's least time counts.
 
         Raises:
@@ -281,12 +283,16 @@ class CompiledModel:
         own = isinstance(executor, (VmExecutor, DynamicExecutor))
         if not own and self.artifact.executor != "cuda":
             return []
-        feeds = self._feeds(self.random_inputs() if inputs is None else inputs)
+        feeds = self._feeds(self.timed_inputs() if inputs is None else inputs)
         arrays = [feed.batch(0, self._batch) for feed in feeds]
         if isinstance(executor, (VmExecutor, DynamicExecutor)):
             return executor.profile(arrays, runs=runs, threads=self._threads)
         timed: list[tuple[str, float]] = cast(Any, executor).profile(arrays, runs=runs)
         return timed
+
+    def timed_inputs(self) -> dict[str, Array]:
+        """Return one batch to time the model with: a sample where one is known, else random."""
+        return self.random_inputs() if self.example is None else dict(self.example)
 
     def random_inputs(self, seed: int = 0) -> dict[str, Array]:
         """Return one batch of seeded random inputs.

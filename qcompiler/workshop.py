@@ -23,6 +23,7 @@ from qcompiler.cpu import default_threads, host_cpu
 from qcompiler.data import Budget, Evaluation, InputSpec, SampleSet, SampleSource, load_samples
 from qcompiler.driver import Quantized, assemble
 from qcompiler.errors import DataError
+from qcompiler.example import example_of
 from qcompiler.ir import Graph
 from qcompiler.latency import KernelTime, LatencyTable, measure_models
 from qcompiler.metrics import metric_of
@@ -222,6 +223,7 @@ class Workshop:
         self.seed = seed
         self.progress = progress
         self._made: dict[str, Trial] = {}
+        self._example: Mapping[str, Array] | None = None
 
     def quantize(self, plan: PrecisionPlan) -> Quantized:
         """Return the network at a plan.
@@ -260,6 +262,9 @@ class Workshop:
             shaped = PassManager(self.backend.passes()).run(quantized.graph, PassContext())
             built = self.backend.build(self.backend.lower(shaped), TuningBudget())
             compiled = assemble(built, self.backend.spec, quantized)
+            if self._example is None:
+                self._example = example_of(compiled.inputs, self.prepared.samples)
+            compiled.example = self._example
             size = float(sum(len(m) for m in compiled.artifact.members().values()))
             figures = Figures(size=size, memory=built.memory)
             self._made[key] = Trial(plan, quantized, built, compiled, figures)
@@ -487,7 +492,7 @@ def race(
 
     The least compares with the latency table: what else runs on the machine only adds to it.
     """
-    inputs = {name: t.compiled.random_inputs() for name, t in trials.items()}
+    inputs = {name: t.compiled.timed_inputs() for name, t in trials.items()}
     timed = benchmark.in_turn(
         {n: lambda t=t, x=inputs[n]: t.compiled(x) for n, t in trials.items()},  # type: ignore[misc]
         rounds=rounds,

@@ -68,9 +68,9 @@ def bench(
 ) -> int:
     """Time an artifact, and peers on its model, side by side.
 
-    The peers' int8 models are quantized with --calibration; without it they are calibrated on
-    random inputs, which gives the same speed and no accuracy. Layers have names and sizes where
-    the artifact's report lies beside it.
+    All run on a sample of --calibration, and the peers' int8 models are quantized with it; without
+    it they run and are calibrated on random inputs: the same speed and no accuracy. Layers have
+    names and sizes where the artifact's report lies beside it.
     """
     from qcompiler import bench_chart
     from qcompiler.peers import OURS, expand
@@ -134,11 +134,16 @@ def measure(
     progress: shell.ProgressBars,
     with_layers: bool = False,
 ) -> tuple[dict[str, Outcome], Breakdown | None]:
-    """Time the artifact and the named peers on one seeded random batch, then its layers."""
+    """Time the artifact and the named peers on one batch, then its layers.
+
+    The batch is a calibration sample where there are any, else random.
+    """
     import numpy as np
 
     from qcompiler import breakdown
     from qcompiler.cli.inspect import report_beside
+    from qcompiler.data import load_samples
+    from qcompiler.example import example_of
     from qcompiler.peers import compiled_runner, peer_runner
     from qcompiler.side_by_side import measure as run_all
     from qcompiler.side_by_side import pick_cpus
@@ -146,7 +151,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="qcompile-bench-") as text:
         folder = Path(text)
         inputs = folder / "inputs.npz"
-        np.savez(inputs, **compiled.random_inputs())  # type: ignore[arg-type]
+        if calibration is not None:
+            compiled.example = example_of(compiled.inputs, load_samples(calibration))
+        np.savez(inputs, **compiled.timed_inputs())  # type: ignore[arg-type]
         runners = [compiled_runner(artifact.resolve(), inputs, threads)]
         if model is not None:
             runners += [
@@ -192,15 +199,16 @@ def to_json(outcomes: Mapping[str, Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def print_table(found: Mapping[str, Any]) -> None:
-    """Print one row per runner."""
+    """Print one row per runner, and below how each of them was run."""
     table = Table(title=escape(f"{found['artifact']}, {found['threads']} thread(s)"))
     table.add_column("runner", no_wrap=True)
     for heading in ("median", "min", "spread", "ratio", "memory"):
         table.add_column(heading, justify="right")
-    table.add_column("how", overflow="fold")
+    how: list[str] = []
     for name, figures in found["runners"].items():
         if "problem" in figures:
-            shell.add_row(table, name, "–", "–", "–", "–", "–", figures["problem"])
+            shell.add_row(table, name, "–", "–", "–", "–", "–")
+            how.append(f"{name}: {figures['problem']}")
             continue
         memory = figures["peak_memory_mb"]
         shell.add_row(
@@ -211,10 +219,12 @@ def print_table(found: Mapping[str, Any]) -> None:
             f"{100 * figures['spread']:.1f} %",
             f"{figures['ratio']:.2f}x",
             "–" if memory is None else f"{memory:.0f} MB",
-            figures["note"],
         )
+        how.append(f"{name}: {figures['note']}")
     console = shell.out_console()
     console.print(table)
+    for line in how:
+        console.print(line, markup=False, soft_wrap=True)
     console.print(
         "Times of one call in ms; ratio: the median divided by ours, above 1 is slower than us; "
         "memory: the most that the process had resident, Python included."

@@ -64,7 +64,8 @@ def check(
         shell.output_file(junit, "JUnit file")
 
     import qcompiler
-    from qcompiler.data import Evaluation
+    from qcompiler.data import Evaluation, load_samples
+    from qcompiler.example import example_of
 
     compiled = qcompiler.load(artifact)
     same = not _other_model(compiled, model)
@@ -92,6 +93,8 @@ def check(
     def measure_latency() -> list[Verdict]:
         if max_latency_ratio is None:
             return []
+        if evaluate is not None:
+            compiled.example = example_of(compiled.inputs, load_samples(evaluate))
         with shell.Stopwatch() as watch:
             found["latency_ms"] = latency(compiled, artifact, model, threads, bars)
         return [latency_verdict(found["latency_ms"], max_latency_ratio, watch.seconds)]
