@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from qcompiler.cache import write_whole
 from qcompiler.data import Batch, Evaluation, InputSpec, SampleSet, load_samples
 from qcompiler.errors import DataError, UsageError
 from qcompiler.ir import Graph, Node, Value
@@ -346,9 +347,7 @@ class _State:
         self.nodes[node] = found.to_json()
         if self.path is not None:
             doc = {"format": STATE_FORMAT, "key": self.key, "nodes": self.nodes}
-            part = self.path.with_name(self.path.name + ".part")
-            part.write_text(json.dumps(doc) + "\n")
-            part.replace(self.path)  # atomic: a kill leaves the old file or the new one
+            write_whole(self.path, json.dumps(doc) + "\n", "make room: the analysis goes on then")
         return found
 
 

@@ -8,6 +8,7 @@ A folder beside the tuning records where there are some, else `$XDG_CACHE_HOME/q
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Cache", "cache_folder", "key_of"]
+from qcompiler.errors import UsageError
+
+__all__ = ["Cache", "cache_folder", "key_of", "write_whole"]
 
 
 def key_of(*parts: object) -> str:
@@ -71,8 +74,29 @@ class Cache:
             return None
 
     def save(self, kind: str, key: str, document: object) -> None:
-        """Keep a document; a kill leaves the old one or the new one."""
-        path = self.path(kind, key)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(document, indent=1, allow_nan=True) + "\n")
+        """Keep a document; a kill leaves the old one or the new one.
+
+        Raises:
+            UsageError: There is no room for it.
+        """
+        write_whole(
+            self.path(kind, key), json.dumps(document, indent=1, allow_nan=True) + "\n",
+            "make room, or name another folder with QCOMPILER_CACHE; the same command goes on "
+            "where it was",
+        )  # fmt: skip
+
+
+def write_whole(path: Path, text: str, hint: str) -> None:
+    """Write a file that a kill leaves as it was, or has new.
+
+    Raises:
+        UsageError: The system refuses; `hint` says what to do.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text)
         part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UsageError(f"cannot keep work in {path}: {error.strerror}", hint=hint) from error

@@ -225,8 +225,9 @@ def _npz(path: pathlib.Path) -> Chunk:
         with loaded as z:
             return {name: z[name] for name in z.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        what = error if zipfile.is_zipfile(path) else "it is no .npz file, or it is damaged"
         raise DataError(
-            f"cannot read the samples {str(path)!r}: {error}",
+            f"cannot read the samples {str(path)!r}: {what}",
             hint="expected a .npz file of plain arrays, as numpy.savez writes",
         ) from None
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -403,6 +405,19 @@ def test_where_work_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     cache.path("kind", key_of(2)).write_text("{torn")
     assert cache.load("kind", key_of(2)) is None
     assert not Cache(Path("/proc/nowhere")).kept
+
+
+def test_a_cache_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+
+    def full(self: Path, text: str) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UsageError, match=r"cannot keep work in .*joint-k\.json: No space left"):
+        cache.save("joint", "k", {})
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------ memory

@@ -54,6 +54,22 @@ def test_auto_writes_the_log_and_the_lock_makes_it_again(
     assert (tmp_path / "b.qcm").read_bytes() == art.read_bytes()
 
 
+def test_an_interrupted_search_says_where_its_work_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcompiler.compile", interrupted)
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    asked = (*BASE, "-o", tmp_path / "a.qcm", "--target", "x86-avx2")
+    status, _, err = run(capsys, *asked, "--precision", "auto")
+    assert status == 130
+    assert f"interrupted: what was measured is kept in {tmp_path}" in err.replace("\n", "")
+    status, _, err = run(capsys, *asked)
+    assert (status, err) == (130, "interrupted\n")
+
+
 @pytest.mark.e2e
 def test_an_impossible_budget_is_status_1_and_the_best_is_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path

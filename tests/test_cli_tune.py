@@ -77,8 +77,16 @@ def test_an_interrupted_run_says_that_it_can_go_on(
 
     monkeypatch.setattr("qcompiler.tune_model.tune_model", interrupted)
     status, _, err = run(capsys, *TUNE, "--records", "r.jsonl")
+    assert (status, err) == (130, "interrupted: nothing was measured yet\n")
+
+    def late(*_: object, **__: object) -> None:
+        Path("r.jsonl").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcompiler.tune_model.tune_model", late)
+    status, _, err = run(capsys, *TUNE, "--records", "r.jsonl")
     assert status == 130
-    assert "what was measured is in r.jsonl" in err
+    assert "interrupted: what was measured is in r.jsonl" in err
     assert "goes on from there" in err
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qcompiler.cli import options, shell
-from qcompiler.errors import InfeasibleBudgetError, UsageError
+from qcompiler.errors import InfeasibleBudgetError, InterruptedCompileError, UsageError
 
 _SHOWN_REASONS = 6
 
@@ -117,6 +117,7 @@ def compile_(
         shell.input_file(locked, "lock")
 
     import qcompiler
+    from qcompiler.cache import cache_folder
     from qcompiler.regional import parse_regions
 
     regions = parse_regions(region or ())
@@ -159,6 +160,16 @@ def compile_(
                 raise
             infeasible = error
             compiled = error.best
+        except KeyboardInterrupt as error:
+            if precision != "auto":
+                raise
+            folder = cache_folder(records)
+            if not folder.is_dir():
+                raise
+            raise InterruptedCompileError(
+                f"what was measured is kept in {folder}",
+                hint="the same command goes on from there",
+            ) from error
     compiled.save(output)
 
     found = finish_report(compiled.report or {}, model, output)

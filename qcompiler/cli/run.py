@@ -123,4 +123,5 @@ def read_arrays(path: Path) -> dict[str, Any]:
         with file:
             return {name: file[name] for name in file.files}
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError) as error:
-        raise DataError(f"{path} is not a readable .npz file: {error}") from error
+        what = error if zipfile.is_zipfile(path) else "it is no archive of arrays"
+        raise DataError(f"{path} is not a readable .npz file: {what}") from error

@@ -98,9 +98,10 @@ def tune(
                 progress=bars,
             )
     except KeyboardInterrupt as error:
+        if not records.exists():
+            raise InterruptedCompileError("nothing was measured yet") from error
         raise InterruptedCompileError(
-            f"interrupted; what was measured is in {records}",
-            hint="the same command goes on from there",
+            f"what was measured is in {records}", hint="the same command goes on from there"
         ) from error
     if not outcome.tasks:
         raise TuningError(f"no kernel of {model} has parameters to tune for {outcome.target}")
