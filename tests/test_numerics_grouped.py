@@ -21,7 +21,7 @@ from qcompiler.onnx_import import load_onnx
 from qcompiler.ops import Stage
 from qcompiler.passes.narrow_products import group_qparams, in_bytes
 from qcompiler.plan import integer_group, precision_of, uniform
-from qcompiler.targets.kernels.weight_forms import factored_weights
+from qcompiler.targets.kernels.factored import factored_weights
 from qcompiler.types import DType, PerAxis, PerGroup, Precision, QuantParams, TensorType
 from qcompiler.windows import Geometry
 

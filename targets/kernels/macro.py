@@ -46,10 +46,7 @@ from qcompiler.targets.kernels.near import (
     with_near,
 )
 from qcompiler.targets.kernels.near_plan import most_listed
-from qcompiler.targets.kernels.neon import (
-    by_element_loops,
-    rows_of_tile,
-)
+from qcompiler.targets.kernels.neon import by_element_loops, rows_of_tile
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry, TilePlan, unpacks_ahead
 from qcompiler.targets.kernels.register_tile import Accumulators, Step

@@ -37,9 +37,9 @@ same shape, and eight `scalars` (see `SCALARS`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,14 +47,13 @@ import numpy.typing as npt
 
 from qcompiler.errors import CodegenError
 from qcompiler.targets.isa import Isa
-from qcompiler.targets.kernels.amx_plan import (
-    pack_tiles,
-    tile_factors,
-    tile_nibbles,
-    tiles_constants,
-    tiles_plan,
-)
+from qcompiler.targets.kernels.amx_plan import tile_nibbles, tiles_constants
 from qcompiler.targets.kernels.depth import EXACT, group_time
+from qcompiler.targets.kernels.factored import (
+    factored_tiles,
+    in_nibbles,
+    pack_factored,
+)
 from qcompiler.targets.kernels.halves import column_powers, needs_halves
 from qcompiler.targets.kernels.near_plan import (
     Sides,
@@ -78,12 +77,9 @@ from qcompiler.targets.kernels.weight_forms import (
     FloatWeights,
     GroupedWeights,
     Weights,
-    factored_weights,
     fits_int4,
     float_weights,
     laid_out,
-    nibbles,
-    packed_factors,
     packed_groups,
 )
 from qcompiler.targets.kernels.weight_order import is_wide, k_offsets, pack_weights
@@ -232,10 +228,8 @@ def pack_conv(
         packed = _pack(geometry, workload.epilogue, isa, params, ohwi, values)
         if params.algorithm != "auto" or isinstance(weight, GroupedWeights):
             return packed
-        time = _time(packed, geometry.k_groups)
-        if packed.facts.storage == "int4":
-            time *= _SMALL
-        faster = patches_by_time(workload, isa, time)
+        small = _SMALL if packed.facts.storage == "int4" else 1.0
+        faster = patches_by_time(workload, isa, small * _time(packed, geometry.k_groups))
         transformed = _transformed(workload, isa, weight, values, faster)
         if transformed is None:
             return packed
@@ -340,7 +334,7 @@ def _pack(
     if geometry.a_dtype == "float16":
         return _half_constants(geometry, isa, plan, weight, columns, values)
     if geometry.a_dtype == "float32":
-        parts = float_weights(weight, lambda w: _tiles(geometry, plan, w, columns))
+        parts = float_weights(weight, partial(_tiles, geometry, plan, columns))
         return _float_constants(geometry, parts, columns, values)
     if isinstance(weight, GroupedWeights) or weight.dtype.name != "int8":
         raise CodegenError(f"weights are {weight.dtype.name}, the kernel takes int8")
@@ -373,34 +367,27 @@ def _pack(
         if fits_int4(weight):
             storage = "int4"
             arrays["weight"] = tile_nibbles(arrays["weight"])
-        elif found := _factored_tiles(geometry, params, weight, columns):
-            storage, factor = "int4", found[1]
-            arrays |= found[0]
+        elif in_tiles := factored_tiles(geometry, params, weight, columns):
+            storage, factor = "int4", in_tiles[1]
+            arrays |= in_tiles[0]
     else:
-        tiles = _tiles(geometry, plan, weight, columns)
-        splits = None
+        cut = partial(_tiles, geometry, plan, columns)
+        tiles, splits = cut(weight), None
         if not epilogue.group and may_split(isa, geometry, weight, largest):
             splits = largest_rows(weight), params.mt
         stored = Stored(a_zero_point, largest, values.a_spread)
-        factored = None
+        codes = None
         if not epilogue.group and not fits_int4(weight):
-            factored = factored_weights(weight, isa.k_group)
-        if factored is not None:
-            codes = _tiles(geometry, plan, factored.codes, columns)
-            dot, depths = _pack_codes(geometry, isa, tiles, codes, stored, arrays)
-            factor = factored.group // isa.k_group
-            factors = _tiles(geometry, plan, factored.factors, columns)
-            arrays["factors"] = packed_factors(factors, factor)
-            if isa.dot == "maddubs":  # the sums of a factor's codes are multiplied together
-                depths = (math.gcd(depths[0], factor),)
-            storage = "int4"
+            codes = pack_factored(geometry, isa, weight, cut, stored, arrays)
+        if codes is not None:
+            (dot, depths, factor), storage = codes, "int4"
         else:
             dot, depths, split = pack_weights(
                 geometry, isa, tiles, stored, arrays, splits, in_order=epilogue.group > 0
             )
             if dot != "mixed" and fits_int4(weight):
                 storage = "int4"
-                arrays["weight"] = _in_nibbles(isa, tiles, arrays["weight"], dot)
+                arrays["weight"] = in_nibbles(isa, tiles, arrays["weight"], dot)
     group = 0
     if epilogue.group:
         if values.group_multiplier is None or epilogue.group % isa.k_group:
@@ -409,10 +396,10 @@ def _pack(
                 f"and groups of a multiple of {isa.k_group}"
             )
         group = epilogue.group // isa.k_group
-        scales = _tiles(geometry, plan, values.group_multiplier, columns)
+        scales = cut(values.group_multiplier)
         zeros = None
         if values.group_zero is not None and values.group_zero.any():
-            zeros = _tiles(geometry, plan, values.group_zero, columns)
+            zeros = cut(values.group_zero)
         arrays |= packed_groups(tiles, scales, zeros, group, (a_zero_point, values.a_zero_point))
     if split is not None:
         arrays["compress"] = compress_table()
@@ -460,51 +447,6 @@ def _pack(
         far="none" if split is None else split.sides,
     )
     return Packed(tuple(arrays.values()), tuple(arrays), facts)
-
-
-def _factored_tiles(
-    geometry: Geometry, params: GemmParams, weight: Array, columns: Array
-) -> tuple[dict[str, Array], int] | None:
-    """The codes and factors of weights in tiles, and the lines that share one; None without."""
-    found = factored_weights(weight, 4)
-    if found is None:
-        return None
-    count, plan = geometry.groups * geometry.n, tiles_plan(geometry, params)
-    factors = tile_factors(plan, found.factors.reshape(count, -1) + 9, found.group, columns)
-    if factors is None:
-        return None
-    codes = pack_tiles(plan, found.codes.reshape(count, -1), columns)
-    return {"weight": tile_nibbles(codes), "factors": factors[0]}, factors[1]
-
-
-def _in_nibbles(isa: Isa, tiles: Array, packed: Array, dot: Dot) -> Array:
-    """Weights `[T, V, L, Q, G]` of 4 bits as nibbles, given how they are packed in bytes."""
-    groups = tiles.transpose(0, 3, 1, 2, 4)
-    if isa.a_dtype == "int8":  # the plain layout's registers, whatever they hold
-        return nibbles(packed.reshape(*groups.shape[:2], -1, 4, 4), "sdot")
-    return nibbles(groups, dot)
-
-
-def _pack_codes(
-    geometry: Geometry,
-    isa: Isa,
-    tiles: Array,
-    codes: Array,
-    stored: Stored,
-    arrays: dict[str, Array],
-) -> tuple[Dot, tuple[int, ...]]:
-    """Put the codes of weights `[T, V, L, Q, G]` that have factors in `arrays`.
-
-    Returns:
-        How they will be multiplied, to which depths.
-    """
-    if isa.dot == "maddubs":  # where factors multiply sums, only the codes must not saturate these
-        tiles = codes
-    dot, depths, _ = pack_weights(geometry, isa, tiles, stored, arrays)
-    if tiles is not codes:
-        pack_weights(geometry, isa, codes, stored, arrays)
-    arrays["weight"] = _in_nibbles(isa, codes, arrays["weight"], dot)
-    return dot, depths
 
 
 def _uses_pairs(dot: Dot, depths: tuple[int, ...]) -> bool:
@@ -589,7 +531,7 @@ def _bias(values: GemmValues, count: int) -> npt.NDArray[np.int64]:
     return bias
 
 
-def _tiles(geometry: Geometry, plan: TilePlan, weight: Array, columns: Array) -> Array:
+def _tiles(geometry: Geometry, plan: TilePlan, columns: Array, weight: Array) -> Array:
     """Weights `[groups, n, runs, run]` as `[T, V, L, Q, G]`."""
     group, run = geometry.k_group, geometry.run
     padded = np.zeros((*weight.shape[:3], geometry.run_groups * group), weight.dtype)
@@ -645,7 +587,7 @@ def _half_constants(
     powers = column_powers(weight, geometry)
     divisor = powers.reshape(geometry.groups, geometry.n, 1, 1)
     halves = (weight.astype(np.float32) / divisor).astype(np.float16)
-    tiles = _tiles(geometry, plan, halves, columns)[..., 0]
+    tiles = _tiles(geometry, plan, columns, halves)[..., 0]
     bias = np.zeros(powers.shape, np.float32) if values.bias is None else values.bias
     divided = np.asarray(bias, np.float32) / powers
     packed = _float_constants(geometry, None, columns, replace(values, bias=divided))

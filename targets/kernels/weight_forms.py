@@ -18,16 +18,13 @@ from qcompiler.errors import CodegenError
 from qcompiler.targets.kernels.plan import Dot, Storage
 
 __all__ = [
-    "FactoredWeights",
     "FloatWeights",
     "GroupedWeights",
     "Weights",
-    "factored_weights",
     "fits_int4",
     "float_weights",
     "laid_out",
     "nibbles",
-    "packed_factors",
     "packed_groups",
 ]
 
@@ -122,58 +119,6 @@ def float_weights(weights: Weights, tiles: Layout) -> FloatWeights:
 def fits_int4(weight: Array) -> bool:
     """Whether every weight fits a signed nibble."""
     return bool(weight.min() >= -8 and weight.max() <= 7)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FactoredWeights:
-    """int8 weights as 4-bit codes times factors, 1 to 16, that neighbours along K share."""
-
-    codes: Array
-    """int8 from -8 to 7, in the weights' own shape."""
-    factors: Array
-    """int8 less 9 (so that they fit a signed nibble too), in the weights' own shape."""
-    group: int
-    """Neighbours that share a factor."""
-
-
-def factored_weights(weight: Array, k_group: int) -> FactoredWeights | None:
-    """Return int8 weights `[..., K]` as codes and factors, or None where they are no such products.
-
-    The longest groups are found, of `k_group` weights or more.
-    """
-    for group in (64, 32, 16, 8, 4):
-        if group % k_group or weight.shape[-1] % group:
-            continue
-        rows = weight.reshape(-1, group)
-        if len(rows) > _SAMPLE and _factors(rows[:_SAMPLE]) is None:
-            continue
-        found = _factors(rows)
-        if found is not None:
-            shape = weight.shape
-            codes = (rows // found[:, None]).astype(np.int8).reshape(shape)
-            return FactoredWeights(codes, np.repeat(found - 9, group).reshape(shape), group)
-    return None
-
-
-_SAMPLE = 64
-"""Groups looked at first: weights of 8 bits mostly fail there."""
-
-
-def _factors(rows: Array) -> Array | None:
-    """The least factor of each row that leaves codes of 4 bits, int8; None if a row has none."""
-    found = np.zeros(len(rows), np.int8)
-    low, high = rows.min(1), rows.max(1)
-    for factor in range(1, 17):
-        fits = (found == 0) & (low >= -8 * factor) & (high <= 7 * factor)
-        fits[fits] = (rows[fits] % factor == 0).all(1)
-        found[fits] = factor
-    return found if found.all() else None
-
-
-def packed_factors(tiles: Array, k_groups: int) -> Array:
-    """Factors less 9, `[T, V, L, Q, G]`, as nibbles `[T, Q / k_groups, V * L / 2]`."""
-    first = tiles[:, :, :, ::k_groups, 0].transpose(0, 3, 1, 2)
-    return nibbles(np.ascontiguousarray(first)[..., None], "float")
 
 
 def nibbles(groups: Array, dot: Dot) -> Array:

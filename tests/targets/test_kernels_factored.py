@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompiler.targets.isa import ISA_TABLE, Isa, runnable
+from qcompiler.targets.kernels.factored import factored_weights
 from qcompiler.targets.kernels.gemm import (
     ConvWorkload,
     Epilogue,
@@ -24,7 +25,6 @@ from qcompiler.targets.kernels.gemm import (
     pack_matmul,
     space,
 )
-from qcompiler.targets.kernels.weight_forms import factored_weights
 
 ROWS = [isa for isa in ISA_TABLE.values() if runnable(isa)]
 Array = np.ndarray[Any, np.dtype[Any]]
