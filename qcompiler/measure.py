@@ -160,12 +160,27 @@ def measured_report(
         report["metric"] = _metric(scored, reference, evaluate)
         progress("evaluate", 2, 2)
     if not why:
+        reference = _timed(compiled, reference, notes)
         report["latency_ms"] = _latency(compiled, reference)
         report["energy"] = _energy(compiled, reference)
         _region_times(compiled, report["nodes"])
     report["modalities"] = modality_report(result, report["nodes"], built)
     report["seconds"] = {"total": seconds, "passes": dict(pass_seconds)}
     return report
+
+
+def _timed(
+    compiled: CompiledModel, reference: CompiledModel | None, notes: list[str]
+) -> CompiledModel | None:
+    """Return the float model if it takes the inputs that both are timed with, else note why not."""
+    if reference is None:
+        return None
+    try:
+        reference(compiled.timed_inputs())
+    except QCompilerError as error:
+        notes.append(f"the float model was not timed: {error}")
+        return None
+    return reference
 
 
 def runnable(compiled: CompiledModel, built: Built) -> tuple[CompiledModel, str]:

@@ -191,6 +191,32 @@ def _plain(e: Emitter, node: Node) -> None:
     e.put(_PLAIN[node.op.name], _ins(e, node), outputs_of(e, node), node.name, **attrs)
 
 
+@writer_of("div", "mod")
+def _divided(e: Emitter, node: Node) -> None:
+    """Integers over 0 stay as they are and leave no remainder; processors would trap (x86)."""
+    a, b, name = node.input(0), node.input(1), node.name
+    traps = (0, -1) if b.dtype.min < 0 else (0,)  # the least integer over -1 does not fit
+    safe = b.dtype.is_float or (b.is_constant and not np.isin(b.array(), traps).any())
+    if not e.plain or safe:
+        _plain(e, node)
+        return
+    x, y = e.ref(a), e.ref(b)
+
+    def number(value: int) -> str:
+        return e.const(scalar_like(b, value), f"{name}/{value}")
+
+    found = [e.step("Equal", [y, number(value)], name) for value in traps]
+    either = found[0] if len(found) == 1 else e.step("Or", found, name)
+    operands = [x, e.step("Where", [either, number(1), y], name)]
+    if node.op.name == "mod":
+        e.put("Mod", operands, outputs_of(e, node), name, fmod=int(node.attr("fmod")))
+    elif len(found) == 1:
+        e.put("Div", operands, outputs_of(e, node), name)
+    else:
+        parts = [found[1], e.step("Neg", [x], name), e.step("Div", operands, name)]
+        e.put("Where", parts, outputs_of(e, node), name)
+
+
 @writer_of("isinf")
 def _isinf(e: Emitter, node: Node) -> None:
     attrs = {k: int(bool(v)) for k, v in node.attrs.items()}
