@@ -33,6 +33,12 @@ def assembly(
     rng = np.random.default_rng(0)
     if workload.a_dtype == "float32":
         weight = rng.standard_normal(workload.weight_shape).astype(np.float32)
+    elif weights == "factored":  # codes of 4 bits times a factor for every eight channels
+        o, c, kh, kw = workload.weight_shape
+        codes = rng.integers(-8, 8, (o, kh, kw, c // 8, 8))
+        factors = rng.integers(1, 17, (o, kh, kw, c // 8, 1))
+        rows = (codes * factors).astype(np.int8).reshape(o, kh, kw, c)
+        weight = np.ascontiguousarray(rows.transpose(0, 3, 1, 2))
     else:
         largest = 40 if weights == "small" else 127
         weight = rng.integers(-largest, largest + 1, workload.weight_shape).astype(np.int8)
@@ -135,6 +141,29 @@ def test_deep_sums_widen_once(largest: int, depth: int) -> None:
         assert narrow == depth * sum("vpmaddwd" in line for line in body)
         spills = [line for line in body if "mm" in line and "%rsp" in line]
         assert not spills, "\n".join(body)
+
+
+@pytest.mark.parametrize("shape", ["pointwise", "3x3"])
+def test_factors_take_the_place_of_ones_where_sums_are_widened(shape: str) -> None:
+    """Per two K-groups of a tile: twice the products, one addition in int16, one widening."""
+    workload = ConvWorkload(n=1, epilogue=Epilogue("uint8"), **SHAPES[shape])  # type: ignore[arg-type]
+    loops = innermost_loops(assembly(workload, ISA_TABLE["x86-avx2"], "factored"), "vpmaddubsw")
+    assert loops
+    for body in loops:
+        count = {m: sum(m in line for line in body) for m in ("vpmaddubsw", "vpaddw", "vpmaddwd")}
+        assert count["vpmaddubsw"] == 2 * count["vpmaddwd"] == 2 * count["vpaddw"] > 0
+        assert not any("vpmull" in line for line in body)
+        assert not [line for line in body if "mm" in line and "%rsp" in line], "\n".join(body)
+
+
+@pytest.mark.parametrize("name", ["x86-avxvnni", "x86-avx512vnni"])
+def test_factors_are_unpacked_by_16_bit_products(name: str) -> None:
+    workload = ConvWorkload(n=1, epilogue=Epilogue("uint8"), **SHAPES["pointwise"])  # type: ignore[arg-type]
+    text = assembly(workload, ISA_TABLE[name], "factored")
+    for body in innermost_loops(text, "vpdpbusd"):
+        assert not any("vpmull" in line for line in body), "\n".join(body)
+    (unpack,) = innermost_loops(text, "vpmullw")
+    assert not [line for line in unpack if "mm" in line and "%rsp" in line], "\n".join(unpack)
 
 
 def test_the_residual_addition_is_not_contracted() -> None:
