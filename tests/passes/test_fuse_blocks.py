@@ -19,7 +19,7 @@ from qcompiler.numerics_grouped import conv_parts, grouped_result, matmul_parts
 from qcompiler.ops import Stage
 from qcompiler.passes.conv_3d_to_2d import Conv3dTo2d
 from qcompiler.passes.fuse import Fuse
-from qcompiler.passes.fuse_blocks import fit_blocks
+from qcompiler.passes.fuse_blocks import MOST_GROUPS, fit_blocks
 from qcompiler.passmanager import PassContext
 from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams, TensorType
 from qcompiler.windows import Geometry
@@ -235,17 +235,21 @@ def test_blocks_of_one_scale_that_end_early(
     np.testing.assert_allclose(run(graph, {"x": x})["y"], want, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("why", ["groups", "another axis"])
+@pytest.mark.parametrize("why", ["many groups", "another axis"])
 def test_what_has_no_scale_per_sum_stays_float(rng: np.random.Generator, why: str) -> None:
-    """A block that a convolution's groups cut, or that does not run along what is summed."""
-    group, axis = (2, 1) if why == "groups" else (1, 0)
-    codes, q = blocks(rng, DType.INT8, (8, 16 // group, 1, 1), axis, 4, "middle")
-    bias = np.zeros(8, np.float32)
-    graph = product("conv", (2, 16, 7, 6), codes, q, bias, group=group, **WINDOW)
-    want = run(graph, {"x": np.full((2, 16, 7, 6), 7, np.uint8)})["y"]
+    """Blocks of more groups than become convolutions of their own, or not along what is summed."""
+    many = why == "many groups"
+    group, axis, channels = (MOST_GROUPS + 8, 1, 2 * (MOST_GROUPS + 8)) if many else (1, 0, 16)
+    columns = group if many else 8
+    shape = (columns, channels // group, 1, 1)
+    codes, q = blocks(rng, DType.INT8, shape, axis, 1 if many else 4, "middle")
+    extent = (2, channels, 7, 6)
+    bias = np.zeros(columns, np.float32)
+    graph = product("conv", extent, codes, q, bias, group=group, **WINDOW)
+    want = run(graph, {"x": np.full(extent, 7, np.uint8)})["y"]
     Fuse().run(graph, PassContext())
     assert "conv" in [n.op.name for n in graph.nodes]
-    np.testing.assert_array_equal(run(graph, {"x": np.full((2, 16, 7, 6), 7, np.uint8)})["y"], want)
+    np.testing.assert_array_equal(run(graph, {"x": np.full(extent, 7, np.uint8)})["y"], want)
 
 
 @pytest.mark.parametrize("size", [8, 3])

@@ -125,10 +125,11 @@ def test_unprovable_weights_are_multiplied_by_int16_pairs(columns: int) -> None:
 
 @pytest.mark.parametrize(("largest", "depth"), [(32, 2), (16, 4), (8, 8)])
 def test_deep_sums_widen_once(largest: int, depth: int) -> None:
-    """All weights at the limit of a depth: D K-groups take D + 1 products for each accumulator."""
+    """Weights at the limit of a depth: D K-groups take D + 1 products for each accumulator."""
     isa = ISA_TABLE["x86-avx2"]
     workload = ConvWorkload(n=1, epilogue=Epilogue("uint8"), **SHAPES["pointwise"])  # type: ignore[arg-type]
     weight = np.full(workload.weight_shape, largest, np.int8)
+    weight[:, ::2] -= 1  # they have no factor in common
     params = default_params(workload, isa)
     packed = pack_conv(workload, isa, params, weight, GemmValues(multiplier=1e-3))
     assert packed.facts.depths == (depth,)
