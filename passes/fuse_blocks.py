@@ -22,7 +22,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, expanded
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
 from qcompiler.passes.fuse_patterns import is_plain
-from qcompiler.passes.fuse_wide import int8_terms, nearly_narrow
+from qcompiler.passes.fuse_wide import int8_terms, nearly_narrow, replace_product
 from qcompiler.plan import WHOLE_GROUP, summed_axis
 from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
 
@@ -168,20 +168,7 @@ def _rewrite(
     grid = QuantParams(q.scale, zeros, storage, low, high, PerGroup(axis, rows.shape[1]))
     held = graph.constant(np.ascontiguousarray(codes), w.name, grid)
     read = _read(graph, node, x, rows.reshape(-1), at, known)
-    operands = [
-        graph.add("dequantize", [v], before=node, sources=node.sources).output for v in (read, held)
-    ]
-    out = node.output
-    made = graph.add(
-        node.op.name,
-        [*operands, *node.inputs[2:]],
-        dict(node.attrs),
-        types=[out.type],
-        before=node,
-        sources=node.sources,
-    )
-    graph.replace_node(node, made.output)
-    succeed(made, node, out)
+    replace_product(graph, node, read, held)
 
 
 def _range(terms: list[Array]) -> tuple[int, int]:

@@ -96,8 +96,13 @@ def _rewrite(graph: Graph, node: Node, x: Value, w: Value, terms: list[Array]) -
         q.granularity,
     )  # fmt: skip
     held = graph.constant(np.concatenate(parts, axis=summed), w.name, grid)
+    replace_product(graph, node, wide, held)
+
+
+def replace_product(graph: Graph, node: Node, x: Value, w: Value) -> None:
+    """Put the same product of other quantized activations and weights in the place of one."""
     operands = [
-        graph.add("dequantize", [v], before=node, sources=sources).output for v in (wide, held)
+        graph.add("dequantize", [v], before=node, sources=node.sources).output for v in (x, w)
     ]
     out = node.output
     made = graph.add(
@@ -106,7 +111,7 @@ def _rewrite(graph: Graph, node: Node, x: Value, w: Value, terms: list[Array]) -
         dict(node.attrs),
         types=[out.type],
         before=node,
-        sources=sources,
+        sources=node.sources,
     )
     graph.replace_node(node, made.output)
     succeed(made, node, out)
