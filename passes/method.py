@@ -47,11 +47,15 @@ class Method(Pass):
             for name, d in plan.nodes.items()
             if d.precision.is_integer and name not in chosen
         }
-        ctx.put(plan.replaced(others))
+        part = plan.replaced(others)
+        ctx.put(part)
         try:
-            return self.improve(graph, ctx)
+            modified = self.improve(graph, ctx)
+            changed = ctx.get(PrecisionPlan).nodes
+            plan = plan.replaced({n: d for n, d in changed.items() if d != part.nodes[n]})
         finally:
             ctx.put(plan)
+        return modified
 
     @abc.abstractmethod
     def improve(self, graph: Graph, ctx: PassContext) -> bool:

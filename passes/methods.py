@@ -16,6 +16,7 @@ from qcompiler.passes.correct_bias import CorrectBias
 from qcompiler.passes.distill import Distill
 from qcompiler.passes.equalize import Equalize
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.groups import Groups
 from qcompiler.passes.method import Method
 from qcompiler.passes.smooth import Smooth
 from qcompiler.passmanager import Pass, parse_pass
@@ -23,7 +24,7 @@ from qcompiler.plan import PrecisionPlan, selected
 from qcompiler.types import Precision
 
 METHODS: dict[str, type[Method]] = {
-    p.name: p for p in (Equalize, Smooth, AdaRound, Gptq, Brecq, Distill, CorrectBias)
+    p.name: p for p in (Groups, Equalize, Smooth, AdaRound, Gptq, Brecq, Distill, CorrectBias)
 }
 
 
@@ -56,12 +57,12 @@ def check_scopes(graph: Graph, methods: Iterable[Pass]) -> None:
             selected(graph, method.only)
 
 
-DEFAULT_NARROW = "equalize,gptq"
-"""Methods for weights of 4 bits: what `docs/accuracy.md` measures as the default pipeline."""
-
-
-_NARROW = frozenset({Precision.W4A8, Precision.W4A8_GROUP})
-"""Precisions whose weights round to nearest too coarsely."""
+DEFAULT_NARROW = {
+    Precision.W4A8: "groups,equalize,gptq",
+    Precision.W4A8_GROUP: "equalize,gptq",
+}
+"""Methods for weights of 4 bits, which round to nearest too coarsely: what `docs/accuracy.md`
+measures as the default pipeline."""
 
 
 def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
@@ -79,7 +80,7 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
     if isinstance(precision, str) and precision == "auto":
         return ""
     if isinstance(precision, str) and not precision.endswith(".json"):
-        return DEFAULT_NARROW if Precision.parse(precision) in _NARROW else ""
+        return DEFAULT_NARROW.get(Precision.parse(precision), "")
     plan = precision
     if not isinstance(plan, PrecisionPlan):
         plan = PrecisionPlan.load(os.fspath(plan))
@@ -87,4 +88,6 @@ def default_methods(precision: str | PrecisionPlan | os.PathLike[str]) -> str:
         return ""
     if plan.methods is not None:
         return plan.methods
-    return DEFAULT_NARROW if _NARROW.intersection(d.precision for d in plan.nodes.values()) else ""
+    given = {d.precision for d in plan.nodes.values()}
+    # A plan says itself which products have groups.
+    return DEFAULT_NARROW[Precision.W4A8_GROUP] if given & DEFAULT_NARROW.keys() else ""

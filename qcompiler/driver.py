@@ -349,6 +349,7 @@ def quantize_model(
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable, RegionObservers
     from qcompiler.passes.canonicalize import canonicalize_passes
     from qcompiler.passes.fuse import Fuse
+    from qcompiler.passes.groups import Groups
     from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
     from qcompiler.passes.keep_float import AskedFor, KeepFloat, KeptFloat
     from qcompiler.passes.methods import check_scopes, parse_methods
@@ -395,9 +396,11 @@ def quantize_model(
     sources["graph"] = digest(graph)
     ctx.put(plan)
     count = 0
+    grouped = is_name(precision) and (spec is None or Precision.W4A8_GROUP in spec.precisions)
+    running = [m for m in wanted if grouped or not isinstance(m, Groups)]  # a plan stays as it is
     passes = [
         p
-        for p in quantize_passes(plan, held + wanted)
+        for p in quantize_passes(plan, (*held, *running))
         if stage is Stage.INTEGER or not isinstance(p, (Fuse, NarrowProducts))
     ]
     if plan.has_integers:

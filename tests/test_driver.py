@@ -325,7 +325,8 @@ def test_a_saved_plan_keeps_the_methods_it_was_made_with(
 
     path = tmp_path / "plan.json"
     found = []
-    for methods, recorded in (("none", ""), (None, "equalize,gptq")):
+    chosen = "groups,equalize,gptq" if precision == "w4a8" else "equalize,gptq"
+    for methods, recorded in (("none", ""), (None, chosen)):
         data, plan = parameters(precision, methods)
         assert plan.methods == recorded
         plan.save(path)

@@ -120,10 +120,10 @@ MethodsOption = Annotated[
     typer.Option(
         "--methods",
         metavar="M,M",
-        help="Post-training methods that keep accuracy: equalize, smooth, gptq, brecq, distill, "
-        "adaround, correct_bias; options in braces, as in adaround{iterations=2000}. "
-        "Default: equalize,gptq for 4-bit weights, for a saved plan those it was made with, else "
-        "none.",
+        help="Post-training methods that keep accuracy: groups, equalize, smooth, gptq, brecq, "
+        "distill, adaround, correct_bias; options in braces, as in adaround{iterations=2000}. "
+        "Default: groups,equalize,gptq for w4a8, equalize,gptq for w4a8-group, for a saved plan "
+        "those it was made with, else none.",
     ),
 ]
 FixedShapeOption = Annotated[

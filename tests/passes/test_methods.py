@@ -25,6 +25,7 @@ from qcompiler.passes.channel_scales import input_range, joints, output_range
 from qcompiler.passes.correct_bias import CorrectBias
 from qcompiler.passes.equalize import Equalize, growth
 from qcompiler.passes.gptq import Gptq
+from qcompiler.passes.groups import Groups
 from qcompiler.passes.held_out import Judge, Share, quantized, shares, verdict, weighted_products
 from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
 from qcompiler.passes.methods import METHODS, default_methods, parse_methods
@@ -353,22 +354,23 @@ def test_methods_by_text() -> None:
         parse_methods("magic")
     with pytest.raises(UsageError, match="named once"):
         parse_methods("smooth,smooth")
-    known = ["adaround", "brecq", "correct_bias", "distill", "equalize", "gptq", "smooth"]
+    known = ["adaround", "brecq", "correct_bias", "distill", "equalize", "gptq", "groups", "smooth"]
     assert sorted(METHODS) == known
 
 
 def test_methods_of_a_precision(net: Graph, tmp_path: Path) -> None:
     plan = uniform(net, "w4a8")
     plan.save(tmp_path / "plan.json")
-    for narrow in ("w4a8", "w4a8-group", plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
-        assert default_methods(narrow) == "equalize,gptq"
+    assert default_methods("w4a8") == "groups,equalize,gptq"
+    for narrow in ("w4a8-group", plan, str(tmp_path / "plan.json"), tmp_path / "plan.json"):
+        assert default_methods(narrow) == "equalize,gptq"  # groups: the plan says where
     for wide in ("w8a8", "fp32", "auto", "w4", uniform(net)):
         assert default_methods(wide) == ""
     for ran in ("", "adaround{iterations=5 runs=2},equalize"):  # as the plan was made
         assert default_methods(dataclasses.replace(plan, methods=ran)) == ran
     floats = dataclasses.replace(uniform(net, "fp32"), methods="gptq")
     assert default_methods(floats) == ""
-    assert parse_methods(default_methods("w4a8")) == (Equalize(), Gptq())
+    assert parse_methods(default_methods("w4a8")) == (Groups(), Equalize(), Gptq())
     assert parse_methods("none") == ()
     with pytest.raises(UsageError, match="unknown precision"):
         default_methods("w5a5")
