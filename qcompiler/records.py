@@ -41,7 +41,7 @@ __all__ = [
     "stable_text",
 ]
 
-GENERATOR_VERSION = 6
+GENERATOR_VERSION = 7
 """Raised whenever a kernel generator changes what it emits: older records no longer apply."""
 
 Stage = Literal["trial", "choice", "latency"]

@@ -30,7 +30,7 @@ from qcompiler.targets.kernels.epilogue import EpilogueWriter
 from qcompiler.targets.kernels.macro import MacroKernel
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry
-from qcompiler.targets.kernels.simd import worth_threads
+from qcompiler.targets.kernels.simd import moving_cycles, worth_threads
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
@@ -121,9 +121,9 @@ class TilesKernel:
         area = -(-plan.area // 64) * 64
         shared = scratch(bands * area, "uint8") if apart else None
         if shared is not None:
-            with self._loop(bands, g.macs) as band:
+            with self._loop(bands) as band:
                 self._copy(*self._band(band), shared, bind(band * area))
-        with self._loop(bands * columns.col_blocks, g.macs) as task:
+        with self._loop(bands * columns.col_blocks) as task:
             block = bind(task % columns.col_blocks)
             band = bind(task // columns.col_blocks)
             begin = bind(block * columns.col_block)
@@ -178,8 +178,10 @@ class TilesKernel:
         nibbles = pairs & splat(15, "uint8", 8), pairs >> splat(4, "uint8", 8)
         return [bind(cast(bind(nibble), "int32") + splat(1, "int32", 8)) for nibble in nibbles]
 
-    def _loop(self, extent: int, macs: int) -> Any:
-        threads = extent > 1 and worth_threads(macs / _MACS_PER_CYCLE)
+    def _loop(self, extent: int) -> Any:
+        g = self.geometry
+        moved = moving_cycles(g.outputs, g.elements_read, self.isa.lanes())
+        threads = extent > 1 and worth_threads(g.macs / _MACS_PER_CYCLE + moved)
         return parallel(extent) if threads else serial(extent)
 
     def _band(self, band: Expr) -> tuple[Expr, Expr, Expr]:

@@ -126,6 +126,8 @@ _TASKS = 8
 """Tasks wanted for a kernel of some size."""
 _TASK_MACS = 8_000_000
 """Products that a task should have: some five microseconds."""
+_OUTPUT_MACS, _BYTE_MACS = 80, 27
+"""Products that take as long as an output on its way from a tile to memory, and as a byte read."""
 _L2_BYTES = 512 * 1024
 """Quarter of level 2: what may stay there while other data streams through."""
 
@@ -160,7 +162,8 @@ def _tasks(geometry: Geometry, mt: int, nv: int, order: Literal["n", "m"]) -> Ge
     The threads then find in their own cache what they wrote in the kernel before.
     """
     g = geometry
-    wanted = max(1, min(_TASKS, 1 << (g.macs // _TASK_MACS).bit_length() >> 1))
+    work = g.macs + g.outputs * _OUTPUT_MACS + g.elements_read * _BYTE_MACS
+    wanted = max(1, min(_TASKS, 1 << (work // _TASK_MACS).bit_length() >> 1))
     tiles = -(-g.n // (nv * TILE_ROWS))
     window = g.kh * g.kw > 1
     # A task of a window copies the rows around its own too; it should have more of its own.

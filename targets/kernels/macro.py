@@ -50,7 +50,7 @@ from qcompiler.targets.kernels.neon import by_element_loops, rows_of_tile
 from qcompiler.targets.kernels.packing import Facts
 from qcompiler.targets.kernels.plan import Geometry, TilePlan, unpacks_ahead
 from qcompiler.targets.kernels.register_tile import Accumulators, Step
-from qcompiler.targets.kernels.simd import worth_threads
+from qcompiler.targets.kernels.simd import moving_cycles, worth_threads
 from qcompiler.targets.kernels.tir import (
     Buffer,
     Expr,
@@ -122,13 +122,14 @@ class MacroKernel:
 
     def task_loop(self, macs: int, extent: int | None = None) -> Any:
         """A loop over tasks, on the thread pool where the work pays for waking it."""
+        g, lanes = self.geometry, self.isa.lanes()
         extent = self.tasks if extent is None else extent
-        lanes = self.isa.lanes()
         per_cycle = _PRODUCTS[self.isa.dot] * lanes
-        if self.geometry.a_dtype in FLOATS:
-            per_cycle = (2 if self.isa.fma else 1) * lanes
-            per_cycle *= 2 if self.geometry.a_dtype == "float16" else 1
-        threads = extent > 1 and worth_threads(macs / per_cycle)
+        if g.a_dtype in FLOATS:
+            per_cycle = (2 if self.isa.fma else 1) * lanes * (1 + (g.a_dtype == "float16"))
+        images = macs / max(1, g.macs)  # of products of two activations the geometry is that of one
+        moved = moving_cycles(images * g.outputs, images * g.elements_read, lanes)
+        threads = extent > 1 and worth_threads(macs / per_cycle + moved)
         return parallel(extent) if threads else serial(extent)
 
     def emit(self) -> None:

@@ -152,10 +152,20 @@ class Geometry:
         return (output_rows - 1) * self.sh + (self.kh - 1) * self.dh + 1
 
     @property
+    def outputs(self) -> int:
+        """Results."""
+        return self.batch * self.oh * self.ow * self.n * self.groups
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates."""
-        pixels = self.batch * self.oh * self.ow
-        return pixels * self.n * self.groups * self.kh * self.kw * self.cg
+        return self.outputs * self.kh * self.kw * self.cg
+
+    @property
+    def elements_read(self) -> int:
+        """Activations and weights."""
+        weights = self.n * self.groups * self.kh * self.kw * self.cg
+        return self.batch * self.h * self.w * self.c + weights
 
 
 def geometry_of(workload: ConvWorkload | MatmulWorkload, isa: Isa) -> Geometry:

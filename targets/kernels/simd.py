@@ -35,6 +35,7 @@ __all__ = [
     "exact_mul",
     "loop",
     "lrint",
+    "moving_cycles",
     "quantized",
     "reduce_lanes",
     "settle",
@@ -72,6 +73,14 @@ costs several microseconds."""
 def worth_threads(cycles: float) -> bool:
     """Whether work of this many estimated cycles pays for waking the thread pool."""
     return cycles >= PARALLEL_CYCLES
+
+
+def moving_cycles(outputs: float, elements_read: float, lanes: int) -> float:
+    """Estimated cycles of a product beside its multiplications, which may be most of them.
+
+    Three for a vector of sums to become outputs in memory, one for 16 operands from level 2.
+    """
+    return outputs * 3.0 / lanes + elements_read / 16.0
 
 
 # Loops.
