@@ -30,6 +30,7 @@ from qcompiler.passes.simplify_arithmetic import SimplifyArithmetic
 from qcompiler.passes.simplify_movement import SimplifyMovement
 from qcompiler.passes.sink_transposes import SinkTransposes
 from qcompiler.passes.widen_floats import WidenFloats
+from qcompiler.passes.widen_integers import WidenIntegers
 from qcompiler.passmanager import Pass
 
 
@@ -43,6 +44,7 @@ def canonicalize_passes(*, one_size: bool = True) -> tuple[Pass, ...]:
     return (
         EliminateDead(),
         WidenFloats(),
+        WidenIntegers(only_float=True),
         FoldConstants(),
         # Patterns compare values by identity, so equal subexpressions must be one value first.
         EliminateCommonSubexpressions(),

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from qcompiler.errors import DataError, UsageError
+from qcompiler.four_bits import in_bytes, outside
 from qcompiler.metrics import Metric, labels_of, metric_of
 from qcompiler.slices import MINIMUM, check_slices, score_slices, worst
 from qcompiler.types import Array, DType, Shape
@@ -237,7 +238,7 @@ def _chunk(sample: object, where: str) -> Chunk:
         raise DataError(f"{where}: expected dicts of arrays, got a {type(sample).__name__}")
     arrays = {}
     for name, value in sample.items():
-        a = np.asarray(value)
+        a = in_bytes(np.asarray(value))
         if a.dtype.kind not in "biufSU":
             raise DataError(f"{where}: {name!r} is not a numeric array", value=str(name))
         arrays[str(name)] = a
@@ -345,7 +346,7 @@ def _typed(spec: InputSpec, array: Array, origin: str, error: type[DataError]) -
 
     NaN is rejected, and infinities too where the input is no mask.
     """
-    want = spec.dtype.numpy
+    want, array = spec.dtype.numpy, in_bytes(array)
     kinds = (array.dtype.kind, want.kind)
     if array.dtype != want:
         lossless = kinds[0] in "biu" and kinds[1] in "iu" and _fits(array, want)
@@ -355,6 +356,14 @@ def _typed(spec: InputSpec, array: Array, origin: str, error: type[DataError]) -
                 value=spec.name,
                 hint="convert and scale it as in training; nothing is converted silently",
             )
+    found = outside(array, spec.dtype)
+    if found is not None:
+        raise error(
+            f"{origin}: {spec.name!r} is {spec.dtype.value} and holds {found[0]} at index "
+            f"{list(found[1])}, expected {spec.dtype.min} to {spec.dtype.max}",
+            value=spec.name,
+            hint="one value to a byte: unpack two that share one",
+        )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = np.isnan(array) if spec.infinite else ~np.isfinite(array)
         if bad.any():

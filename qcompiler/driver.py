@@ -445,10 +445,11 @@ def _passes_of_imports(precision: str | PrecisionPlan | os.PathLike[str]) -> lis
     """Return what makes integer operators of a model that is quantized already."""
     from qcompiler.passes.block_products import BlockProducts
     from qcompiler.passes.fuse import Fuse
+    from qcompiler.passes.widen_integers import WidenIntegers
 
     if precision == Precision.W8A8_DYNAMIC.value:  # what the model leaves open
-        return [Fuse(), BlockProducts()]
-    return [Fuse()]
+        return [WidenIntegers(), Fuse(), BlockProducts()]
+    return [WidenIntegers(), Fuse()]
 
 
 def _check_methods(methods: Sequence[Pass], quantized: bool) -> None:

@@ -281,6 +281,26 @@ def lookup(x: Array, entries: Array) -> Array:
     return np.asarray(entries[x.astype(np.int32) - int(np.iinfo(x.dtype).min)])
 
 
+def low_bits(x: Array, storage: DType) -> Array:
+    """Return numbers modulo 16 as 4-bit integers, held in 8 bits; fractions round towards 0.
+
+    What 4 bits hold stays as it is. Of an integer outside the higher bits are dropped, and a
+    float outside is treated like its integral part; NaN and infinities become 0.
+
+    Source: ONNX Cast: "when OOR, discard higher bits and reinterpret"; floats out of range are
+    undefined there, and this is what its tests expect of them.
+
+    Args:
+        x: Numbers of any dtype.
+        storage: INT4 or UINT4.
+    """
+    if x.dtype.kind == "f":
+        with np.errstate(invalid="ignore"):
+            x = np.fmod(np.trunc(np.where(np.isfinite(x), x, 0)), 16)
+    low = (x.astype(np.int64) & 15).astype(np.int8)  # of uint64 the cast keeps the low bits
+    return np.asarray(((low ^ 8) - 8 if storage.min else low).astype(storage.numpy))
+
+
 # ------------------------------------------------------------------------------- multipliers
 
 
@@ -393,7 +413,12 @@ def requantize_real(t: Array, target: QuantParams, residual: Residual | None = N
 
 
 def rescale(q: Array, source: QuantParams, target: QuantParams) -> Array:
-    """Move a quantized tensor to another scale, zero point or storage."""
+    """Move a quantized tensor to another scale, zero point or storage.
+
+    On the same map (of any granularity) its integers stay, clamped to the range of the target.
+    """
+    if source.same_map(target) and max(source.storage.bits, target.storage.bits) <= 16:
+        return np.clip(q, target.qmin, target.qmax).astype(target.storage.numpy)
     return requantize(centred(q, source.zero_point), source.scale, target)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from qcompiler.errors import ShapeError, UsageError
+from qcompiler.four_bits import in_bytes, outside
 from qcompiler.ir import Graph
 from qcompiler.onnx_import_tensors import element_count
 from qcompiler.types import Array, DType, Shape
@@ -204,11 +205,12 @@ def _frozen(d: Declared, value: object) -> Array:
     Raises:
         UsageError: A value that the dtype or the shape cannot hold.
     """
-    raw = np.asarray(value)
+    raw = in_bytes(np.asarray(value))
     if raw.dtype.kind not in "biuf":
         raise UsageError(f"the value to freeze input {d.name!r} to is not a number or array")
     data = raw.astype(d.dtype.numpy)
-    if d.dtype.is_integer and not np.array_equal(data, raw):
+    fits = np.array_equal(data, raw) and outside(data, d.dtype) is None
+    if d.dtype.is_integer and not fits:
         raise UsageError(f"input {d.name!r} is {d.dtype.value}; {value!r} does not fit")
     if d.shape is None or data.ndim == len(d.shape):
         return data

@@ -13,10 +13,11 @@ import numpy as np
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError, UsageError
 from qcompiler.ir import Value
-from qcompiler.numerics import spread_out
+from qcompiler.numerics import expanded, spread_out
 from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import (
+    WIDENED,
     Array,
     DType,
     Granularity,
@@ -179,9 +180,9 @@ def quantized(ctx: OpContext, x: Value, at: int, storage: DType, axis: int = 1) 
     if not _is_static(ctx, at):
         return _by_arithmetic(ctx, x, at, storage, axis)
     grid = static_qparams(ctx, at, x.shape, storage, axis)
-    if storage in _WIDENED and ctx.builder.plain.isdisjoint(ctx.proto.output):
+    if storage in WIDENED and ctx.builder.plain.isdisjoint(ctx.proto.output):
         # Nothing sees the storage: bytes hold the few codes, and kernels clamp to them.
-        storage, least, greatest = _WIDENED[storage], storage.min, storage.max
+        storage, least, greatest = WIDENED[storage], storage.min, storage.max
         grid = QuantParams(grid.scale, grid.zero_point, storage, least, greatest, grid.granularity)
     result = TensorType(x.shape, storage, grid)
     return ctx.builder.emit("quantize", [x], {}, ctx.name, types=[result])[0]
@@ -268,7 +269,6 @@ def with_positive_scales(
     return turned.astype(codes.dtype), scale, zero
 
 
-_WIDENED = {DType.INT4: DType.INT8, DType.UINT4: DType.UINT8}
 _MOVES = frozenset({"transpose", "reshape", "slice"})
 
 
@@ -298,14 +298,13 @@ def constant_dequantized(ctx: OpContext, q: Value, qparams: QuantParams) -> Valu
 
 def _affine(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
     """Dequantize integers that carry other parameters, or none, by their numbers."""
-    if isinstance(qparams.granularity, PerGroup):
-        raise UnsupportedOpError("blocked dequantization of a computed tensor is not supported")
-    if isinstance(qparams.granularity, PerAxis):
-        shape = [1] * q.type.rank
-        shape[qparams.granularity.axis] = -1
-    else:
-        shape = []
-    scale, zero = qparams.scale.reshape(shape), qparams.zero_point.reshape(shape)
+    g, inner = qparams.granularity, q.shape
+    scale, zero = expanded(qparams, q.shape)
+    if isinstance(g, PerGroup) and q.shape[g.axis] % g.group_size == 0:
+        # Blocks become an axis of their own, so that the scales need not be repeated.
+        blocks = q.shape[g.axis] // g.group_size
+        inner = (*q.shape[: g.axis], blocks, g.group_size, *q.shape[g.axis + 1 :])
+        scale, zero = (np.expand_dims(v, g.axis + 1) for v in (qparams.scale, qparams.zero_point))
     if q.qparams is not None:
         if q.qparams.same_grid(qparams):
             return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
@@ -316,7 +315,10 @@ def _affine(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
         own = q.qparams
         factor = scale.astype(np.float64) / own.s
         shift = (own.z - zero) * scale.astype(np.float64)
-        y = ctx.emit("mul", x, ctx.constant(factor.astype(np.float32)))
-        return ctx.emit("add", y, ctx.constant(shift.astype(np.float32)))
-    wide = ctx.emit("sub", ctx.emit("cast", q, to="int32"), ctx.constant(zero.astype(np.int32)))
-    return ctx.emit("mul", ctx.emit("cast", wide, to="float32"), ctx.constant(scale))
+        y = ctx.emit("mul", reshape(ctx, x, inner), ctx.constant(factor.astype(np.float32)))
+        y = ctx.emit("add", y, ctx.constant(shift.astype(np.float32)))
+        return reshape(ctx, y, q.shape)
+    wide = reshape(ctx, ctx.emit("cast", q, to="int32"), inner)
+    wide = ctx.emit("sub", wide, ctx.constant(zero.astype(np.int32)))
+    y = ctx.emit("mul", ctx.emit("cast", wide, to="float32"), ctx.constant(scale))
+    return reshape(ctx, y, q.shape)

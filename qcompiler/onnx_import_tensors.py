@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError
+from qcompiler.four_bits import packed, unpacked
 from qcompiler.types import Array, DType, TensorType
 
 MAX_ELEMENTS = 2**31 - 1
@@ -174,10 +175,7 @@ def _decoded(raw: Array, dtype: DType, count: int) -> Array:
     """Unpack 4-bit integers (low half of a byte first) or widen bfloat16, from bytes."""
     if dtype is DType.BFLOAT16:
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    halves = np.stack([raw & 15, raw >> 4], axis=-1).reshape(-1)[:count]
-    if dtype is DType.UINT4:
-        return halves
-    return ((halves ^ 8).astype(np.int16) - 8).astype(np.int8)
+    return unpacked(raw, dtype, count)
 
 
 def _encoded(data: Array, dtype: DType) -> bytes:
@@ -187,9 +185,7 @@ def _encoded(data: Array, dtype: DType) -> bytes:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         quiet = np.where(np.isnan(data.reshape(-1)), (bits >> 16) | 64, rounded)
         return quiet.astype("<u2").tobytes()
-    flat = data.reshape(-1).astype(np.uint8) & 15
-    flat = np.append(flat, np.zeros(flat.size % 2, np.uint8))
-    return (flat[0::2] | (flat[1::2] << 4)).tobytes()
+    return packed(data)
 
 
 def file_inside(root: pathlib.Path, location: str) -> pathlib.Path | None:

@@ -8,6 +8,8 @@ run quantized models with `optimization="basic"` or `"disabled"`.
 
 from __future__ import annotations
 
+import ctypes
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,6 +20,7 @@ import numpy as np
 import onnxruntime
 
 from qcompiler.errors import DataError, ModelError
+from qcompiler.four_bits import packed, unpacked
 from qcompiler.types import Array, DType, Shape
 
 Optimization = Literal["disabled", "basic", "all"]
@@ -27,6 +30,10 @@ _LEVELS = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
+
+_NARROW = {"tensor(int4)": DType.INT4, "tensor(uint4)": DType.UINT4}
+_ELEMENTS = {DType.UINT4: 21, DType.INT4: 22}
+"""Numbers of the element types in ONNX."""
 
 _state = onnxruntime.capi.onnxruntime_pybind11_state
 _ERRORS: tuple[type[Exception], ...] = (
@@ -98,6 +105,8 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot load the model: {error}") from error
         self.input_names = tuple(i.name for i in self._session.get_inputs())
         self.output_names = tuple(o.name for o in self._session.get_outputs())
+        values = (*self._session.get_inputs(), *self._session.get_outputs())
+        self._narrow = any(v.type in _NARROW for v in values)
 
     def run(
         self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None
@@ -114,10 +123,38 @@ class Session:
         names = list(self.output_names if outputs is None else outputs)
         feed = {k: np.ascontiguousarray(v) for k, v in inputs.items()}
         try:
-            values = self._session.run(names, feed)
+            run = self._run_narrow if self._narrow else self._session.run
+            values = run(names, feed)
         except _ERRORS as error:
             raise DataError(f"ONNX Runtime cannot run the model: {error}") from error
         return dict(zip(names, values, strict=True))
+
+    def _run_narrow(self, names: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+        """Run a model with 4-bit integers at its interface: numpy has no such arrays."""
+        types = {i.name: i.type for i in self._session.get_inputs()}
+        given = {k: _packed(a, _NARROW.get(types.get(k, ""))) for k, a in feed.items()}
+        return [_unpacked(v) for v in self._session.run_with_ort_values(names, given)]
+
+
+def _packed(a: Array, dtype: DType | None) -> Any:
+    """Return an array as a value of ONNX Runtime; two elements to a byte where they are 4 bits."""
+    if dtype is None:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(a)
+    raw = packed(a)
+    made = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(a.shape), _ELEMENTS[dtype])
+    ctypes.memmove(made.data_ptr(), raw, len(raw))
+    return made
+
+
+def _unpacked(value: Any) -> Array:
+    """Do the reverse of `_packed`."""
+    dtype = _NARROW.get(value.data_type())
+    if dtype is None:
+        return np.asarray(value.numpy())
+    shape = tuple(value.shape())
+    count = math.prod(shape)
+    raw = np.frombuffer(ctypes.string_at(value.data_ptr(), (count + 1) // 2), np.uint8)
+    return unpacked(raw, dtype, count).reshape(shape)
 
 
 @lru_cache(maxsize=64)

@@ -30,8 +30,9 @@ from qcompiler.benchmark import measure
 from qcompiler.cpu import default_threads
 from qcompiler.dynamic import DynamicExecutor, resolved
 from qcompiler.errors import ArtifactError, DataError, UsageError
+from qcompiler.four_bits import in_bytes, outside
 from qcompiler.manifest import TargetInfo, TensorSpec, dumps, loads
-from qcompiler.types import Array
+from qcompiler.types import WIDENED, Array
 from qcompiler.vm import VmExecutor
 
 # Where each kind of executor but "vm" is made: a function of the artifact. The table is closed: a
@@ -114,6 +115,7 @@ class CompiledModel:
         if artifact.dynamic is None:
             inputs = artifact.inputs.items()
             self._shapes = {n: (s.shape, s.dtype.numpy, s.infinite) for n, s in inputs}
+        self._narrow = frozenset(n for n, s in artifact.inputs.items() if s.dtype in WIDENED)
 
     @property
     def inputs(self) -> Mapping[str, TensorSpec]:
@@ -147,7 +149,8 @@ class CompiledModel:
 
         Args:
             inputs: Arrays by input name, or the array of the only input. float64 arrays serve
-                float inputs, and any integers integer inputs, if no value changes.
+                float inputs, and any integers integer inputs, if no value changes: an int4 input
+                takes -8 to 7, one value to a byte.
             threads: Threads for this call; at most as many as this process has CPUs.
 
         Raises:
@@ -206,6 +209,8 @@ class CompiledModel:
             if type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
                 return None
             if dtype.kind == "f" and not _surely_sound(array, infinite):
+                return None
+            if name in self._narrow and outside(array, self.inputs[name].dtype) is not None:
                 return None
             arrays.append(array)
         return arrays
@@ -297,15 +302,15 @@ class CompiledModel:
     def random_inputs(self, seed: int = 0) -> dict[str, Array]:
         """Return one batch of seeded random inputs.
 
-        Floats are normal, 8-bit integers uniform over their range; wider integers are 0 or 1, which
-        nearly every use as an index allows.
+        Floats are normal, integers of 8 bits or less uniform over their range; wider ones are 0 or
+        1, which nearly every use as an index allows.
         """
         rng = np.random.default_rng(seed)
         arrays: dict[str, Array] = {}
         for name, spec in self.inputs.items():
             if spec.dtype.is_float:
                 arrays[name] = rng.standard_normal(spec.shape).astype(spec.dtype.numpy)
-            elif spec.dtype.bits == 8 and spec.dtype.is_integer:
+            elif spec.dtype.bits <= 8 and spec.dtype.is_integer:
                 arrays[name] = rng.integers(
                     spec.dtype.min, spec.dtype.max, spec.shape, spec.dtype.numpy, endpoint=True
                 )
@@ -433,7 +438,7 @@ def _converted(name: str, array: Array, spec: TensorSpec) -> Array:
     Raises:
         DataError: A dtype of another kind, values that do not fit, NaN or infinity.
     """
-    wanted = spec.dtype.numpy
+    wanted, array = spec.dtype.numpy, in_bytes(array)
     if array.dtype != wanted:
         kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}[wanted.kind]
         if array.dtype.kind not in kinds:
@@ -455,6 +460,14 @@ def _converted(name: str, array: Array, spec: TensorSpec) -> Array:
                 hint=f"convert it yourself with .astype('{wanted.name}')",
             )
         array = converted
+    found = outside(array, spec.dtype)
+    if found is not None:
+        raise DataError(
+            f"input {name!r} is {spec.dtype.value} and holds {found[0]} at index {list(found[1])}: "
+            f"expected {spec.dtype.min} to {spec.dtype.max}",
+            value=name,
+            hint="one value to a byte: unpack two that share one",
+        )
     if wanted.kind == "f":
         with np.errstate(over="ignore", invalid="ignore"):
             # A sum is faster than isfinite; it may overflow where every value is finite.

@@ -88,6 +88,10 @@ class DType(enum.Enum):
             raise UsageError(f"tensors of dtype {name!r} are not supported") from None
 
 
+WIDENED = {DType.INT4: DType.INT8, DType.UINT4: DType.UINT8}
+"""4-bit dtype -> the dtype of the bytes that hold its elements, one to a byte."""
+
+
 @dataclass(frozen=True, slots=True)
 class PerTensor:
     """One scale for the whole tensor."""
@@ -216,9 +220,12 @@ class QuantParams:
 
     def same_grid(self, other: QuantParams) -> bool:
         """Whether the integers of both mean the same reals (the clamp range may differ)."""
+        return self.storage == other.storage and self.same_map(other)
+
+    def same_map(self, other: QuantParams) -> bool:
+        """Whether equal integers of both mean the same reals, whatever storage holds them."""
         return (
-            self.storage == other.storage
-            and self.granularity == other.granularity
+            self.granularity == other.granularity
             and self.scale.tobytes() == other.scale.tobytes()
             and self.zero_point.tobytes() == other.zero_point.tobytes()
         )

@@ -18,10 +18,32 @@ from qcompiler.ir import Graph, Node
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.records import Records
 from qcompiler.tuning import Tuning, TuningOutcome
-from qcompiler.types import Array, Precision
+from qcompiler.types import WIDENED, Array, Precision
 
 VIEWS = frozenset({"reshape"})
 """Operators that move nothing in memory: every target has them, without a kernel."""
+
+
+def is_view(node: Node) -> bool:
+    """Whether the result of a node lies in memory as its operand does, byte by byte.
+
+    Besides `VIEWS` that is a cast of 4-bit integers to the bytes that hold them, and a requantize
+    that changes nothing but the width of the storage.
+    """
+    if node.op.name in VIEWS:
+        return True
+    if node.op.name not in ("cast", "requantize"):
+        return False
+    x, y = node.input(0).type, node.output.type
+    if WIDENED.get(x.dtype, x.dtype) is not WIDENED.get(y.dtype, y.dtype):
+        return False
+    if x.qparams is None or y.qparams is None:
+        return x.dtype.bits <= y.dtype.bits
+    return (
+        x.qparams.same_map(y.qparams)
+        and y.qparams.qmin <= x.qparams.qmin
+        and x.qparams.qmax <= y.qparams.qmax
+    )
 
 
 @dataclass(frozen=True, slots=True)

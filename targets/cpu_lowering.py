@@ -18,11 +18,11 @@ import numpy as np
 
 from qcompiler import numerics
 from qcompiler.ir import Node, Value
-from qcompiler.targets.base import VIEWS, Support
+from qcompiler.targets.base import Support, is_view
 from qcompiler.targets.choice import Choose, default_choice
 from qcompiler.targets.isa import Isa
 from qcompiler.targets.tvm_lower import KernelCall
-from qcompiler.types import Array, DType, QuantParams
+from qcompiler.types import WIDENED, Array, DType, QuantParams
 
 Row = Callable[["CpuLowering", Node], "KernelCall | None"]
 _ROWS: dict[str, Row] = {}
@@ -62,7 +62,7 @@ class CpuLowering:
 
     def supports(self, node: Node) -> Support:
         """Say whether a generator serves the node."""
-        if node.op.name in VIEWS:
+        if is_view(node):
             return Support(True)
         if node.op.name not in _ROWS:
             return Support(False, f"{node.op.name} has no kernel of ours; TVM compiles it")
@@ -103,8 +103,8 @@ def _named(build: Callable[..., Any], workload: object, isa: Isa, symbol: str) -
 
 
 def storage(v: Value) -> str:
-    """Return the name of a value's storage dtype."""
-    return v.dtype.value
+    """Return the name of a value's storage dtype: that of bytes, where it is of 4 bits."""
+    return WIDENED.get(v.dtype, v.dtype).value
 
 
 def grid(v: Value) -> QuantParams:
@@ -115,12 +115,12 @@ def grid(v: Value) -> QuantParams:
 
 
 def is_per_tensor(*values: Value | None) -> bool:
-    """Whether every given value is quantized per tensor in 8 or 16 bits."""
+    """Whether every given value is quantized per tensor in 4, 8 or 16 bits."""
     return all(
         v is not None
         and v.qparams is not None
         and v.qparams.is_per_tensor
-        and v.dtype in (DType.UINT8, DType.INT8, DType.INT16)
+        and WIDENED.get(v.dtype, v.dtype) in (DType.UINT8, DType.INT8, DType.INT16)
         for v in values
     )
 
@@ -143,6 +143,8 @@ def _quantize(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.pointwise import QuantizeWorkload, quantize
 
     x, out = node.input(0), node.output
+    if out.qparams is not None and not out.qparams.is_per_tensor:
+        return _scaled(self, x, out, out.qparams)
     if not is_float32(x) or not is_per_tensor(out):
         return None
     q = grid(out)
@@ -155,12 +157,30 @@ def _dequantize(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.pointwise import DequantizeWorkload, dequantize
 
     x = node.input(0)
+    if x.qparams is not None and not x.qparams.is_per_tensor:
+        return _scaled(self, x, node.output, x.qparams)
     if not is_per_tensor(x):
         return None
     q = grid(x)
     return self.call(
         "dequantize", DequantizeWorkload(x.shape, storage(x), q.s, q.z), dequantize, (x,)
     )
+
+
+def _scaled(self: CpuLowering, x: Value, out: Value, q: QuantParams) -> KernelCall | None:
+    """Return the call that quantizes or dequantizes by a scale per index or block of an axis."""
+    from qcompiler.targets.kernels import scaled
+
+    making = out.qparams is not None
+    real, codes = (x, out) if making else (out, x)
+    if not is_float32(real) or x.is_constant or 0 in x.shape or codes.dtype.bits > 16:
+        return None
+    if storage(codes) not in scaled.STORAGES:
+        return None
+    view, scale, zero = scaled.parameters(q, x.shape)
+    w = scaled.ScaledWorkload(x.shape, view, scale.shape, storage(codes), q.qmin, q.qmax)
+    build = scaled.quantize if making else scaled.dequantize
+    return self.call("quantize" if making else "dequantize", w, build, (x,), (scale, zero))
 
 
 @row("requantize")
@@ -246,10 +266,21 @@ def _cast(self: CpuLowering, node: Node) -> KernelCall | None:
     from qcompiler.targets.kernels.pointwise import CastWorkload, cast_floats
 
     x, out = node.input(0), node.output
+    if out.dtype in WIDENED:
+        return _low_bits(self, x, out)
     if not self.is_real(x, out) or x.dtype is out.dtype or 0 in x.shape:
         return None
     w = CastWorkload(x.shape, storage(x), storage(out))
     return self.call("cast", w, cast_floats, (x,))
+
+
+def _low_bits(self: CpuLowering, x: Value, out: Value) -> KernelCall | None:
+    from qcompiler.targets.kernels.four_bits import LowBitsWorkload, low_bits
+
+    if 0 in x.shape or not (x.dtype.is_integer or x.dtype in (DType.FLOAT32, DType.FLOAT64)):
+        return None
+    w = LowBitsWorkload(x.shape, storage(x), out.dtype is DType.INT4)
+    return self.call("cast", w, low_bits, (x,))
 
 
 # ---------------------------------------------------------------------- pooling, reductions

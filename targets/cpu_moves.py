@@ -15,7 +15,7 @@ from qcompiler.ops import _resize
 from qcompiler.passes.channels_last import TO_LAST
 from qcompiler.targets.cpu_lowering import CpuLowering, grid, is_float32, row, storage
 from qcompiler.targets.tvm_lower import KernelCall
-from qcompiler.types import DType
+from qcompiler.types import WIDENED, DType
 
 # What the copying kernels take.
 _MOVABLE = frozenset(
@@ -24,7 +24,7 @@ _MOVABLE = frozenset(
 
 
 def _movable(self: CpuLowering, *values: Value) -> bool:
-    able = all(v.dtype in _MOVABLE or self.is_real(v) for v in values)
+    able = all(WIDENED.get(v.dtype, v.dtype) in _MOVABLE or self.is_real(v) for v in values)
     return able and all(0 not in v.shape for v in values)
 
 

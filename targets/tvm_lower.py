@@ -22,7 +22,7 @@ from qcompiler.errors import UnsupportedByTargetError, UnsupportedOpError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
 from qcompiler.plan import precision_of
-from qcompiler.targets.base import VIEWS, Region
+from qcompiler.targets.base import VIEWS, Region, is_view
 from qcompiler.targets.branches import Guards, guarded, guards_of, in_order
 from qcompiler.types import Array, Precision
 
@@ -108,7 +108,7 @@ def _plan(graph: Graph, lower_node: LowerNode) -> _Plan:
     covered: set[Node] = set()
     # Consumers first: a call may cover its producers (quantize + transpose in one kernel).
     for node in reversed(graph.nodes):
-        if node in covered or node.op.name in VIEWS:
+        if node in covered or is_view(node):
             continue
         call = lower_node(node)
         if call is not None:
@@ -126,7 +126,7 @@ def _plan(graph: Graph, lower_node: LowerNode) -> _Plan:
             continue
         if run and plan.guards.get(node) != plan.guards.get(run[-1]):
             flush()
-        if node in plan.calls or node.op.name in VIEWS:
+        if node in plan.calls or is_view(node):
             # A view in the middle of a float region would only cut it in two.
             if node.op.name in VIEWS and run and not node.input(0).type.is_quantized:
                 run.append(node)
@@ -296,7 +296,10 @@ class _Emitter:
 
     def _result(self, v: Value) -> Any:
         # A result must be a tensor of its own, not an input or a parameter.
-        if v.producer is None:
+        own = v
+        while own.producer is not None and is_view(own.producer):
+            own = own.producer.input(0)
+        if own.producer is None:
             from tvm import topi
 
             return self.bb.emit_te(topi.identity, self.env[v])

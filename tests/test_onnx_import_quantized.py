@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler.driver import quantize_model
-from qcompiler.errors import UnsupportedByTargetError, UnsupportedOpError
+from qcompiler.errors import UnsupportedOpError
 
 MS = "com.microsoft"
 
@@ -362,19 +362,3 @@ def test_activations_in_four_bits(rng: np.random.Generator, storage: int, op: st
     apart = np.abs(found_y - runtime(model, x)[0]) / step
     assert apart.max() <= 1.01  # one code, where a sum lies on a tie
     assert (apart < 0.01).mean() >= 0.97
-
-
-def test_four_bits_that_something_sees_are_refused_by_name() -> None:
-    graph = helper.make_graph(
-        [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"], "quantizer")],
-        "four",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4])],
-        [helper.make_tensor_value_info("y", TensorProto.INT4, [4])],
-        [
-            numpy_helper.from_array(f32(0.5), "s"),
-            helper.make_tensor("z", TensorProto.INT4, [], [0]),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    with pytest.raises(UnsupportedByTargetError, match="quantizer"):
-        qcompiler.compile(model)

@@ -107,7 +107,7 @@ REFUSALS: list[tuple[str, list[TensorType | None], dict[str, Any], str]] = [
     ("resize", [u8(2)], {"scales": (2.0,), "shape": (4,), "mode": "linear"}, "is quantized"),
     ("cast", [fp(2)], {"to": "string"}, "dtype 'string' is unknown"),
     ("dequantize", [fp(2)], {}, "expected a quantized tensor"),
-    ("requantize", [TensorType((2, 3), DType.INT8, WEIGHT)], {}, "expected one scale"),
+    ("requantize", [fp(2)], {}, "expected a quantized tensor"),
     (
         "qconv",
         [u8(1, 3, 5, 5), fp(2, 3, 3, 3)],

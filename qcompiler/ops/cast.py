@@ -20,7 +20,7 @@ from qcompiler.ops._base import (
     OpKind,
     register,
 )
-from qcompiler.types import Array, DType, QuantParams, TensorType
+from qcompiler.types import WIDENED, Array, DType, QuantParams, TensorType
 
 Arrays = Sequence["Array | None"]
 
@@ -63,13 +63,19 @@ def _dequantize(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, 
 
 def _requantize_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
     q = c.given("requantize", types, 0, "q")
-    c.quantized_per_tensor("requantize", q, "q")
+    c.quantized("requantize", q, "q")
     return (q,)
 
 
 def _requantize(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
     source = operand_qparams("requantize", ctx, 0)
     target = declared_qparams("requantize", ctx)
+    if not ((source.is_per_tensor and target.is_per_tensor) or source.same_map(target)):
+        raise c.fail(
+            "requantize",
+            f"operand 'q' has {source.granularity} scales, the result {target.granularity} ones: "
+            "expected one scale each, or the same",
+        )
     return (numerics.rescale(np.asarray(arrays[0]), source, target),)
 
 
@@ -123,6 +129,8 @@ def _cast(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:
     x, dtype = np.asarray(arrays[0]), ctx.outputs[0].dtype
     to = dtype.numpy
     with np.errstate(all="ignore"):  # out-of-range floats: undefined in ONNX, never an error
+        if dtype in WIDENED:
+            return (numerics.low_bits(x, dtype),)
         if x.dtype.kind == "f" and to.kind in "iu":
             # Through int64 so that the low bits are kept, as C compilers do on x86.
             return (np.trunc(x).astype(np.int64).astype(to),)

@@ -14,7 +14,15 @@ from qcompiler.passes.split_to_slices import SplitToSlices
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import precision_of
 from qcompiler.records import Records
-from qcompiler.targets.base import VIEWS, Backend, Built, Region, Support, TargetSpec, TuningBudget
+from qcompiler.targets.base import (
+    Backend,
+    Built,
+    Region,
+    Support,
+    TargetSpec,
+    TuningBudget,
+    is_view,
+)
 from qcompiler.targets.cuda.arch import Arch, arch_named
 from qcompiler.targets.cuda.lowering import Lowered, Maker, lower_graph, lower_node
 from qcompiler.targets.cuda.nvcc import compile_fatbin, find_nvcc
@@ -36,7 +44,7 @@ class CudaBackend(Backend):
 
     def supports(self, node: Node) -> Support:
         """Say whether a CUDA kernel serves the node; there is no fallback."""
-        if node.op.name in VIEWS:
+        if is_view(node):
             return Support(True)
         answer = lower_node(Maker(self.arch), node)
         return Support(False, answer) if isinstance(answer, str) else Support(True)

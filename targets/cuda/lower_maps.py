@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler import numerics
 from qcompiler.ir import Node, Value
 from qcompiler.ops import _resize
 from qcompiler.ops.movement import slices
@@ -26,7 +27,7 @@ from qcompiler.targets.cuda.lowering import (
 from qcompiler.targets.cuda.maps import THREADS, Operand, broadcast_strides, map_launch, row_major
 from qcompiler.targets.cuda.program import Argument, Launch, Status
 from qcompiler.targets.cuda.source import KernelText, c_type, entry, literal
-from qcompiler.types import Array, DType, Shape
+from qcompiler.types import WIDENED, Array, DType, QuantParams, Shape
 
 
 def source(v: Value) -> Argument:
@@ -58,11 +59,25 @@ def simple(node: Node, expression: str, extra: list[tuple[str, Argument]] | None
 
 @row("quantize")
 def _quantize(make: Maker, node: Node) -> Answer:
-    out = node.output
-    q = grid(out)
-    if q is None or node.input(0).dtype not in FLOATS:
-        return f"it makes {out.type}: one scale and 8 or 16 bits are supported"
-    return simple(node, result_text(out, f"__fdiv_rn(a, {literal(q.s)})"))
+    x, out = node.input(0), node.output
+    q = out.qparams
+    if q is None or out.dtype.bits > 16 or x.dtype not in FLOATS:
+        return f"it makes {out.type} of {x.type}: 16 bits or less of floats are supported"
+    if q.is_per_tensor:
+        return simple(node, result_text(out, f"__fdiv_rn(a, {literal(q.s)})"))
+    low, high = (f"static_cast<float>({bound} - c)" for bound in (q.qmin, q.qmax))
+    value = f"qc_as<{c_type(out.dtype)}>::of(qc_quantized(__fdiv_rn(a, b), {low}, {high}, c))"
+    operands = [plain(x, out.shape), *_spread(q, out.shape)]
+    return (map_launch("quantize", out.shape, out, result(out), operands, value),)
+
+
+def _spread(q: QuantParams, shape: Shape) -> tuple[Operand, Operand]:
+    """Return scales and zero points as operands of a map over a tensor of a shape."""
+    scale, zero = (np.ascontiguousarray(v) for v in numerics.expanded(q, shape))
+    return (
+        Operand(scale, DType.FLOAT32, broadcast_strides(scale.shape, shape)),
+        Operand(zero, DType.INT32, broadcast_strides(zero.shape, shape)),
+    )
 
 
 @row("dequantize")
@@ -76,14 +91,7 @@ def _dequantize(make: Maker, node: Node) -> Answer:
         centred = "__int2float_rn(static_cast<int>(a) - ({}))"
     if q.is_per_tensor:
         return simple(node, f"__fmul_rn({centred.format(q.z)}, {literal(q.s)})")
-    from qcompiler.numerics import expanded
-
-    scale, zero = (np.ascontiguousarray(v) for v in expanded(q, x.shape))
-    operands = [
-        plain(x, out.shape),
-        Operand(scale, DType.FLOAT32, broadcast_strides(scale.shape, out.shape)),
-        Operand(zero, DType.INT32, broadcast_strides(zero.shape, out.shape)),
-    ]
+    operands = [plain(x, out.shape), *_spread(q, out.shape)]
     text = f"__fmul_rn({centred.format('c')}, b)"
     return (map_launch("dequantize", out.shape, out, result(out), operands, text),)
 
@@ -294,6 +302,13 @@ def _cast(make: Maker, node: Node) -> Answer:
         return "no kernel takes bfloat16"
     if out.dtype is DType.BOOL:
         return simple(node, "a != 0")
+    if out.dtype in WIDENED:
+        whole = "a"
+        if x.dtype.is_float:  # beyond 2**57 doubles are multiples of 16, and floats long before
+            far = float(1 << 57) if x.dtype is DType.FLOAT64 else float(1 << 28)
+            whole = f"(fabs(static_cast<double>(a)) < {far} ? a : {c_type(x.dtype)}(0))"
+        low = f"(static_cast<qc_i64>({whole}) & 15)"
+        return simple(node, f"({low} ^ 8) - 8" if out.dtype is DType.INT4 else low)
     if x.dtype.is_float and out.dtype.is_integer:
         return simple(node, "static_cast<qc_i64>(a)")
     return simple(node, "a")

@@ -18,7 +18,7 @@ from qcompiler import numerics
 from qcompiler.errors import UnsupportedByTargetError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.passmanager import ProgressFn, no_progress
-from qcompiler.targets.base import VIEWS
+from qcompiler.targets.base import is_view
 from qcompiler.targets.cuda.arch import Arch
 from qcompiler.targets.cuda.blocked import blocked_conv, blocked_matmul
 from qcompiler.targets.cuda.halves import with_halves
@@ -36,7 +36,7 @@ from qcompiler.targets.cuda.products import (
 from qcompiler.targets.cuda.program import Argument, Launch, Step, Temporary
 from qcompiler.targets.cuda.source import KernelText
 from qcompiler.targets.cuda.windows import depthwise_launch
-from qcompiler.types import Array, DType, PerGroup, QuantParams
+from qcompiler.types import WIDENED, Array, DType, PerGroup, QuantParams
 
 EIGHT_BITS = (DType.INT8, DType.UINT8)
 FLOATS = (DType.FLOAT32, DType.FLOAT16)
@@ -133,7 +133,7 @@ def lower_graph(
     refused: list[Node] = []
     for i, node in enumerate(graph.nodes):
         progress("lower", i, len(graph.nodes))
-        if node.op.name in VIEWS:
+        if is_view(node):
             views[node.output] = node.input(0)
             continue
         answer = lower_node(maker, node)
@@ -176,9 +176,9 @@ def _named(steps: list[Step]) -> dict[str, KernelText]:
 
 
 def grid(v: Value) -> QuantParams | None:
-    """Return the per-tensor quantization of an 8- or 16-bit value, or None."""
-    q = v.qparams
-    if q is None or not q.is_per_tensor or v.dtype not in (*EIGHT_BITS, DType.INT16, DType.UINT16):
+    """Return the per-tensor quantization of a value of 4, 8 or 16 bits, or None."""
+    q, held = v.qparams, WIDENED.get(v.dtype, v.dtype)
+    if q is None or not q.is_per_tensor or held not in (*EIGHT_BITS, DType.INT16, DType.UINT16):
         return None
     return q
 

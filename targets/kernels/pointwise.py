@@ -6,7 +6,7 @@ Every generator takes a workload and an `Isa` and returns a PrimFunc whose buffe
 the order of the workload, the packed constants (`table` only: the entries), and the output, with
 the shapes the workload gives.
 
-All but `table` run on one engine, `_elementwise`: the shapes are collapsed to the fewest axes
+All but `table` run on one engine, `elementwise`: the shapes are collapsed to the fewest axes
 that tell the operands apart (same shape: one axis; a per-channel vector against NHWC: two; a
 squeeze-excite gate [N, 1, 1, C]: three), the innermost axis is vectorised and the outer ones are
 shared out to threads when there is enough work.  Any numpy broadcast works.
@@ -63,6 +63,7 @@ __all__ = [
     "cast_floats",
     "clip",
     "dequantize",
+    "elementwise",
     "float_binary",
     "float_unary",
     "pack_table",
@@ -229,7 +230,7 @@ def collapse(out: Shape, shapes: Sequence[Shape]) -> tuple[list[int], list[list[
     return extents, strides
 
 
-def _elementwise(
+def elementwise(
     name: str,
     isa: Isa,
     shapes: Sequence[Shape],
@@ -239,11 +240,14 @@ def _elementwise(
     *,
     cycles: float,
     as_they_are: bool = False,
+    first_shape: Shape | None = None,
 ) -> Any:
     """Generate `y = body(*operands)`, where `body` maps vectors to a vector of `dtype`.
 
     `cycles` estimates the work for each vector of `isa.vector_bits / 8` elements.  What lies in
     memory as float16, `body` sees and gives as float32, unless it takes operands `as_they_are`.
+    The first operand and the result may be buffers of another shape, `first_shape`, whose elements
+    lie in the same order.
     """
     out: Shape = shapes[0]
     for shape in shapes[1:]:
@@ -254,10 +258,10 @@ def _elementwise(
     halved = dtype == "float16" and not as_they_are
     with PrimFuncBuilder(name) as builder:
         arguments = [
-            builder.argument(f"x{i}", shape, operand)
+            builder.argument(f"x{i}", (not i and first_shape) or shape, operand)
             for i, (shape, operand) in enumerate(zip(shapes, dtypes, strict=True))
         ]
-        output = builder.argument("y", out, dtype)
+        output = builder.argument("y", first_shape or out, dtype)
         inputs = [tir.flat(argument) for argument in arguments]
         y = tir.flat(output)
 
@@ -352,7 +356,7 @@ def quantize(workload: QuantizeWorkload, isa: Isa) -> Any:
         real = x / tir.splat(_f32(w.scale), "float32", tir.lanes_of(x))
         return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa)
 
-    return _elementwise("quantize", isa, [w.shape], ["float32"], w.dtype, body, cycles=40)
+    return elementwise("quantize", isa, [w.shape], ["float32"], w.dtype, body, cycles=40)
 
 
 def dequantize(workload: DequantizeWorkload, isa: Isa) -> Any:
@@ -362,7 +366,7 @@ def dequantize(workload: DequantizeWorkload, isa: Isa) -> Any:
     def body(q: Expr) -> Expr:
         return _centered(q, w.zero_point) * tir.splat(_f32(w.scale), "float32", tir.lanes_of(q))
 
-    return _elementwise("dequantize", isa, [w.shape], [w.dtype], "float32", body, cycles=16)
+    return elementwise("dequantize", isa, [w.shape], [w.dtype], "float32", body, cycles=16)
 
 
 def requantize(workload: RequantizeWorkload, isa: Isa) -> Any:
@@ -375,7 +379,7 @@ def requantize(workload: RequantizeWorkload, isa: Isa) -> Any:
         real = exact_mul(_centered(q, w.in_zero_point), factor)
         return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa, bound)
 
-    return _elementwise("requantize", isa, [w.shape], [w.in_dtype], w.dtype, body, cycles=16)
+    return elementwise("requantize", isa, [w.shape], [w.in_dtype], w.dtype, body, cycles=16)
 
 
 def qbinary(workload: QBinaryWorkload, isa: Isa) -> Any:
@@ -415,7 +419,7 @@ def qbinary(workload: QBinaryWorkload, isa: Isa) -> Any:
             return real(a, b)
         return quantized(real(a, b), w.zero_point, w.qmin, w.qmax, w.dtype, isa, bound)
 
-    return _elementwise(
+    return elementwise(
         f"q{w.operation}",
         isa,
         [w.a_shape, w.b_shape],
@@ -440,15 +444,13 @@ def clip(workload: ClipWorkload, isa: Isa) -> Any:
     def body(x: Expr) -> Expr:
         return tir.clamp(x, bound(w.low), bound(w.high))
 
-    return _elementwise(
-        "clip", isa, [w.shape], [w.dtype], w.dtype, body, cycles=3, as_they_are=True
-    )
+    return elementwise("clip", isa, [w.shape], [w.dtype], w.dtype, body, cycles=3, as_they_are=True)
 
 
 def cast_floats(workload: CastWorkload, isa: Isa) -> Any:
     """Generate a conversion between float widths."""
     w = workload
-    return _elementwise("cast", isa, [w.shape], [w.in_dtype], w.dtype, lambda x: x, cycles=8)
+    return elementwise("cast", isa, [w.shape], [w.in_dtype], w.dtype, lambda x: x, cycles=8)
 
 
 def float_binary(workload: FloatBinaryWorkload, isa: Isa) -> Any:
@@ -472,7 +474,7 @@ def float_binary(workload: FloatBinaryWorkload, isa: Isa) -> Any:
     def body(a: Expr, b: Expr) -> Expr:
         return tir.clamp(table[w.operation](a, b), w.low, w.high)
 
-    return _elementwise(
+    return elementwise(
         f"float_{w.operation}",
         isa,
         [w.a_shape, w.b_shape],
@@ -498,4 +500,4 @@ def float_unary(workload: FloatUnaryWorkload, isa: Isa) -> Any:
     def body(x: Expr) -> Expr:
         return FUNCTIONS[w.function](x, w.alpha, w.beta)
 
-    return _elementwise(w.function, isa, [w.shape], [w.in_dtype], w.dtype, body, cycles=60)
+    return elementwise(w.function, isa, [w.shape], [w.in_dtype], w.dtype, body, cycles=60)

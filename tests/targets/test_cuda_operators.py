@@ -14,6 +14,7 @@ from qcompiler.errors import DataError, UnsupportedByTargetError
 from qcompiler.interpreter import run
 from qcompiler.ir import Graph, Value
 from qcompiler.ops import Stage, all_ops
+from qcompiler.targets.base import VIEWS
 from qcompiler.targets.cuda import backend, blocked, lower_maps, lower_rows, lowering
 from qcompiler.types import DType, PerAxis, PerGroup, QuantParams, TensorType
 
@@ -22,6 +23,7 @@ needs_emulator = pytest.mark.skipif(
 )
 Array = np.ndarray[Any, np.dtype[Any]]
 U8, I8, U16, I16 = DType.UINT8, DType.INT8, DType.UINT16, DType.INT16
+I4, U4 = DType.INT4, DType.UINT4
 F32, F16 = DType.FLOAT32, DType.FLOAT16
 I32, I64, BOOL, F64 = DType.INT32, DType.INT64, DType.BOOL, DType.FLOAT64
 
@@ -122,6 +124,48 @@ def test_quantize_rounds_ties_to_even_and_saturates(rng: np.random.Generator) ->
         del k
         net.add("quantize", x, out=TensorType(x.shape, target.storage, target))
     net.add("quantize", net.real((4, 9), dtype=F16), out=TensorType((4, 9), U8, q(U8, 0.02, 99)))
+    net.check()
+
+
+@needs_emulator
+def test_four_bits(rng: np.random.Generator) -> None:
+    """Casts drop bits; a tensor of 4 bits lies in bytes, in movement, sums and products."""
+    net = Net(rng)
+    odd = np.array([np.nan, np.inf, -np.inf, 3e38, -9.0, 8.0, 15.9, 2.0**28 + 32], np.float32)
+    x = net.feed(np.concatenate([odd, rng.standard_normal(92).astype(np.float32) * 1e4]))
+    for v in (
+        x,
+        net.real((9, 5), 1e9, F64),
+        net.whole((9, 5), -(10**9), 10**9),
+        net.codes((9, 5), q(I8, 1, 0)),
+    ):
+        plain = v if v.qparams is None else net.feed(net.feeds[v.name])
+        for to in ("int4", "uint4"):
+            net.add("cast", plain, to=to)
+    for four, eight, zero in ((I4, I8, -3), (U4, U8, 9)):
+        code = net.codes((4, 16), q(four, 0.2, zero))
+        wide = net.add(
+            "requantize", code,
+            out=TensorType((4, 16), eight, q(eight, 0.2, zero, four.min, four.max)),
+        )  # fmt: skip
+        net.add("dequantize", code)
+        net.add("transpose", wide, perm=(1, 0))
+        net.add("requantize", wide, out=TensorType((4, 16), four, q(four, 0.3, 1)))
+        net.add("qadd", wide, wide, out=TensorType((4, 16), eight, q(eight, 0.4, 2, 0, 6)))
+    net.check()
+
+
+@needs_emulator
+@pytest.mark.parametrize("held", [I4, U4, I8, U8, I16])
+def test_scales_along_an_axis(rng: np.random.Generator, held: DType) -> None:
+    net = Net(rng)
+    for granularity, scales in ((PerAxis(1), (12,)), (PerGroup(1, 5), (4, 3, 6))):
+        zero = rng.integers(held.min, held.max + 1, scales)
+        scale = rng.uniform(0.1, 2, scales).astype(np.float32)
+        grid = QuantParams(scale, zero, held, held.min + 1, held.max - 1, granularity)
+        x = net.real((4, 12, 6), 2.0 * held.max)
+        x = net.add("quantize", x, out=TensorType((4, 12, 6), held, grid))
+        net.add("dequantize", x)
     net.check()
 
 
@@ -506,7 +550,7 @@ def test_every_operator_is_supported_or_named_here() -> None:
     del made
     assert lower_maps is not None
     assert lower_rows is not None
-    missing = {op.name for op in all_ops()} - set(lowering._ROWS) - lowering.VIEWS - {"split"}
+    missing = {op.name for op in all_ops()} - set(lowering._ROWS) - VIEWS - {"split"}
     assert missing <= {
         "opaque", "conv_transpose", "reduce_log_sum_exp", "mask_tail",
         "lstm", "gru", "rnn", "qlstm", "qgru", "qrnn",
