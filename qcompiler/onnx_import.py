@@ -225,7 +225,8 @@ class _Importer:
                 _, dtype = read_tensor(scope.initializers[name], self.model.folder, repr(name))
                 data = np.asarray(freeze[name], dtype.numpy)
                 scope.values[name] = self.builder.constant(data, name, dtype, exact=True)
-        self._convert_all(proto, scope)
+        # What the graph returns is read as it is typed, quantized or not.
+        self._convert_all(proto, scope, set())
         self._refuse_if_collected()
         self._set_outputs(proto, scope, inputs)
         self.graph.eliminate_dead()
@@ -328,11 +329,14 @@ class _Importer:
             at = at.parent
         raise ModelError(f"{name!r} is read, and nothing defines it", value=name)
 
-    def _convert_all(self, proto: onnx.GraphProto, scope: _Scope) -> None:
+    def _convert_all(
+        self, proto: onnx.GraphProto, scope: _Scope, plain: set[str] | None = None
+    ) -> None:
+        """Convert all nodes; `plain` are the results whose numbers are read, by default all."""
         nodes = needed_nodes(proto, self.model.name)
-        read = {name for node in nodes for name in reads(node)}
-        read |= {o.name for o in proto.output}
-        self.builder.plain |= plain_reads(nodes, {o.name for o in proto.output})
+        outputs = {o.name for o in proto.output}
+        read = {name for node in nodes for name in reads(node)} | outputs
+        self.builder.plain |= plain_reads(nodes, outputs if plain is None else plain)
         for node in nodes:
             self._convert(node, scope, read)
 

@@ -279,7 +279,12 @@ def reads(node: onnx.NodeProto) -> list[str]:
     return names
 
 
-_MOVES = frozenset({"Identity", "Transpose", "Reshape", "Slice"})
+_MOVES = frozenset(
+    {
+        *("Identity", "Transpose", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Flatten"),
+        *("Gather", "Expand", "Tile"),
+    }
+)
 _SCALED = ("DequantizeLinear", "QGemm", "QLinear")
 
 
@@ -288,11 +293,13 @@ def plain_reads(nodes: Sequence[onnx.NodeProto], outputs: Iterable[str]) -> set[
 
     Args:
         nodes: Nodes of a graph, in running order; movement reads what its result is read as.
-        outputs: Names that the graph returns.
+        outputs: Names that something outside reads as they are.
     """
     plain = set(outputs)
     for node in reversed(nodes):
-        if node.op_type in _MOVES:
+        if node.op_type == "Concat":
+            plain.update(() if plain.isdisjoint(node.output) else node.input)
+        elif node.op_type in _MOVES:
             plain.update(node.input[1:] if plain.isdisjoint(node.output) else node.input)
         elif not node.op_type.startswith(_SCALED):
             plain.update(reads(node))

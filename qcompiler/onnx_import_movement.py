@@ -22,6 +22,7 @@ from qcompiler.onnx_import_context import (
     normal_axis,
     reshape,
 )
+from qcompiler.onnx_import_qdq import takes_on
 from qcompiler.ops import AttrValue
 from qcompiler.ops._resize import weights
 from qcompiler.types import Array, DType
@@ -194,6 +195,10 @@ def _concat(ctx: OpContext) -> Results:
     operands = [ctx.input(i) for i in range(len(ctx.inputs))]
     axis = ctx.axis(1, operands[0].type.rank)
     full = [v for v in operands if v.type.rank <= axis or v.shape[axis] != 0] or operands[:1]
+    grids = [v.qparams for v in full if v.qparams is not None]
+    for v in full if grids else ():
+        if v.qparams is None:  # as a cache that the model extends by what it quantizes
+            takes_on(ctx, v, grids[0])
     return [full[0] if len(full) == 1 else ctx.emit("concat", *full, axis=axis)]
 
 

@@ -7,17 +7,16 @@ A scale or zero point that is computed at run time leaves plain integers, scaled
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError, UsageError
-from qcompiler.ir import Value
+from qcompiler.ir import Node, Value
 from qcompiler.numerics import expanded, spread_out
 from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import (
-    WIDENED,
     Array,
     DType,
     Granularity,
@@ -180,10 +179,6 @@ def quantized(ctx: OpContext, x: Value, at: int, storage: DType, axis: int = 1) 
     if not _is_static(ctx, at):
         return _by_arithmetic(ctx, x, at, storage, axis)
     grid = static_qparams(ctx, at, x.shape, storage, axis)
-    if storage in WIDENED and ctx.builder.plain.isdisjoint(ctx.proto.output):
-        # Nothing sees the storage: bytes hold the few codes, and kernels clamp to them.
-        storage, least, greatest = WIDENED[storage], storage.min, storage.max
-        grid = QuantParams(grid.scale, grid.zero_point, storage, least, greatest, grid.granularity)
     result = TensorType(x.shape, storage, grid)
     return ctx.builder.emit("quantize", [x], {}, ctx.name, types=[result])[0]
 
@@ -223,8 +218,7 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
         qparams = checked(scaled, qparams.zero_point, q.dtype, qparams.granularity)
     if q.data is not None and q.qparams is None:
         return constant_dequantized(ctx, q, qparams)
-    for v in _moved_input(ctx, q, qparams):  # a quantized graph input: it takes the parameters
-        ctx.builder.graph.set_type(v, TensorType(v.shape, v.dtype, qparams))
+    takes_on(ctx, q, qparams)
     if q.qparams is not None and q.qparams.same_grid(qparams):
         return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
     return _affine(ctx, q, qparams)
@@ -269,24 +263,58 @@ def with_positive_scales(
     return turned.astype(codes.dtype), scale, zero
 
 
-_MOVES = frozenset({"transpose", "reshape", "slice"})
+_MOVES = frozenset({"transpose", "reshape", "slice", "gather", "expand", "tile", "concat"})
+
+
+def takes_on(ctx: OpContext, q: Value, qparams: QuantParams) -> bool:
+    """Give a plain graph input, and what movement made of it up to q, its quantization.
+
+    Returns:
+        Whether that was done: not where something reads its integers as they are.
+    """
+    moved = _moved_input(ctx, q, qparams)
+    graph = ctx.builder.graph
+    for v in moved:
+        if v.data is None:
+            graph.set_type(v, TensorType(v.shape, v.dtype, qparams))
+            continue
+        held = graph.constant(v.data, ctx.builder.unique(f"{v.name}.quantized"), qparams)
+        for node, i in list(v.uses):
+            graph.set_input(node, i, held)
+    return bool(moved)
 
 
 def _moved_input(ctx: OpContext, q: Value, qparams: QuantParams) -> list[Value]:
-    """Return a plain graph input, and what movement made of it up to q.
+    """Return plain graph inputs, constants beside them, and what movement made of them up to q.
 
-    None where something reads its integers as they are, or has read them already.
+    None where something reads these integers as they are, or has read them already.
     """
-    chain = [q]
-    while (node := chain[-1].producer) is not None:
-        if node.op.name not in _MOVES or not qparams.is_per_tensor:
-            return []
-        chain.append(node.input(0))
+    chain: dict[Value, None] = {}
+    stack = [q]
+    while stack:
+        v = stack.pop()
+        if v in chain:
+            continue
+        chain[v] = None
+        node = v.producer
+        if node is not None:
+            if node.op.name not in _MOVES or not qparams.is_per_tensor:
+                return []
+            stack += node.operands if node.op.name == "concat" else [node.input(0)]
     alone = all(
-        len(v.uses) == (v is not q) and v.qparams is None and v.name not in ctx.builder.plain
+        v.qparams is None
+        and v.dtype is qparams.storage
+        and v.name not in ctx.builder.plain
+        and all(_moves_on(n, i, chain) for n, i in v.uses)
         for v in chain
     )
-    return chain if alone and not chain[-1].is_constant else []
+    given = any(v.producer is None and not v.is_constant for v in chain)
+    return list(chain) if alone and given else []
+
+
+def _moves_on(node: Node, i: int, chain: Mapping[Value, None]) -> bool:
+    """Whether a node moves operand `i` to where a chain leads."""
+    return (i == 0 or node.op.name == "concat") and all(v in chain for v in node.outputs)
 
 
 def constant_dequantized(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:

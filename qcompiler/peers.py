@@ -275,13 +275,15 @@ def _session(model: str, feeds: Mapping[str, Array], threads: int) -> Callable[[
     _need("onnxruntime")
     import onnxruntime
 
+    from qcompiler.ort import runner
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     _check_names([i.name for i in session.get_inputs()], feeds)
-    return lambda: session.run(None, dict(feeds))
+    return runner(session, feeds)
 
 
 def _openvino(model: str, feeds: Mapping[str, Array], threads: int) -> Callable[[], object]:

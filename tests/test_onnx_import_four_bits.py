@@ -350,6 +350,91 @@ def test_a_chain_between_two_interfaces_of_4_bits(rng: np.random.Generator, four
     assert (got != want).mean() < 0.01
 
 
+def product_of(
+    moves: list[onnx.NodeProto],
+    inputs: dict[str, tuple[DType, Sequence[int | str]]],
+    outputs: dict[str, DType],
+    **constants: Any,
+) -> onnx.ModelProto:
+    """What moves integers to t, their dequantization, and a product of it to y."""
+    four = inputs["x"][0]
+    rng = np.random.default_rng(11)
+    constants |= {
+        "s": np.float32(0.2), "z": tensor("z", four, np.asarray(1)),
+        "w": tensor("w", DType.INT4, integers(rng, DType.INT4, (16, 8))),
+        "ws": rng.uniform(0.1, 1, 8).astype(np.float32),
+    }  # fmt: skip
+    nodes = [*moves, node("DequantizeLinear", ["t", "s", "z"], ["f"]),
+             node("DequantizeLinear", ["w", "ws"], ["wf"], axis=1),
+             node("MatMul", ["f", "wf"], ["y"])]  # fmt: skip
+    return model_of(nodes, inputs, outputs, constants)
+
+
+MOVED = {
+    "gather": ([node("Gather", ["x", "i"], ["t"], axis=0)], {"i": np.array([2, 1, 1])}),
+    "concat": ([node("Concat", ["x", "c", "x"], ["t"], axis=0)], {}),
+    "several": (
+        [node("Unsqueeze", ["x", "a"], ["u"]), node("Expand", ["u", "e"], ["v"]),
+         node("Transpose", ["v"], ["t"], perm=[1, 0, 2])],
+        int64s(a=[0], e=[3, 4, 16]),
+    ),
+}  # fmt: skip
+STORED = pytest.mark.parametrize("stored", [DType.INT4, DType.UINT4, DType.INT8])
+
+
+@STORED
+@pytest.mark.parametrize("move", MOVED)
+def test_products_of_moved_inputs_are_integers(
+    rng: np.random.Generator, stored: DType, move: str
+) -> None:
+    moves, constants = MOVED[move]
+    given: dict[str, Any] = dict(constants)
+    if move == "concat":
+        given["c"] = tensor("c", stored, integers(rng, stored, (1, 16)))
+    model = product_of(moves, {"x": (stored, [4, 16])}, {"y": DType.FLOAT32}, **given)
+    feeds = {"x": integers(rng, stored, (4, 16)).astype(stored.numpy)}
+    operators = check(model, feeds, reference=False, imported=False)
+    assert "qmatmul" in operators
+    assert not {"matmul", "dequantize", "mul"} & set(operators)
+    (want,) = by_reference(model, feeds)
+    np.testing.assert_allclose(qcompiler.compile(model)(feeds)["y"], want, rtol=1e-5, atol=1e-3)
+
+
+@STORED
+def test_a_cache_that_grows(rng: np.random.Generator, stored: DType) -> None:
+    """What the model quantizes joins what it was given, and both go into an integer product."""
+    moves = [node("QuantizeLinear", ["n", "s", "z"], ["q"]),
+             node("Concat", ["x", "q"], ["t"], axis=0)]  # fmt: skip
+    inputs = {"x": (stored, [5, 16]), "n": (DType.FLOAT32, [1, 16])}
+    model = product_of(moves, inputs, {"y": DType.FLOAT32, "t": stored})
+    feeds = {"x": integers(rng, stored, (5, 16)).astype(stored.numpy),
+             "n": rng.standard_normal((1, 16)).astype(np.float32)}  # fmt: skip
+    operators = check(model, feeds, reference=False, imported=False)
+    assert "qmatmul" in operators
+    assert "matmul" not in operators
+    want, cache = by_reference(model, feeds)
+    got = qcompiler.compile(model)(feeds)
+    np.testing.assert_array_equal(got["t"], cache)
+    np.testing.assert_allclose(got["y"], want, rtol=1e-5, atol=1e-3)
+
+
+@STORED
+def test_integers_that_something_reads_as_they_are(rng: np.random.Generator, stored: DType) -> None:
+    """Then their scale is that of one reader only: the product stays in floats."""
+    moves = [node("Gather", ["x", "i"], ["t"], axis=0),
+             node("Cast", ["x"], ["r"], to=TensorProto.INT32)]  # fmt: skip
+    model = product_of(
+        moves, {"x": (stored, [4, 16])}, {"y": DType.FLOAT32, "r": DType.INT32}, i=np.array([3, 0])
+    )
+    feeds = {"x": integers(rng, stored, (4, 16)).astype(stored.numpy)}
+    operators = check(model, feeds, reference=False, imported=False)
+    assert "matmul" in operators
+    want, plain = by_reference(model, feeds)
+    got = qcompiler.compile(model)(feeds)
+    np.testing.assert_array_equal(got["r"], plain)
+    np.testing.assert_allclose(got["y"], want, rtol=1e-5, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------- the interface
 
 

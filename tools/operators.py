@@ -35,6 +35,12 @@ What is refused on purpose: results whose shape depends on data (`NonZero`, `Uni
 8-bit floats, 4-bit floats and 2-bit integers. `tests/onnx_backend_table.txt` says what comes of
 every one of ONNX's own backend tests, with the reason of each refusal: {summary}.
 
+Tensors of `int4` and `uint4` are held one value to a byte, also where they are inputs or results: a
+call takes and returns `int8` or `uint8` arrays with values from -8 to 7, or 0 to 15, and refuses
+others by the input's name. `Cast` and `CastLike` to 4 bits drop the higher bits, as ONNX says of
+integers and its tests expect of floats (9.7 is -7 as `int4`); NaN and infinities, of which it says
+nothing, become 0. `QuantizeLinear` saturates.
+
 `Resize` with `align_corners`, `linear` or `cubic`, and scales that give no whole size follows
 ONNX's formula, where ONNX Runtime (and PyTorch) take the rounded size; models with `sizes` do not
 differ.
