@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import four_bit_models
 import numpy as np
 import pytest
 from block_models import Case
@@ -121,6 +122,18 @@ def test_imported_weights_in_blocks(case: Case) -> None:
         shaped = build_graph(graph, made).graph
     got = emulator.run_graph(shaped, {"x": x})
     assert emulator.differences(got, interpret(graph, {"x": x})) == []
+
+
+@pytest.mark.parametrize("four", [DType.INT4, DType.UINT4])
+def test_tensors_of_four_bits(rng: np.random.Generator, four: DType, tmp_path: Path) -> None:
+    """As inputs, as results and in between, through the artifact."""
+    made = get_target("cuda-sm80")
+    result = quantize_model(four_bit_models.network(four, rng))
+    inputs = four_bit_models.feeds(four, rng)
+    with emulator.without_nvcc(), emulator.driver_environment():
+        assemble(build_graph(result.graph, made), made.spec, result).save(tmp_path / "a.qcm")
+        got = qcompiler.load(tmp_path / "a.qcm")(inputs)
+    assert emulator.differences(got, interpret(result.graph, inputs)) == []
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import four_bit_models
 import numpy as np
 import pytest
 from built_models import executor, show_integers
@@ -111,6 +112,17 @@ def test_precisions_without_calibration(precision: str, target: str) -> None:
     in_halves = precision == "fp16" and get_target(target).spec.multiplies_halves
     for i in range(3):
         compare(built, sample(evaluation, built, i), tolerance=5e-3 if in_halves else 1e-4)
+
+
+@pytest.mark.parametrize("target", ROWS)
+@pytest.mark.parametrize("four", [DType.INT4, DType.UINT4])
+def test_tensors_of_four_bits(rng: np.random.Generator, four: DType, target: str) -> None:
+    """Floats too: a dequantization is one product of exact numbers."""
+    result = quantize_model(four_bit_models.network(four, rng))
+    assert "qconv" in {n.op.name for n in result.graph.nodes}
+    built = build_graph(result.graph, get_target(target))
+    given = four_bit_models.feeds(four, rng)
+    compare(built, given, threads=2, tolerance=0)
 
 
 @pytest.mark.parametrize("target", ROWS)
