@@ -15,6 +15,7 @@ import numpy as np
 from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.ir import Value
 from qcompiler.onnx_import_context import Converter, OpContext, converter, normal_axis, reshape
+from qcompiler.onnx_import_qdq import as_float
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import DType
 
@@ -181,6 +182,10 @@ def _cast_like(ctx: OpContext) -> Results:
 
 def _cast_to(ctx: OpContext, dtype: DType) -> Results:
     x = ctx.input(0)
+    if x.dtype is dtype:
+        return [x]
+    if x.qparams is not None:  # the integers themselves, whatever they stand for
+        x = ctx.emit("round", as_float(ctx, x))
     return [x if x.dtype is dtype else ctx.emit("cast", x, to=dtype.value)]
 
 

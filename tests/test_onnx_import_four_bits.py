@@ -418,6 +418,18 @@ def test_a_cache_that_grows(rng: np.random.Generator, stored: DType) -> None:
     np.testing.assert_allclose(got["y"], want, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("stored", [DType.INT4, DType.UINT4, DType.INT8, DType.UINT16])
+def test_casts_of_what_the_model_quantizes(rng: np.random.Generator, stored: DType) -> None:
+    """They read the integers, not what these stand for."""
+    x = (rng.standard_normal((5, 40)) * stored.max * 0.2).astype(np.float32)
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+             node("Cast", ["q"], ["i"], to=TensorProto.INT32),
+             node("Cast", ["q"], ["y"], to=TensorProto.FLOAT)]  # fmt: skip
+    constants = {"s": np.float32(0.37), "z": tensor("z", stored, np.asarray(3))}
+    inputs, outputs = {"x": (DType.FLOAT32, x.shape)}, {"i": DType.INT32, "y": DType.FLOAT32}
+    check(model_of(nodes, inputs, outputs, constants), {"x": x})
+
+
 @STORED
 def test_integers_that_something_reads_as_they_are(rng: np.random.Generator, stored: DType) -> None:
     """Then their scale is that of one reader only: the product stays in floats."""
