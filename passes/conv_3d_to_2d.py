@@ -99,6 +99,12 @@ def _conv(graph: Graph, node: Node) -> bool:
     y = to.add("transpose", x, perm=_TO_LAST)
     if pads[0] or pads[3]:
         y = to.add("pad", y, pads=(0, pads[0], 0, 0, 0, 0, pads[3], 0, 0, 0))
+    each = weight.shape[1] // depth
+    if each > c // group:  # blocks are filled up
+        y = to.reshape(y, *y.shape[:4], group, c // group)
+        y = to.add("pad", y, pads=(*(0,) * 11, each - c // group))
+        c = group * each
+        y = to.reshape(y, *y.shape[:4], c)
     reach = (out[2] - 1) * step + 1
     parts = []
     for k in range(depth):
@@ -126,7 +132,11 @@ def _conv(graph: Graph, node: Node) -> bool:
 
 
 def _weight(graph: Graph, w: Value, group: int) -> Value | None:
-    """Return w[M, C / g, K, R, S] as [M, K * C / g, R, S], or None if it is not constant."""
+    """Return w[M, C / g, K, R, S] as [M, K * C / g, R, S], or None if it is not constant.
+
+    Blocks of a plane follow each other, so the last one of a plane is filled up: the result may
+    have more channels.
+    """
 
     def flat(data: Array) -> Array:
         m, c, k, r, s = data.shape
@@ -138,14 +148,18 @@ def _weight(graph: Graph, w: Value, group: int) -> Value | None:
     held = node.input(0) if node is not None else None
     if node is None or held is None or not held.is_constant or held.qparams is None:
         return None
-    q, by = held.qparams, held.qparams.granularity
+    q, by, data = held.qparams, held.qparams.granularity, held.array()
     if isinstance(by, PerGroup):
-        if by.axis != 1 or w.shape[1] % by.group_size:  # blocks of a plane follow each other
+        if by.axis != 1:
             return None
+        lacks = -w.shape[1] % by.group_size
+        if lacks:  # what fills a block up counts nothing
+            fill = np.repeat(q.zero_point[:, -1:], lacks, axis=1).astype(data.dtype)
+            data = np.concatenate([data, fill], axis=1)
         q = replace(q, scale=flat(q.scale), zero_point=flat(q.zero_point))
     elif not (q.is_per_tensor or by == PerAxis(0)):
         return None
-    new = graph.constant(flat(held.array()), held.name, q, held.dtype)
+    new = graph.constant(flat(data), held.name, q, held.dtype)
     return graph.add("dequantize", [new], name=node.name, sources=node.sources).output
 
 

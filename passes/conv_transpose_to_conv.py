@@ -15,15 +15,17 @@ for convolutions then serves transposed ones.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
+from qcompiler.numerics import expanded
 from qcompiler.passes.rewrite import producer_of, supersede
 from qcompiler.passmanager import Pass, PassContext
-from qcompiler.types import Array, PerAxis, QuantParams
+from qcompiler.types import Array, PerAxis, PerGroup, QuantParams, Shape
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,6 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         return False
     phases = int(np.prod([a.stride for a in chosen]))
     repeated = None if bias is None else _bias(graph, bias, phases, phase_major)
-    if bias is not None and repeated is None:
-        return False
     conv = graph.add(
         "conv",
         [x, weight, repeated],
@@ -143,6 +143,8 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         on, starts, ends = (tuple(c[i] for c in crops) for i in range(3))
         attrs = {"axes": on, "starts": starts, "ends": ends, "steps": (1,) * len(on)}
         y = graph.add("slice", [y], attrs, name=f"{node.name}/crop", sources=node.sources).output
+    if bias is not None and repeated is None:  # computed at run time
+        y = _added(graph, node, y, bias)
     last = y.producer or conv
     name, own = node.name, last.name
     supersede(graph, node, last, node)
@@ -205,37 +207,95 @@ def _weight(
     found = _constant(w)
     if found is None:
         return None
-    data, q, _ = found
-    if q is not None and (not q.is_symmetric or not _by_result(q, group)):
+    data, q, node = found
+
+    def placed(data: Array, rest: Array) -> Array:
+        """Lay elements out as the convolution's, with `rest` where it has no weight.
+
+        `rest` has one element per group and column, [g, M / g].
+        """
+        each = data.shape[1]
+        strides, taps = [a.stride for a in axes], [a.taps for a in axes]
+        rank = len(axes)
+        by_group = data.reshape(group, -1, each, *data.shape[2:])
+        new = np.empty((group, each, *strides, data.shape[0] // group, *taps), data.dtype)
+        new[...] = rest.reshape(group, each, *(1,) * (2 * rank + 1))
+        for index in itertools.product(*(range(k) for k in data.shape[2:])):
+            places = [a.places[k] for a, k in zip(axes, index, strict=True)]
+            to: tuple[Any, ...] = (
+                slice(None),
+                slice(None),
+                *(r for r, _ in places),
+                slice(None),
+                *(t for _, t in places),
+            )
+            at: tuple[Any, ...] = (slice(None), slice(None), slice(None), *index)
+            new[to] = by_group[at].swapaxes(1, 2)
+        if phase_major:  # one group: [1, M, s..., C, T...] -> [s..., M, C, T...]
+            new = np.moveaxis(new[0], 0, rank)
+        phases = int(np.prod(strides))
+        return np.ascontiguousarray(new.reshape(phases * group * each, -1, *taps))
+
+    columns = (group, data.shape[1])
+    if q is None or node is None:
+        return graph.constant(placed(data, np.zeros(columns)), w.name, dtype=w.dtype)
+    scales = _blocks(q, data.shape, group)
+    if scales is None:
         return None
-    each = data.shape[1]
-    strides, taps = [a.stride for a in axes], [a.taps for a in axes]
-    rank = len(axes)
-    by_group = data.reshape(group, -1, each, *data.shape[2:])
-    new = np.zeros((group, each, *strides, data.shape[0] // group, *taps), data.dtype)
-    for index in itertools.product(*(range(k) for k in data.shape[2:])):
-        places = [a.places[k] for a, k in zip(axes, index, strict=True)]
-        to: tuple[Any, ...] = (
-            slice(None),
-            slice(None),
-            *(r for r, _ in places),
-            slice(None),
-            *(t for _, t in places),
+    scale, zero, size = scales
+    # Where there is no weight the code is a zero point: that of the first block of its column.
+    rest = zero.reshape(group, -1, *zero.shape[1:])[:, 0].reshape(*columns, -1)[..., 0]
+    if size:
+        # A place without a weight has its column's first scale: nothing is multiplied by it.
+        first = scale.reshape(group, -1, *scale.shape[1:])[:, 0].reshape(*columns, -1)[..., 0]
+        # One zero point serves a block, so blocks of places without a weight have `rest` too.
+        grid = QuantParams(
+            placed(scale, first), placed(zero, rest), q.storage, q.qmin, q.qmax, PerGroup(1, size)
         )
-        at: tuple[Any, ...] = (slice(None), slice(None), slice(None), *index)
-        new[to] = by_group[at].swapaxes(1, 2)
-    if phase_major:  # one group: [1, M, s..., C, T...] -> [s..., M, C, T...]
-        new = np.moveaxis(new[0], 0, rank)
-    phases = int(np.prod(strides))
-    flat = np.ascontiguousarray(new.reshape(phases * group * each, -1, *taps))
-    return _like(graph, w, flat, found, phases, phase_major)
+    elif q.is_per_tensor:
+        grid = q
+    else:
+        phases = int(np.prod([a.stride for a in axes]))
+        each = [_repeat(a.reshape(-1), phases, phase_major) for a in (scale, zero)]
+        grid = QuantParams(each[0], each[1], q.storage, q.qmin, q.qmax, PerAxis(0))
+    stored = graph.constant(placed(data, rest), node.input(0).name, grid)
+    return graph.add("dequantize", [stored], name=node.name, sources=node.sources).output
 
 
-def _by_result(q: QuantParams, group: int) -> bool:
-    """Whether the scale varies along the results at most: axis 1, which groups share."""
-    if q.is_per_tensor:
-        return True
-    return group == 1 and isinstance(q.granularity, PerAxis) and q.granularity.axis == 1
+def _blocks(q: QuantParams, shape: Shape, group: int) -> tuple[Array, Array, int] | None:
+    """Return scales and zero points in the layout of w[C, M / g, K...], and the size of blocks.
+
+    One row per group and no window where there is one per column: the size is 0 then. None where
+    they vary along what is summed otherwise than in blocks of channels.
+    """
+    scale, zero = (np.broadcast_to(a, shape) for a in expanded(q, shape))
+    each = shape[0] // group
+    if q.is_per_tensor or (_same_in_groups(scale, group) and _same_in_groups(zero, group)):
+        every = (slice(None, None, each), slice(None), *(slice(0, 1),) * (len(shape) - 2))
+        return scale[every], zero[every], 0
+    by = q.granularity
+    if not isinstance(by, PerGroup) or by.axis != 0:
+        return None
+    size = by.group_size if group == 1 else math.gcd(each, by.group_size)
+    at = np.concatenate([np.arange(g * each, (g + 1) * each, size) for g in range(group)])
+    return scale[at], zero[at], size
+
+
+def _same_in_groups(a: Array, group: int) -> bool:
+    """Whether numbers of weights w[C, M / g, K...] are the same for all that is summed."""
+    apart = a.reshape(group, -1, *a.shape[1:])
+    one = slice(0, 1)
+    at: tuple[Any, ...] = (slice(None), one, slice(None), *(one,) * (a.ndim - 2))
+    first = apart[at]
+    return bool((apart == first).all())
+
+
+def _added(graph: Graph, node: Node, y: Value, bias: Value) -> Value:
+    """Return [N, M, ...] plus a bias that is computed."""
+    shape = (bias.type.size, *(1,) * (y.type.rank - 2))
+    name = f"{node.name}/bias"
+    wide = graph.add("reshape", [bias], {"shape": shape}, name=name, sources=node.sources)
+    return graph.add("add", [y, wide.output], name=name, sources=node.sources).output
 
 
 def _bias(graph: Graph, bias: Value, phases: int, phase_major: bool) -> Value | None:

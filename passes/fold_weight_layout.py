@@ -7,6 +7,7 @@ matmul(a, w, transpose_a)                ->  matmul(a', w)
 matmul(a, w, transpose_b)                ->  matmul(a, w')
 matmul(a, dequantize(q), transpose_b)    ->  matmul(a, dequantize(q'))
 transpose(dequantize(q))                 ->  dequantize(q')
+reshape(dequantize(q))                   ->  dequantize(q')
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from qcompiler.grids import found_grid
 from qcompiler.ir import Graph, Node, Value
+from qcompiler.numerics import expanded
 from qcompiler.passes.rewrite import merged_sources, producer_of, supersede
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.types import PerAxis, PerGroup, QuantParams
@@ -36,6 +39,8 @@ class FoldWeightLayout(Pass):
         for node in graph.nodes:
             if node.op.name == "transpose":
                 changed |= _fold_transpose(graph, node)
+            elif node.op.name == "reshape":
+                changed |= _fold_reshape(graph, node)
             elif node.op.name == "matmul":
                 node, turned = _constant_right(graph, node)
                 changed |= turned
@@ -143,5 +148,27 @@ def _fold_transpose(graph: Graph, node: Node) -> bool:
         name=node.name,
         sources=merged_sources(node),
     )
+    supersede(graph, node, new)
+    return True
+
+
+def _fold_reshape(graph: Graph, node: Node) -> bool:
+    """Reshape a quantized constant whose scales then are those of an axis, or of blocks."""
+    stored = _stored(node.input(0))
+    q = stored.qparams if stored is not None else None
+    if stored is None or q is None or q.is_per_tensor or not stored.type.size:
+        return False
+    shape = node.output.shape
+    scale, zero = (
+        np.broadcast_to(a, stored.shape).reshape(shape) for a in expanded(q, stored.shape)
+    )
+    by, scale, zero = found_grid(scale, zero)
+    held = graph.constant(
+        np.ascontiguousarray(stored.array().reshape(shape)),
+        stored.name,
+        QuantParams(scale, zero, q.storage, q.qmin, q.qmax, by),
+        stored.dtype,
+    )
+    new = graph.add("dequantize", [held], name=node.name, sources=merged_sources(node))
     supersede(graph, node, new)
     return True

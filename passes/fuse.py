@@ -22,8 +22,9 @@ import numpy as np
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import table_entries
 from qcompiler.ops import OpKind, Stage
+from qcompiler.passes.float_products import float_products
 from qcompiler.passes.fold_factors import fold_factors
-from qcompiler.passes.fuse_blocks import fit_blocks, split_groups
+from qcompiler.passes.fuse_blocks import fit_blocks
 from qcompiler.passes.fuse_float import absorb_bias, fuse_float
 from qcompiler.passes.fuse_moves import (
     absorb_clamps,
@@ -39,6 +40,7 @@ from qcompiler.passes.fuse_moves import (
     succeed,
     until_stable,
 )
+from qcompiler.passes.fuse_parts import split_batches, split_groups
 from qcompiler.passes.fuse_patterns import (
     RULES,
     Island,
@@ -49,6 +51,7 @@ from qcompiler.passes.fuse_patterns import (
     product,
 )
 from qcompiler.passes.fuse_recurrent import fuse_recurrent
+from qcompiler.passes.fuse_scales import free_bias, move_scales
 from qcompiler.passes.fuse_sixteen import split_sixteen_bits
 from qcompiler.passes.fuse_wide import split_wide_weights
 from qcompiler.passmanager import Pass, PassContext
@@ -65,13 +68,17 @@ class Fuse(Pass):
 
     def run(self, graph: Graph, ctx: PassContext) -> bool:
         """Rewrite the graph; it always counts as modified, because its stage changes."""
-        del ctx
         graph.stage = Stage.INTEGER
         absorb_bias(graph)
         fuse_recurrent(graph)
         until_stable(graph, fold_constants, merge_casts, absorb_clamps, sink, hoist)
+        free_bias(graph)
+        rewritten = move_scales(graph)
         fold_factors(graph)
-        split_groups(graph)
+        rewritten |= split_groups(graph)
+        rewritten |= split_batches(graph)
+        if rewritten:
+            until_stable(graph, sink, hoist)
         split_sixteen_bits(graph)
         fit_blocks(graph)
         split_wide_weights(graph)
@@ -79,6 +86,7 @@ class Fuse(Pass):
         _islands(graph, weights)
         requantize(graph)
         _float_results(graph, weights)
+        ctx.put(float_products(graph))
         fuse_float(graph)
         fold_float_constants(graph)
         graph.eliminate_dead()

@@ -11,7 +11,7 @@ int8 around 0. Before -> after, for a block of channels x (of rows, in a matrix 
 nothing fill every block up to one size. The sum of each block is the same integer, and blocks are
 added in the same order. Matrix products keep their codes, because kernels take zero points there.
 
-A convolution of several groups becomes one convolution for each: blocks lie within a group.
+`fuse_parts` makes such products of others.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from __future__ import annotations
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.numerics import dequantize, expanded
-from qcompiler.passes.fuse_moves import dequantized, params, succeed
+from qcompiler.numerics import expanded
+from qcompiler.passes.fuse_moves import dequantized, params
 from qcompiler.passes.fuse_patterns import is_plain
 from qcompiler.passes.fuse_wide import int8_terms, nearly_narrow, replace_product
 from qcompiler.plan import WHOLE_GROUP, summed_axis
@@ -29,13 +29,13 @@ from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
 _ACTIVATIONS = (DType.INT8, DType.UINT8)
 _WEIGHTS = (*_ACTIVATIONS, DType.INT4, DType.UINT4)
 
-MOST_GROUPS = 32
-"""Groups of a convolution that become convolutions of their own, at most."""
+Known = dict[tuple[Value, int, bytes], Value]
+"""What `reordered` made: by value, axis and order."""
 
 
 def fit_blocks(graph: Graph) -> bool:
     """Rewrite products of 8-bit activations by weights in blocks that kernels do not take."""
-    known: dict[tuple[Value, int, bytes], Value] = {}
+    known: Known = {}
     changed = False
     for node in graph.nodes:
         found = _operands(node)
@@ -46,69 +46,6 @@ def fit_blocks(graph: Graph) -> bool:
     if changed:
         graph.eliminate_dead()
     return changed
-
-
-def split_groups(graph: Graph) -> bool:
-    """Rewrite convolutions of a few groups with weights in blocks as one convolution per group."""
-    changed = False
-    for node in graph.nodes:
-        if node.op.name != "conv" or not 1 < int(node.attr("group")) <= MOST_GROUPS:
-            continue
-        x, w = dequantized(node.input(0)), dequantized(node.input(1))
-        if not is_plain(node) or x is None or w is None or not w.is_constant or x.is_constant:
-            continue
-        if params(w).granularity == PerGroup(1, _size(w)) and params(x).is_per_tensor:
-            changed = _split(graph, node, x, w) or changed
-    if changed:
-        graph.eliminate_dead()
-    return changed
-
-
-def _split(graph: Graph, node: Node, x: Value, w: Value) -> bool:
-    """Put convolutions of one group each in the place of one of several; whether that can be."""
-    bias, reals = node.optional(2), None
-    if bias is not None:
-        held = dequantized(bias)
-        if bias.is_constant:
-            reals = bias.array()
-        elif held is not None and held.is_constant:
-            reals = dequantize(held.array(), params(held))
-        else:
-            return False
-    at = 1 if node.attr("layout") == "NCHW" else x.type.rank - 1
-    groups, out, q = int(node.attr("group")), node.output, params(w)
-    columns = w.shape[0] // groups
-    shape = (*out.shape[:at], columns, *out.shape[at + 1 :])
-    zero = np.broadcast_to(q.zero_point, q.scale.shape)
-    known: dict[tuple[Value, int, bytes], Value] = {}
-    parts = []
-    for group in range(groups):
-        mine = slice(group * columns, (group + 1) * columns)
-        grid = QuantParams(q.scale[mine], zero[mine], q.storage, q.qmin, q.qmax, q.granularity)
-        own = graph.constant(np.ascontiguousarray(w.array()[mine]), w.name, grid)
-        rows = np.arange(group * w.shape[1], (group + 1) * w.shape[1])
-        read = _read(graph, node, x, rows, at, known)
-        operands: list[Value | None] = [
-            graph.add("dequantize", [v], before=node, sources=node.sources).output
-            for v in (read, own)
-        ]
-        if bias is not None and reals is not None:
-            operands.append(graph.constant(np.ascontiguousarray(reals[mine]), bias.name))
-        parts.append(
-            graph.add(
-                "conv",
-                operands,
-                {**node.attrs, "group": 1},
-                types=[TensorType(shape, out.dtype)],
-                name=f"{node.name}_group{group}",
-                before=node,
-                sources=node.sources,
-            ).output
-        )
-    joined = graph.add("concat", parts, {"axis": at}, before=node, sources=node.sources)
-    graph.replace_node(node, joined.output)
-    succeed(joined, node, out)
-    return True
 
 
 def _operands(node: Node) -> tuple[Value, Value] | None:
@@ -148,7 +85,7 @@ def _rewrite(
     node: Node,
     x: Value,
     w: Value,
-    known: dict[tuple[Value, int, bytes], Value],
+    known: Known,
 ) -> None:
     axis, q = summed_axis(node), params(w)
     zero = expanded(q, w.shape)[1]
@@ -167,7 +104,7 @@ def _rewrite(
     codes = np.moveaxis(every[which.reshape(-1), rows.reshape(-1)], 0, axis)
     grid = QuantParams(q.scale, zeros, storage, low, high, PerGroup(axis, rows.shape[1]))
     held = graph.constant(np.ascontiguousarray(codes), w.name, grid)
-    read = _read(graph, node, x, rows.reshape(-1), at, known)
+    read = reordered(graph, node, x, rows.reshape(-1), at, known)
     replace_product(graph, node, read, held)
 
 
@@ -198,13 +135,13 @@ def _picked(terms: list[Array], axis: int, size: int) -> tuple[Array, Array]:
     return both[..., 0], both[..., 1]
 
 
-def _read(
+def reordered(
     graph: Graph,
     node: Node,
     x: Value,
     rows: Array,
     at: int,
-    known: dict[tuple[Value, int, bytes], Value],
+    known: Known,
 ) -> Value:
     """Return the activations in the order that blocks read them; products share what they can."""
     if rows.size == x.shape[at] and (rows == np.arange(rows.size)).all():

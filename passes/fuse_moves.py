@@ -16,8 +16,9 @@ from qcompiler.errors import VerificationError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize
 from qcompiler.ops import EvalContext, OpKind
+from qcompiler.ops.movement import kept_axis
 from qcompiler.plan import summed_axis
-from qcompiler.types import DType, PerGroup, PerTensor, QuantParams, TensorType
+from qcompiler.types import DType, PerAxis, PerGroup, PerTensor, QuantParams, TensorType
 
 
 def dequantized(value: Value | None) -> Value | None:
@@ -153,7 +154,9 @@ def sink(graph: Graph) -> bool:
         if all(v.is_constant for v in (*found, *node.operands[len(places) :])):
             continue  # folded elsewhere
         grid = params(found[0])
-        if not grid.is_per_tensor or any(not params(v).same_grid(grid) for v in found):
+        if not (grid.is_per_tensor or _moves_axis(node, found[0])) or any(
+            not params(v).same_grid(grid) for v in found
+        ):
             continue
         if not _zero_survives(node, grid):
             continue
@@ -173,6 +176,15 @@ def sink(graph: Graph) -> bool:
     if changed:
         graph.sort()
     return changed
+
+
+def _moves_axis(node: Node, source: Value) -> bool:
+    """Whether a value with scales along an axis has them along one after a movement."""
+    if not isinstance(params(source).granularity, PerAxis):
+        return False
+    if node.op.name == "reshape":
+        return kept_axis(source.type, node.output.shape) is not None
+    return node.op.name == "transpose"
 
 
 def _zero_survives(node: Node, grid: QuantParams) -> bool:

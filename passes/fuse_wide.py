@@ -33,8 +33,9 @@ def split_wide_weights(graph: Graph) -> bool:
         if x is None or w is None or not w.is_constant or x.is_constant:
             continue
         q = params(w)
-        known = q.is_per_tensor or isinstance(q.granularity, PerAxis)
-        if x.dtype not in _NARROW or not known or w.type.rank < 2:
+        if x.dtype not in _NARROW or not params(x).is_per_tensor or w.type.rank < 2:
+            continue
+        if not q.is_per_tensor and q.granularity != PerAxis(columns_axis(node, w)):
             continue
         if w.dtype not in _NARROW and not nearly_narrow(w):
             continue
@@ -45,6 +46,13 @@ def split_wide_weights(graph: Graph) -> bool:
     if changed:
         graph.eliminate_dead()
     return changed
+
+
+def columns_axis(node: Node, w: Value) -> int:
+    """Return the axis of the weights that the columns of the result come from."""
+    if node.op.name == "conv":
+        return 0
+    return w.type.rank - (2 if node.attr("transpose_b") else 1)
 
 
 def nearly_narrow(w: Value) -> bool:

@@ -348,6 +348,7 @@ def quantize_model(
     from qcompiler.onnx_import import load_onnx, model_digest
     from qcompiler.passes.calibrate import CalibrationSet, CalibrationTable, RegionObservers
     from qcompiler.passes.canonicalize import canonicalize_passes
+    from qcompiler.passes.float_products import FloatProducts
     from qcompiler.passes.fuse import Fuse
     from qcompiler.passes.groups import Groups
     from qcompiler.passes.insert_qdq import InsertQdq, WeightGrids, quantize_passes
@@ -375,7 +376,9 @@ def quantize_model(
     check_scopes(graph, wanted)
     if imported_qdq:
         integer = PassManager(_passes_of_imports(precision), instruments).run(graph, ctx)
-        plan = found_in(integer)
+        found = ctx.get(FloatProducts)
+        plan = found_in(integer, found.reasons)
+        ctx.log.extend(f"{name} stays float: {why}" for name, why in found.reasons.items())
         sources["plan"] = plan.digest()
         graph = integer if stage is Stage.INTEGER else graph
         return Quantized(None, graph, plan, sources, 0, ctx.log)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError, UsageError
+from qcompiler.grids import without_blocks
 from qcompiler.ir import Node, Value
 from qcompiler.numerics import expanded, spread_out
 from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
@@ -39,7 +40,7 @@ def static_qparams(
     Source: ONNX QuantizeLinear-21: a scalar is one scale, a vector one per index of `axis`,
     a tensor of the operand's rank one per block along `axis` (granularity PerGroup here).
     """
-    return _grid(ctx, *_numbers(ctx, at), shape, storage, axis)
+    return without_blocks(_grid(ctx, *_numbers(ctx, at), shape, storage, axis))
 
 
 def _numbers(ctx: OpContext, at: int) -> tuple[Array, Array]:
@@ -228,7 +229,7 @@ def _constant(ctx: OpContext, q: Value, at: int, axis: int) -> tuple[Value, Quan
     """Return a constant and its parameters; by scales above 0, where the model has others."""
     scale, zero = _numbers(ctx, at)
     if (scale > 0).all() or not np.isfinite(scale).all():
-        return q, _grid(ctx, scale, zero, q.shape, q.dtype, axis)
+        return q, without_blocks(_grid(ctx, scale, zero, q.shape, q.dtype, axis))
     zero = np.broadcast_to(zero, scale.shape)
     grid = _grid(ctx, np.ones_like(scale), zero, q.shape, q.dtype, axis)
     g = grid.granularity
@@ -236,7 +237,7 @@ def _constant(ctx: OpContext, q: Value, at: int, axis: int) -> tuple[Value, Quan
         q.array(), scale, zero, q.dtype, lambda values: spread_out(values, g, q.shape)
     )
     grid = _grid(ctx, scale, zero, q.shape, q.dtype, axis)
-    return ctx.builder.constant(codes, f"{q.name}.turned", q.dtype), grid
+    return ctx.builder.constant(codes, f"{q.name}.turned", q.dtype), without_blocks(grid)
 
 
 def with_positive_scales(

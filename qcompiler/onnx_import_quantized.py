@@ -231,6 +231,23 @@ def _on_grid(ctx: OpContext, v: Value, zero: Array) -> Value:
             ctx.builder.graph.set_type(v, TensorType(v.shape, v.dtype, grid))
         if v.qparams is not None and v.qparams.same_grid(grid):
             return ctx.builder.emit("dequantize", [v], {}, ctx.name)[0]
+        made = v.producer
+        if v.qparams is not None and made is not None and made.op.name == "quantize":
+            # The same codes on the grid of scale 1: x / s is what the other grid rounds, too.
+            own = v.qparams
+            if (
+                own.is_per_tensor
+                and own.z == grid.z
+                and (own.qmin, own.qmax)
+                == (
+                    grid.qmin,
+                    grid.qmax,
+                )
+            ):
+                whole = ctx.emit("div", made.input(0), ctx.constant(own.scale))
+                types = [TensorType(v.shape, v.dtype, grid)]
+                held = ctx.builder.emit("quantize", [whole], {}, ctx.name, types=types)[0]
+                return ctx.builder.emit("dequantize", [held], {}, ctx.name)[0]
         if v.qparams is None and v.dtype.bits == 8:
             # A computed tensor: quantizing its numbers by the grid of scale 1 gives them back.
             real = ctx.emit("sub", as_float(ctx, v), ctx.constant(zero.astype(np.float32)))

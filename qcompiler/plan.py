@@ -501,12 +501,20 @@ def _narrow_precision(node: Node) -> Precision | None:
     return None
 
 
-def found_in(graph: Graph) -> PrecisionPlan:
-    """Return the plan that an INTEGER graph of an already quantized model amounts to."""
+def found_in(graph: Graph, products: Mapping[str, str] | None = None) -> PrecisionPlan:
+    """Return the plan that an INTEGER graph of an already quantized model amounts to.
+
+    Args:
+        graph: The graph.
+        products: Why products of quantized operands stay float, by name.
+    """
     nodes: dict[str, Decision] = {}
     for node in graph.nodes:
         precision = precision_of(node)
-        if precision is not Precision.FP32:
+        if products is not None and node.name in products:
+            reason = f"no integer form of {node.op.name}: {products[node.name]}"
+            decision = Decision(precision, reason)
+        elif precision is not Precision.FP32:
             decision = Decision(precision, "quantized in the model: its scales are kept")
         elif _between_integers(node):
             reason = f"no integer form of {node.op.name} fits what the model says"

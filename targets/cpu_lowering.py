@@ -140,7 +140,12 @@ def scalar_multiplier(*factors: float, over: float = 1.0) -> float:
 
 @row("quantize")
 def _quantize(self: CpuLowering, node: Node) -> KernelCall | None:
-    from qcompiler.targets.kernels.pointwise import QuantizeWorkload, quantize
+    from qcompiler.targets.kernels.pointwise import (
+        QuantizeChainWorkload,
+        QuantizeWorkload,
+        quantize,
+        quantize_chain,
+    )
 
     x, out = node.input(0), node.output
     if out.qparams is not None and not out.qparams.is_per_tensor:
@@ -149,7 +154,37 @@ def _quantize(self: CpuLowering, node: Node) -> KernelCall | None:
         return None
     q = grid(out)
     w = QuantizeWorkload(out.shape, q.s, q.z, storage(out), q.qmin, q.qmax)
-    return self.call("quantize", w, quantize, (x,))
+    source, nodes, constants = steps_before(node)
+    if not nodes:
+        return self.call("quantize", w, quantize, (x,))
+    read = iter(constants)
+    steps = tuple((n.op.name, next(read).shape if len(n.inputs) > 1 else None) for n in nodes)
+    chain = QuantizeChainWorkload(w, steps)
+    return self.call("quantize", chain, quantize_chain, (source, *constants), covers=nodes)
+
+
+def steps_before(node: Node) -> tuple[Value, tuple[Node, ...], tuple[Value, ...]]:
+    """Return what elementwise steps before a quantize start from, the steps, and their constants.
+
+    The steps are those of `quantize_chain`, which nothing else reads.
+    """
+    from qcompiler.targets.kernels.pointwise import CHAINED
+
+    value = node.input(0)
+    nodes: list[Node] = []
+    constants: list[Value] = []
+    while (step := value.producer) is not None and step.op.name in CHAINED:
+        alone = len(value.uses) == 1 and not (step.graph and step.graph.is_output(value))
+        more = step.operands[1:]
+        x = step.input(0)
+        if not alone or not is_float32(*step.operands) or x.shape != value.shape:
+            break
+        if any(not v.is_constant for v in more) or x.is_constant:
+            break
+        nodes.append(step)
+        constants += more
+        value = x
+    return value, tuple(nodes[::-1]), tuple(constants[::-1])
 
 
 @row("dequantize")

@@ -13,7 +13,14 @@ import numpy as np
 from qcompiler.ir import Node, Value
 from qcompiler.ops import _resize
 from qcompiler.passes.channels_last import TO_LAST
-from qcompiler.targets.cpu_lowering import CpuLowering, grid, is_float32, row, storage
+from qcompiler.targets.cpu_lowering import (
+    CpuLowering,
+    grid,
+    is_float32,
+    row,
+    steps_before,
+    storage,
+)
 from qcompiler.targets.tvm_lower import KernelCall
 from qcompiler.types import WIDENED, DType
 
@@ -37,7 +44,9 @@ def _transpose(self: CpuLowering, node: Node) -> KernelCall | None:
         return None
     q = x.producer
     alone = len(x.uses) == 1 and not (node.graph is not None and node.graph.is_output(x))
-    if perm == TO_LAST and q is not None and q.op.name == "quantize" and alone:
+    # What is computed before a quantize is computed with it, not with what moves its codes.
+    fits = perm == TO_LAST and q is not None and q.op.name == "quantize" and alone
+    if q is not None and fits and not steps_before(q)[1]:
         source, o = q.input(0), x.qparams
         if is_float32(source) and o is not None and x.dtype in (DType.UINT8, DType.INT8):
             n, c, h, w = x.shape

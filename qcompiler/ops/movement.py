@@ -265,12 +265,33 @@ _move(
 # ---------------------------------------------------------------- reshape, transpose, expand
 
 
+def kept_axis(x: TensorType, shape: Shape) -> int | None:
+    """Return the axis of a reshaped tensor that has the scales of an axis of x, or None.
+
+    That is the axis of the same extent with as many elements before it.
+    """
+    if x.qparams is None or not isinstance(x.qparams.granularity, PerAxis):
+        return None
+    axis = x.qparams.granularity.axis
+    before, extent = math.prod(x.shape[:axis]), x.shape[axis]
+    for i, d in enumerate(shape):
+        if d == extent and math.prod(shape[:i]) == before:
+            return i
+    return None
+
+
 def _reshape_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
-    x = _moved("reshape", types)
+    x = c.given("reshape", types, 0, "x")
     shape: Any = attrs["shape"]
+    axis = kept_axis(x, tuple(shape))
+    if axis is None:
+        _moved("reshape", types)
     if any(d < 0 for d in shape) or math.prod(shape) != x.size:
         raise c.fail("reshape", f"{x} has {x.size} elements, shape {list(shape)} does not fit")
-    return (x.with_shape(tuple(shape)),)
+    q = x.qparams
+    if q is not None and axis is not None:
+        q = replace(q, granularity=PerAxis(axis))
+    return (TensorType(tuple(shape), x.dtype, q),)
 
 
 def _reshape(arrays: Arrays, attrs: Attrs, ctx: EvalContext) -> tuple[Array, ...]:

@@ -57,6 +57,7 @@ __all__ = [
     "FloatBinaryWorkload",
     "FloatUnaryWorkload",
     "QBinaryWorkload",
+    "QuantizeChainWorkload",
     "QuantizeWorkload",
     "RequantizeWorkload",
     "TableWorkload",
@@ -70,6 +71,7 @@ __all__ = [
     "permute_look_up",
     "qbinary",
     "quantize",
+    "quantize_chain",
     "requantize",
     "table",
     "table_shape",
@@ -89,6 +91,16 @@ class QuantizeWorkload:
     """Storage of the output: uint8, int8 or int16."""
     qmin: int
     qmax: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeChainWorkload:
+    """`quantize` of what elementwise steps make of x; buffers: x float32, constants float32, y."""
+
+    quantize: QuantizeWorkload
+    steps: tuple[tuple[str, Shape | None], ...]
+    """Operations in order: add, sub, mul or div with a constant of that shape, which broadcasts;
+    round or relu without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,6 +369,40 @@ def quantize(workload: QuantizeWorkload, isa: Isa) -> Any:
         return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa)
 
     return elementwise("quantize", isa, [w.shape], ["float32"], w.dtype, body, cycles=40)
+
+
+def quantize_chain(workload: QuantizeChainWorkload, isa: Isa) -> Any:
+    """Generate `quantize` after elementwise steps, each rounded on its own.
+
+    Raises:
+        CodegenError: a step is none of those that are known.
+    """
+    w = workload.quantize
+
+    def body(x: Expr, *constants: Expr) -> Expr:
+        others = iter(constants)
+        for operation, shape in workload.steps:
+            if operation not in CHAINED:
+                known = ", ".join(sorted(CHAINED))
+                raise CodegenError(f"quantize_chain: expected one of {known}, got {operation!r}")
+            x = tir.bind(CHAINED[operation](x, x if shape is None else next(others)))
+        real = x / tir.splat(_f32(w.scale), "float32", tir.lanes_of(x))
+        return quantized(real, w.zero_point, w.qmin, w.qmax, w.dtype, isa)
+
+    shapes = [w.shape, *(shape for _, shape in workload.steps if shape is not None)]
+    dtypes = ["float32"] * len(shapes)
+    return _elementwise("quantize", isa, shapes, dtypes, w.dtype, body, cycles=60)
+
+
+CHAINED: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "add": lambda x, c: x + c,
+    "sub": lambda x, c: x - c,
+    "mul": exact_mul,
+    "div": lambda x, c: x / c,
+    "round": lambda x, _: FUNCTIONS["round"](x, 0.0, 0.0),
+    "relu": lambda x, _: FUNCTIONS["relu"](x, 0.0, 0.0),
+}
+"""Steps of `quantize_chain`."""
 
 
 def dequantize(workload: DequantizeWorkload, isa: Isa) -> Any:

@@ -18,6 +18,7 @@ from qcompiler.targets.kernels.pointwise import (
     FloatBinaryWorkload,
     FloatUnaryWorkload,
     QBinaryWorkload,
+    QuantizeChainWorkload,
     QuantizeWorkload,
     RequantizeWorkload,
     TableWorkload,
@@ -29,6 +30,7 @@ from qcompiler.targets.kernels.pointwise import (
     pack_table,
     qbinary,
     quantize,
+    quantize_chain,
     requantize,
     table,
 )
@@ -90,6 +92,45 @@ def test_quantize_equals_the_definition(isa, size, out, scale, seed):
     with np.errstate(over="ignore"):
         real = np.nan_to_num(x / F(scale), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         want = quantized(real, zero_point, qmin, qmax, dtype)
+    np.testing.assert_array_equal(got, want)
+
+
+@rows
+@few
+@given(
+    names=st.lists(
+        st.sampled_from(["add", "sub", "mul", "div", "round", "relu"]), min_size=1, max_size=5
+    ),
+    axes=st.integers(0, 7),
+    out=out_ranges(),
+    seed=seeds,
+)
+def test_steps_before_a_quantize_are_rounded_one_by_one(isa, names, axes, out, seed):
+    dtype, zero_point, qmin, qmax = out
+    rng = np.random.default_rng(seed)
+    shape = (3, 5, 19)
+    by = tuple(d if axes >> i & 1 else 1 for i, d in enumerate(shape))
+    x = (rng.normal(size=shape) * 100).astype(F)
+    x.flat[:5] = [np.nan, np.inf, -np.inf, 3e38, -0.0]
+    functions = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+    real, constants, steps = x, [], []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name in names:
+            if name not in functions:
+                real = np.rint(real) if name == "round" else np.maximum(real, F(0))
+                steps.append((name, None))
+                continue
+            constants.append(rng.uniform(0.5, 3, by).astype(F))
+            steps.append((name, by))
+            real = functions[name](real, constants[-1])
+        scale = 0.37
+        w = QuantizeWorkload(shape, scale, zero_point, dtype, qmin, qmax)
+        prim = quantize_chain(QuantizeChainWorkload(w, tuple(steps)), isa)
+        got = run(build(prim, isa), x, *constants, shape=shape, dtype=dtype)
+        real = np.nan_to_num(real / F(scale), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        want = quantized(real, zero_point, qmin, qmax, dtype)
+    if "relu" in names:  # what a relu makes of NaN is not the same everywhere
+        got, want = got.reshape(-1)[1:], want.reshape(-1)[1:]
     np.testing.assert_array_equal(got, want)
 
 
@@ -298,6 +339,9 @@ def test_unknown_names_are_refused():
     isa = ISA_TABLE["x86-64"]
     with pytest.raises(CodegenError, match="expected operation add, sub or mul, got 'pow'"):
         qbinary(QBinaryWorkload("pow", (1,), (1,), "uint8", "uint8", 0, 0, 1, 1, "uint8"), isa)
+    chain = QuantizeChainWorkload(QuantizeWorkload((1,), 1, 0, "int8", -128, 127), (("pow", ()),))
+    with pytest.raises(CodegenError, match=r"quantize_chain: expected one of .* got 'pow'"):
+        quantize_chain(chain, isa)
     with pytest.raises(CodegenError, match=r"float_binary: expected one of .* got 'pow'"):
         float_binary(FloatBinaryWorkload("pow", (1,), (1,)), isa)
     with pytest.raises(CodegenError, match=r"float_unary: expected one of .* got 'cosh'"):

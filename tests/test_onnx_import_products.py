@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: The qcompiler authors
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized products of every form are integer kernels wherever integers can say the same.
+
+Their results agree with ONNX Runtime's, which multiplies floats, and every target gives the same
+bits. What has no integer form says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from product_cases import FLOAT, INTEGER, Make
+from product_models import Net, runtime
+
+import qcompiler
+from qcompiler.driver import quantize_model
+from qcompiler.targets.isa import ISA_TABLE, runnable
+
+Array = np.ndarray[Any, np.dtype[Any]]
+ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
+FLOATS = {"conv", "matmul", "conv_transpose"}
+NAMES = list(INTEGER)
+
+
+def compiled(model: onnx.ModelProto, feeds: dict[str, Array], target: str) -> Array:
+    (found,) = qcompiler.compile(model, target=target)(feeds).values()
+    return np.asarray(found)
+
+
+def check(make: Make, targets: list[str], seed: int = 0, *, rounded: bool = False) -> None:
+    """Integers everywhere, the same bits on every target, and ONNX Runtime's numbers."""
+    net = Net(seed)
+    y = make(net)
+    y = net.quantized(y, 20.0) if rounded else y
+    model = net.model(y)
+    assert not FLOATS & {n.op.name for n in quantize_model(model).graph.nodes}
+    want = compiled(model, net.samples, "reference")
+    for target in targets:
+        np.testing.assert_array_equal(compiled(model, net.samples, target), want, target)
+    (theirs,) = runtime(model, net.samples)
+    # Float sums are rounded, biases too; rounded to codes, a sum near a tie may be a code off.
+    span = float(np.abs(theirs).max())
+    atol = 40 / 255 * 1.001 if rounded else max(4e-6 * span, 1e-4)
+    np.testing.assert_allclose(want, theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_form_is_integers(name: str) -> None:
+    net = Net()
+    model = net.model(INTEGER[name](net))
+    assert not FLOATS & {n.op.name for n in quantize_model(model).graph.nodes}
+
+
+@pytest.mark.parametrize("name", NAMES[::4])
+def test_forms_agree_with_onnx_runtime(name: str) -> None:
+    check(INTEGER[name], [], rounded=len(name) % 2 == 0)
+
+
+@pytest.mark.parametrize("name", NAMES[:: len(NAMES) // 30])
+def test_kernels_give_the_same_bits(name: str) -> None:
+    check(INTEGER[name], ["host"], seed=1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    row=st.sampled_from(ROWS),
+    seed=st.integers(0, 10**6),
+    rounded=st.booleans(),
+)
+def test_any_form_on_any_row(name: str, row: str, seed: int, rounded: bool) -> None:
+    check(INTEGER[name], [row], seed, rounded=rounded)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MatMul of matrices, uint8, 8",
+        "Conv of groups, uint4, 3",
+        "Conv of [1, 16, 5, 6] along 1 by [16, 1, 3, 3], uint8, far",
+        "MatMul of [2, 3, 16] along 1 by [16, 8], uint8, far",
+        "attention by head, far",
+    ],
+)
+def test_every_row_gives_the_same_bits(name: str, rounded: bool) -> None:
+    check(INTEGER[name], ROWS, rounded=rounded)
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_what_has_no_integer_form_says_why(name: str) -> None:
+    make, reason = FLOAT[name]
+    net = Net()
+    model = net.model(make(net))
+    result = quantize_model(model)
+    (product,) = [n for n in result.graph.nodes if n.op.name in FLOATS]
+    assert product.name == model.graph.node[-1].name
+    decision = result.plan.nodes[product.name]
+    assert decision.reason.startswith(f"no integer form of {product.op.name}: its ")
+    assert reason in decision.reason
+    (line,) = result.log
+    assert line.startswith(f"{product.name} stays float: its ")
+    assert reason in line
+    want = compiled(model, net.samples, "reference")
+    (theirs,) = runtime(model, net.samples)
+    np.testing.assert_allclose(want, theirs, rtol=0, atol=4e-6 * float(np.abs(theirs).max()))
+
+
+def test_weights_alone_say_no_reason() -> None:
+    """The model quantizes no activations: it is not that integers could not do it."""
+    net = Net()
+    result = quantize_model(net.model(net.node("MatMul", net.input(3, 16), net.weights(16, 8))))
+    assert result.log == []
+    assert "no integer form" not in str([d.reason for d in result.plan.nodes.values()])
