@@ -11,6 +11,7 @@ import numpy as np
 from qcompiler.grids import varying
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
+from qcompiler.ops import OpKind
 from qcompiler.passes.fuse_moves import dequantized, params
 from qcompiler.passes.fuse_parts import MOST_PARTS
 from qcompiler.passes.fuse_patterns import is_volume
@@ -48,6 +49,9 @@ def float_products(graph: Graph) -> FloatProducts:
 
 
 def _reason(node: Node) -> str | None:
+    moved = _moved(node)
+    if moved is not None:
+        return moved
     x, w = dequantized(node.input(0)), dequantized(node.input(1))
     one = x if x is not None else w
     if one is None or (w is None and node.input(0).is_constant):
@@ -80,6 +84,26 @@ def _reason(node: Node) -> str | None:
         return f"its weights are in blocks, of more {parts} than {MOST_PARTS} products take"
     if is_volume(node) or node.op.name == "conv_transpose":
         return "its windows have no form of two axes"
+    if not w.is_constant:
+        return "its zero points differ, and sums of its codes exceed what float32 holds"
+    return "its weights exceed 16 bits when their zero points are taken off"
+
+
+def _moved(node: Node) -> str | None:
+    """Return why codes that are moved between a dequantize and a product are floats, or None."""
+    for at, name in ((0, "left operand"), (1, "right operand")):
+        v, moves = node.input(at), []
+        while v.producer is not None and v.producer.op.kind is OpKind.MOVEMENT:
+            moves.append(v.producer.op.name)
+            v = v.producer.input(0)
+        held = dequantized(v)
+        if moves and held is not None and not params(held).is_per_tensor:
+            by = params(held).granularity
+            scales = "in blocks along" if isinstance(by, PerGroup) else "along"
+            return (
+                f"its {name} has scales {scales} axis {getattr(by, 'axis', 0)}, "
+                f"and is moved to where they lie along none: {moves[0]}"
+            )
     return None
 
 

@@ -16,7 +16,7 @@ from qcompiler.errors import VerificationError
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import dequantize, quantize
 from qcompiler.ops import EvalContext, OpKind
-from qcompiler.ops.movement import kept_axis
+from qcompiler.ops.movement import reshaped_grid
 from qcompiler.plan import summed_axis
 from qcompiler.types import DType, PerAxis, PerGroup, PerTensor, QuantParams, TensorType
 
@@ -183,7 +183,7 @@ def _moves_axis(node: Node, source: Value) -> bool:
     if not isinstance(params(source).granularity, PerAxis):
         return False
     if node.op.name == "reshape":
-        return kept_axis(source.type, node.output.shape) is not None
+        return reshaped_grid(source.type, node.output.shape) is not None
     return node.op.name == "transpose"
 
 

@@ -313,12 +313,17 @@ def _regrid(
         codes = graph.add("quantize", [real], types=types, before=node, sources=node.sources)
         return step("dequantize", codes.output)
 
-    moves, root = ([], v) if pads else _moves(v)
+    moves, root = _moves(v)
     source = root.producer
     if source is not None and source.op.name == "quantize":
-        x, q = source.input(0), params(root)
+        x = source.input(0)
+        if any(pads):  # what is padded is moved as floats
+            for move in moves:
+                x = step(move.op.name, x, **dict(move.attrs))
+            moves, root = [], v
     else:
         moves, root, x = [], v, _dequantized(graph, node, v)
+    q = params(root)
     scale, zero = expanded(q, root.shape)
     if any(pads):
         x = step("pad", x, pads=pads)  # before the rest, which one kernel then computes
@@ -497,31 +502,38 @@ def _conv(
         grid = QuantParams(
             (old * factor).astype(np.float32), zero, q.storage, q.qmin, q.qmax, PerAxis(0)
         )
-        held = graph.constant(w.array(), w.name, grid)
-        bias = _bias(graph, node, held, shift)
-        new = graph.add(
-            "conv",
-            [read, _dequantized(graph, node, held), bias],
-            attrs,
-            types=[node.output.type],
-            before=node,
-            sources=node.sources,
-        )
-        out = node.output
-        graph.replace_node(node, new.output)
-        succeed(new, node, out)
-        return True
+        w = graph.constant(w.array(), w.name, grid)
+        bias = _bias(graph, node, w, shift)
+        if bias is not None or (node.optional(2) is None and shift is None):
+            real = _dequantized(graph, node, w)
+            new = graph.add(
+                "conv",
+                [read, real, bias],
+                attrs,
+                types=[node.output.type],
+                before=node,
+                sources=node.sources,
+            )
+            out = node.output
+            graph.replace_node(node, new.output)
+            succeed(new, node, out)
+            return True
+        left = _Behind(np.ones((), np.float32), left.shift, left.zero)
     operands = [read, _dequantized(graph, node, w)]
     y = graph.add("conv", operands, attrs, before=node, sources=node.sources).output
     if shift is not None:
-        real = dequantize(w.array(), q).astype(np.float64).reshape(w.shape[0], -1).sum(axis=1)
+        reals = dequantize(w.array(), params(w)).astype(np.float64)
+        real = reals.reshape(w.shape[0], -1).sum(axis=1)
         y = _less(graph, node, y, shift * real.reshape(-1, *(1,) * (x.type.rank - 2)))
     _finish(graph, node, _times(graph, node, y, left.scale))
     return True
 
 
 def _bias(graph: Graph, node: Node, w: Value, shift: Array | None) -> Value | None:
-    """Return the bias of a convolution whose activations have scale 1, less what is shifted."""
+    """Return the bias of a convolution whose activations have scale 1, less what is shifted.
+
+    None where there is neither, or 32 bits do not hold it.
+    """
     bias = node.optional(2)
     if bias is None and shift is None:
         return None
@@ -530,12 +542,17 @@ def _bias(graph: Graph, node: Node, w: Value, shift: Array | None) -> Value | No
     if bias is not None:
         reals = known(bias)
         assert reals is not None  # `is_plain` looked
-        ints += quantize_bias(reals, 1.0, q.scale).q
+        found = quantize_bias(reals, 1.0, q.scale)
+        if found.clamped:
+            return None
+        ints += found.q
     if shift is not None:
         around = centred(w.array(), expanded(q, w.shape)[1]).astype(np.int64)
         ints -= shift.reshape(-1) * around.reshape(w.shape[0], -1).sum(axis=1)
     kind = DType.INT32
-    ints = np.clip(ints, kind.min, kind.max).astype(np.int32)
+    if ints.min() < kind.min or ints.max() > kind.max:
+        return None
+    ints = ints.astype(np.int32)
     by: Granularity = PerAxis(0)
     grid = QuantParams(q.scale, np.zeros_like(q.zero_point), kind, kind.min, kind.max, by)
     name = bias.name if bias is not None else f"{node.output.name}_bias"

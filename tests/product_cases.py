@@ -148,6 +148,46 @@ _acts("Conv", (1, 16, 5, 6), (16, 1, 3, 3), 1, group=16, pads=[1, 0, 1, 1])
 _acts("Conv", (2, 8, 5, 6), (16, 1, 3, 3), 1, group=8)
 _acts("Conv", (3, 8, 7), (8, 1, 3), 1, group=8, pads=[1, 1])
 
+
+def _coded(zero: str, turned: bool) -> Make:
+    def make(net: Net) -> str:
+        shape = (16, 3) if turned else (3, 16)
+        scale, point, attributes = net.grid(shape, DType.UINT8, int(turned), 0, zero, 5.0)
+        codes = net.input(*shape, kind=DType.UINT8)
+        a = net.node("DequantizeLinear", codes, scale, point, **attributes)
+        a = net.node("Transpose", a, perm=[1, 0]) if turned else a
+        return net.node("MatMul", a, net.weights(16, 8, axis=1))
+
+    return make
+
+
+for _zero in ("one", "far"):
+    _add(
+        f"rows that a reshape joins, {_zero}",
+        lambda net, z=_zero: net.node(
+            "MatMul",
+            net.node(
+                "Reshape",
+                net.activations(2, 3, 16, axis=0, zero=z),
+                net.constant(np.int64([6, 16])),
+            ),
+            net.weights(16, 8, axis=1),
+        ),
+    )
+    _add(
+        f"a depthwise convolution of channels, bias beyond int32, {_zero}",
+        lambda net, z=_zero: net.node(
+            "Conv",
+            net.activations(1, 8, 5, 5, axis=1, zero=z),
+            net.weights(8, 1, 3, 3, axis=0),
+            net.constant(np.full(8, 1e8, np.float32)),
+            group=8,
+            pads=[1] * 4,
+        ),
+    )
+    _add(f"codes by row, {_zero}", _coded(_zero, False))
+    _add(f"codes by row, transposed, {_zero}", _coded(_zero, True))
+
 for _zero in ("middle", "one", "far"):
     _add(
         f"attention by head, {_zero}",
@@ -518,6 +558,24 @@ _float(
     "in blocks, of more matrices than 64",
     lambda net: net.node(
         "MatMul", net.activations(70, 2, 8), net.weights(70, 8, 5, axis=1, size=4)
+    ),
+)
+_float(
+    "columns that a reshape joins",
+    "left operand has scales in blocks along axis 1, and is moved",
+    lambda net: net.node(
+        "MatMul",
+        net.node("Reshape", net.activations(3, 16, axis=1, size=8), net.constant(np.int64([6, 8]))),
+        net.weights(8, 8),
+    ),
+)
+_float(
+    "zero points of many matrices",
+    "its weights exceed 16 bits when their zero points are taken off",
+    lambda net: net.node(
+        "MatMul",
+        net.activations(70, 2, 8),
+        net.weights(70, 8, 5, storage=DType.UINT16, axis=0, zero="far"),
     ),
 )
 _float(

@@ -47,7 +47,7 @@ class Net:
         if kind is DType.FLOAT32:
             sample = (self.rng.standard_normal(shape) * 2).astype(np.float32)
             if far:
-                sample.reshape(-1)[:3] = 1e6, -1e6, 0
+                sample.reshape(-1)[:3] = (1e6, -1e6, 0)[: sample.size]
         else:
             sample = integers(self.rng, kind, shape).astype(kind.numpy)
         what = TensorProto.DataType.Value("FLOAT" if kind is DType.FLOAT32 else kind.value.upper())

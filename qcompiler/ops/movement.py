@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from qcompiler.errors import DataError
+from qcompiler.grids import found_grid
 from qcompiler.ops import _infer as c
 from qcompiler.ops import _resize
 from qcompiler.ops._base import REQUIRED, Attrs, EvalContext, OpDef, OpKind, register
 from qcompiler.ops.linear import channels_first, to_layout
-from qcompiler.types import Array, DType, PerAxis, QuantParams, Shape, TensorType
+from qcompiler.types import Array, DType, PerAxis, PerGroup, QuantParams, Shape, TensorType
 from qcompiler.windows import padded, taps
 
 Arrays = Sequence["Array | None"]
@@ -265,32 +266,32 @@ _move(
 # ---------------------------------------------------------------- reshape, transpose, expand
 
 
-def kept_axis(x: TensorType, shape: Shape) -> int | None:
-    """Return the axis of a reshaped tensor that has the scales of an axis of x, or None.
+def reshaped_grid(x: TensorType, shape: Shape) -> QuantParams | None:
+    """Return the quantization of a reshaped tensor with scales along an axis, or None.
 
-    That is the axis of the same extent with as many elements before it.
+    Its scales then are those of an axis, too: that of the same elements, or one that joins others.
     """
-    if x.qparams is None or not isinstance(x.qparams.granularity, PerAxis):
+    q = x.qparams
+    if q is None or not isinstance(q.granularity, PerAxis) or not x.size:
         return None
-    axis = x.qparams.granularity.axis
-    before, extent = math.prod(x.shape[:axis]), x.shape[axis]
-    for i, d in enumerate(shape):
-        if d == extent and math.prod(shape[:i]) == before:
-            return i
-    return None
+    at = tuple(-1 if i == q.granularity.axis else 1 for i in range(x.rank))
+    scale, zero = (
+        np.broadcast_to(a.reshape(at), x.shape).reshape(shape) for a in (q.scale, q.zero_point)
+    )
+    by, scale, zero = found_grid(scale, zero)
+    if isinstance(by, PerGroup):
+        return None
+    return QuantParams(scale, zero, q.storage, q.qmin, q.qmax, by)
 
 
 def _reshape_infer(types: c.Types, attrs: Attrs) -> tuple[TensorType, ...]:
     x = c.given("reshape", types, 0, "x")
     shape: Any = attrs["shape"]
-    axis = kept_axis(x, tuple(shape))
-    if axis is None:
-        _moved("reshape", types)
     if any(d < 0 for d in shape) or math.prod(shape) != x.size:
         raise c.fail("reshape", f"{x} has {x.size} elements, shape {list(shape)} does not fit")
-    q = x.qparams
-    if q is not None and axis is not None:
-        q = replace(q, granularity=PerAxis(axis))
+    q = reshaped_grid(x, tuple(shape))
+    if q is None:
+        q = _moved("reshape", types).qparams
     return (TensorType(tuple(shape), x.dtype, q),)
 
 

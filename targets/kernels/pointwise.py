@@ -391,7 +391,7 @@ def quantize_chain(workload: QuantizeChainWorkload, isa: Isa) -> Any:
 
     shapes = [w.shape, *(shape for _, shape in workload.steps if shape is not None)]
     dtypes = ["float32"] * len(shapes)
-    return _elementwise("quantize", isa, shapes, dtypes, w.dtype, body, cycles=60)
+    return elementwise("quantize", isa, shapes, dtypes, w.dtype, body, cycles=60)
 
 
 CHAINED: dict[str, Callable[[Expr, Expr], Expr]] = {

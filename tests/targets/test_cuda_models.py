@@ -13,6 +13,8 @@ import pytest
 from block_models import Case
 from by_path import imported
 from cuda_emulator import emulator
+from product_cases import INTEGER
+from product_models import Net
 
 import qcompiler
 from qcompiler.artifact import inspect_artifact
@@ -134,6 +136,28 @@ def test_tensors_of_four_bits(rng: np.random.Generator, four: DType, tmp_path: P
         assemble(build_graph(result.graph, made), made.spec, result).save(tmp_path / "a.qcm")
         got = qcompiler.load(tmp_path / "a.qcm")(inputs)
     assert emulator.differences(got, interpret(result.graph, inputs)) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MatMul of matrices, uint8, 4",
+        "Conv of groups, uint4, 3",
+        "Conv of [3, 8, 7] along 1 by [8, 1, 3], uint8, far",
+        "MatMul of [2, 3, 16] along 1 by [16, 8], uint8, far",
+        "attention by head, far",
+    ],
+)
+def test_imported_products(name: str) -> None:
+    """Scales and zero points that are moved behind a product, and products in parts."""
+    net = Net()
+    model = net.model(net.quantized(INTEGER[name](net), 20.0))
+    graph = quantize_model(model).graph
+    made = get_target("cuda-sm80")
+    with emulator.without_nvcc():
+        shaped = build_graph(graph, made).graph
+    got = emulator.run_graph(shaped, net.samples)
+    assert emulator.differences(got, interpret(graph, net.samples)) == []
 
 
 @pytest.mark.slow
