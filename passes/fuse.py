@@ -26,6 +26,7 @@ from qcompiler.passes.float_products import float_products
 from qcompiler.passes.fold_factors import fold_factors
 from qcompiler.passes.fuse_blocks import fit_blocks
 from qcompiler.passes.fuse_float import absorb_bias, fuse_float
+from qcompiler.passes.fuse_grids import plain_grids
 from qcompiler.passes.fuse_moves import (
     absorb_clamps,
     dequantized,
@@ -87,6 +88,7 @@ class Fuse(Pass):
         requantize(graph)
         _float_results(graph, weights)
         ctx.put(float_products(graph))
+        plain_grids(graph)
         fuse_float(graph)
         fold_float_constants(graph)
         graph.eliminate_dead()

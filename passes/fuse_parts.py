@@ -41,7 +41,10 @@ MANY_PARTS = 16
 
 
 def split_groups(graph: Graph) -> bool:
-    """Rewrite convolutions of groups with weights in blocks as convolutions of one group."""
+    """Rewrite convolutions of groups with weights in blocks as convolutions of one group.
+
+    Not those with a scale for each weight: no integers are summed there.
+    """
     changed = False
     for node in graph.nodes:
         if node.op.name != "conv" or int(node.attr("group")) == 1:
@@ -52,7 +55,7 @@ def split_groups(graph: Graph) -> bool:
         by = params(w).granularity
         if not isinstance(by, PerGroup) or by.axis != 1 or not params(x).is_per_tensor:
             continue
-        if groups_together(node) is not None:
+        if groups_together(node) is not None and w.shape[1] > 1:
             _split(graph, node, x, w)
             changed = True
     if changed:

@@ -21,6 +21,7 @@ from qcompiler.grids import found_grid, varying
 from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import centred, dequantize, expanded, quantize_bias
+from qcompiler.passes.fuse_grids import Grids, regrid
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
 from qcompiler.passes.fuse_parts import few_matrices
 from qcompiler.passes.fuse_patterns import is_plain, is_volume
@@ -33,16 +34,11 @@ from qcompiler.types import (
     PerGroup,
     PerTensor,
     QuantParams,
-    TensorType,
 )
 
 _NARROW = (DType.INT8, DType.UINT8)
 _ACTIVATIONS = (*_NARROW, DType.INT16, DType.UINT16)
 _WEIGHTS = (*_ACTIVATIONS, DType.INT4, DType.UINT4)
-
-
-_Made = dict[tuple[Value, tuple[int, ...]], Value]
-"""Activations on a grid of scale 1, by value and padding."""
 
 
 # --------------------------------------------------------------------------------- biases
@@ -123,7 +119,7 @@ class _Behind:
 
 def move_scales(graph: Graph) -> bool:
     """Rewrite products of operands with several scales that can be moved behind them."""
-    made: _Made = {}
+    made: Grids = {}
     changed = False
     for node in graph.nodes:
         if not is_plain(node) or (node.op.name == "conv" and node.attr("layout") != "NCHW"):
@@ -144,7 +140,7 @@ def move_scales(graph: Graph) -> bool:
     return changed
 
 
-def _moved(graph: Graph, node: Node, x: Value, w: Value, made: _Made) -> bool:
+def _moved(graph: Graph, node: Node, x: Value, w: Value, made: Grids) -> bool:
     if w.is_constant:
         w = _by_columns(graph, node, w)
     elif node.op.name == "conv":
@@ -164,13 +160,13 @@ def _moved(graph: Graph, node: Node, x: Value, w: Value, made: _Made) -> bool:
         return False
     if not w.is_constant and not _sums_exactly(node, x, w, left, right):
         return False
-    a = _regrid(graph, node, x, left, made)
+    a = regrid(graph, node, x, left.zero, left.shift is not None, made)
     if stays:
         b = _dequantized(graph, node, w)
     elif w.is_constant:
         b = _plain_weights(graph, node, w)
     else:
-        b = _regrid(graph, node, w, right, made)
+        b = regrid(graph, node, w, right.zero, right.shift is not None, made)
     y = graph.add("matmul", [a, b], dict(node.attrs), before=node, sources=node.sources).output
     if w.is_constant:
         if left.shift is not None:
@@ -276,76 +272,6 @@ def _by_result(node: Node, x: Value, a: Array) -> Array | None:
 
 def _dequantized(graph: Graph, node: Node, v: Value) -> Value:
     return graph.add("dequantize", [v], before=node, sources=node.sources).output
-
-
-def _regrid(
-    graph: Graph,
-    node: Node,
-    v: Value,
-    behind: _Behind,
-    made: _Made,
-    *,
-    pads: tuple[int, ...] = (),
-) -> Value:
-    """Return the codes of a value as reals on a grid of scale 1, of one zero point.
-
-    With `pads`, the real zeros around the value are codes too: those that their zero points say.
-    """
-    q = params(v)
-    key = (v, pads)
-    if q.is_per_tensor and not pads:
-        return _dequantized(graph, node, v)
-    if key in made:
-        return made[key]
-
-    def step(op: str, *operands: Value, **attrs: object) -> Value:
-        return graph.add(
-            op,
-            list(operands),
-            attrs,  # type: ignore[arg-type]
-            before=node,
-            sources=node.sources,
-        ).output
-
-    def held(real: Value, zero: int, storage: DType, least: int, greatest: int) -> Value:
-        grid = QuantParams(np.float32(1), np.int32(zero), storage, least, greatest)
-        types = [TensorType(real.shape, storage, grid)]
-        codes = graph.add("quantize", [real], types=types, before=node, sources=node.sources)
-        return step("dequantize", codes.output)
-
-    moves, root = _moves(v)
-    source = root.producer
-    if source is not None and source.op.name == "quantize":
-        x = source.input(0)
-        if any(pads):  # what is padded is moved as floats
-            for move in moves:
-                x = step(move.op.name, x, **dict(move.attrs))
-            moves, root = [], v
-    else:
-        moves, root, x = [], v, _dequantized(graph, node, v)
-    q = params(root)
-    scale, zero = expanded(q, root.shape)
-    if any(pads):
-        x = step("pad", x, pads=pads)  # before the rest, which one kernel then computes
-    whole = step("div", x, graph.constant(scale, f"{v.name}_scale"))
-    if behind.shift is None:
-        found = held(whole, behind.zero, q.storage, q.qmin, q.qmax)
-    else:
-        off = graph.constant((zero - behind.zero).astype(np.float32), f"{v.name}_zero")
-        found = held(step("add", step("round", whole), off), behind.zero, q.storage, q.qmin, q.qmax)
-    for move in moves:
-        found = step(move.op.name, found, **dict(move.attrs))
-    made[key] = found
-    return found
-
-
-def _moves(v: Value) -> tuple[list[Node], Value]:
-    """Return the reshapes and transposes that a value comes from, in order, and what they move."""
-    found: list[Node] = []
-    while (made := v.producer) is not None and made.op.name in ("reshape", "transpose"):
-        found.append(made)
-        v = made.input(0)
-    return found[::-1], v
 
 
 def _plain_weights(graph: Graph, node: Node, w: Value) -> Value:
@@ -477,7 +403,7 @@ def _conv(
     x: Value,
     w: Value,
     left: _Behind,
-    made: _Made,
+    made: Grids,
 ) -> bool:
     """Rewrite a convolution of activations with scales per image or per channel."""
     if not _stays(node, w):
@@ -492,7 +418,7 @@ def _conv(
         rank, around = x.type.rank - 2, node.attr("pads")
         pads = (0, 0, *around[:rank], 0, 0, *around[rank:])
         attrs["pads"] = (0,) * (2 * rank)
-    read = _regrid(graph, node, x, left, made, pads=pads)
+    read = regrid(graph, node, x, left.zero, left.shift is not None, made, pads=pads)
     shift = None if left.shift is None else _by_result(node, x, left.shift)
     if by_channel:
         columns = w.shape[0]

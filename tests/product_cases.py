@@ -90,13 +90,6 @@ for _zero in ("middle", "any"):
             ),
         )  # fmt: skip
     _add(
-        f"depthwise, a scale per weight, {_zero}",
-        lambda net, z=_zero: net.node(
-            "Conv", net.activations(1, 40, 5, 5), net.weights(40, 1, 3, 3, axis=1, size=1, zero=z),
-            net.floats(40), group=40,
-        ),
-    )  # fmt: skip
-    _add(
         f"depthwise, blocks of one, {_zero}",
         lambda net, z=_zero: net.node(
             "Conv", net.activations(1, 40, 5, 5), net.weights(40, 1, 1, 1, axis=1, size=1, zero=z),
@@ -576,6 +569,17 @@ _float(
         "MatMul",
         net.activations(70, 2, 8),
         net.weights(70, 8, 5, storage=DType.UINT16, axis=0, zero="far"),
+    ),
+)
+_float(
+    "depthwise, a scale per weight",
+    "its weights have a scale each: no integers are summed",
+    lambda net: net.node(
+        "Conv",
+        net.activations(1, 40, 5, 5),
+        net.weights(40, 1, 3, 3, axis=1, size=1),
+        net.floats(40),
+        group=40,
     ),
 )
 _float(

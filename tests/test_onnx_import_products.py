@@ -21,6 +21,7 @@ from product_models import Net, runtime
 import qcompiler
 from qcompiler.driver import quantize_model
 from qcompiler.targets.isa import ISA_TABLE, runnable
+from qcompiler.types import DType
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
@@ -109,7 +110,24 @@ def test_what_has_no_integer_form_says_why(name: str) -> None:
     assert reason in line
     want = compiled(model, net.samples, "reference")
     (theirs,) = runtime(model, net.samples)
-    np.testing.assert_allclose(want, theirs, rtol=0, atol=4e-6 * float(np.abs(theirs).max()))
+    for found in (want, compiled(model, net.samples, "host")):
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=4e-6 * float(np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("storage", [DType.UINT8, DType.INT16, DType.INT4])
+@pytest.mark.parametrize(("axis", "size"), [(0, 0), (1, 0), (1, 4), (2, 3)])
+@pytest.mark.parametrize("zero", ["one", "far"])
+def test_several_scales_with_no_product(storage: DType, axis: int, size: int, zero: str) -> None:
+    """Codes that are read as floats: the same ones, and the same reals, on every target."""
+    net = Net()
+    # ONNX Runtime's blocks do not saturate what lies far off.
+    x = net.input(3, 6, 5, far=size == 0)
+    a = net.activations(3, 6, 5, storage=storage, axis=axis, size=size, zero=zero, x=x)
+    model = net.model(net.node("Add", a, a))
+    want = compiled(model, net.samples, "reference")
+    np.testing.assert_array_equal(compiled(model, net.samples, "host"), want)
+    (theirs,) = runtime(model, net.samples)
+    np.testing.assert_array_equal(want, theirs)
 
 
 def test_weights_alone_say_no_reason() -> None:
