@@ -93,7 +93,10 @@ def _reason(node: Node) -> str | None:
 
 def _moved(node: Node) -> str | None:
     """Return why codes that are moved between a dequantize and a product are floats, or None."""
-    for at, name in ((0, "left operand"), (1, "right operand")):
+    product = node.op.name == "matmul"
+    names = ("left operand has", "right operand has") if product else (
+        "activations have", "weights have")  # fmt: skip
+    for at, name in enumerate(names):
         v, moves = node.input(at), []
         while v.producer is not None and v.producer.op.kind is OpKind.MOVEMENT:
             moves.append(v.producer.op.name)
@@ -103,8 +106,8 @@ def _moved(node: Node) -> str | None:
             by = params(held).granularity
             scales = "in blocks along" if isinstance(by, PerGroup) else "along"
             return (
-                f"its {name} has scales {scales} axis {getattr(by, 'axis', 0)}, "
-                f"and is moved to where they lie along none: {moves[0]}"
+                f"its {name} scales {scales} axis {getattr(by, 'axis', 0)}, "
+                f"which lie along none after a {moves[0]}"
             )
     return None
 

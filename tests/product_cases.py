@@ -555,7 +555,7 @@ _float(
 )
 _float(
     "columns that a reshape joins",
-    "left operand has scales in blocks along axis 1, and is moved",
+    "left operand has scales in blocks along axis 1, which lie along none after a reshape",
     lambda net: net.node(
         "MatMul",
         net.node("Reshape", net.activations(3, 16, axis=1, size=8), net.constant(np.int64([6, 8]))),
