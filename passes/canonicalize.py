@@ -21,6 +21,7 @@ from qcompiler.passes.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.fold_constants import FoldConstants
 from qcompiler.passes.fold_pad import FoldPad
 from qcompiler.passes.fold_weight_layout import FoldWeightLayout
+from qcompiler.passes.free_bias import FreeBias
 from qcompiler.passes.hoist_clamps import HoistClamps
 from qcompiler.passes.merge_clips import MergeClips
 from qcompiler.passes.recognize_activations import RecognizeActivations
@@ -64,6 +65,7 @@ def canonicalize_passes(*, one_size: bool = True) -> tuple[Pass, ...]:
         Conv1dTo2d(),
         ConvTransposeToConv(),
         Conv3dTo2d(),
+        FreeBias(),
         *((CropKernels(),) if one_size else ()),
         HoistClamps(),
         SimplifyMovement(),

@@ -24,6 +24,7 @@ from qcompiler.numerics import table_entries
 from qcompiler.ops import OpKind, Stage
 from qcompiler.passes.float_products import float_products
 from qcompiler.passes.fold_factors import fold_factors
+from qcompiler.passes.free_bias import free_bias
 from qcompiler.passes.fuse_blocks import fit_blocks
 from qcompiler.passes.fuse_float import absorb_bias, fuse_float
 from qcompiler.passes.fuse_grids import plain_grids
@@ -52,7 +53,7 @@ from qcompiler.passes.fuse_patterns import (
     product,
 )
 from qcompiler.passes.fuse_recurrent import fuse_recurrent
-from qcompiler.passes.fuse_scales import free_bias, move_scales
+from qcompiler.passes.fuse_scales import move_scales
 from qcompiler.passes.fuse_sixteen import split_sixteen_bits
 from qcompiler.passes.fuse_wide import split_wide_weights
 from qcompiler.passmanager import Pass, PassContext

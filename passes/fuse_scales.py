@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""Scales that do not vary along what a product sums over move behind it, and so do biases.
+"""Scales that do not vary along what a product sums over move behind it.
 
 Before -> after, for codes q with scales S and zero points Z along a row, a batch or a channel:
 
@@ -21,10 +21,11 @@ from qcompiler.grids import found_grid, varying
 from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import centred, dequantize, expanded, quantize_bias
+from qcompiler.passes.free_bias import added_bias
 from qcompiler.passes.fuse_grids import Grids, regrid
 from qcompiler.passes.fuse_moves import dequantized, params, succeed
 from qcompiler.passes.fuse_parts import few_matrices
-from qcompiler.passes.fuse_patterns import is_plain, is_volume
+from qcompiler.passes.fuse_patterns import is_plain
 from qcompiler.plan import summed_axis
 from qcompiler.types import (
     Array,
@@ -39,66 +40,6 @@ from qcompiler.types import (
 _NARROW = (DType.INT8, DType.UINT8)
 _ACTIVATIONS = (*_NARROW, DType.INT16, DType.UINT16)
 _WEIGHTS = (*_ACTIVATIONS, DType.INT4, DType.UINT4)
-
-
-# --------------------------------------------------------------------------------- biases
-
-
-def free_bias(graph: Graph) -> bool:
-    """Add a bias that accumulators cannot take behind the product of integers.
-
-    That is one computed at run time, or one that 32 bits do not hold at the accumulator's scale.
-    """
-    changed = False
-    for node in graph.nodes:
-        if node.op.name not in ("conv", "matmul") or is_volume(node):
-            continue
-        bias = node.optional(2)
-        x, w = dequantized(node.input(0)), dequantized(node.input(1))
-        if bias is None or x is None or w is None or node.optional(3) is not None:
-            continue
-        if node.attr("act_min") is not None or node.attr("act_max") is not None:
-            continue
-        reals = known(bias)
-        if reals is not None and not _exceeds(reals, x, w):
-            continue
-        graph.set_input(node, 2, None)
-        out = node.output
-        readers, name = out.uses, out.name
-        total = added_bias(graph, node, out, bias)
-        for reader, at in readers:
-            graph.set_input(reader, at, total)
-        if graph.is_output(out):
-            graph.set_outputs([(n, total if v is out else v) for n, v in graph.outputs])
-        out.name = f"{name}_unbiased"
-        total.name = name
-        changed = True
-    if changed:
-        graph.sort()
-    return changed
-
-
-def _exceeds(reals: Array, x: Value, w: Value) -> bool:
-    """Whether a bias in the integers of the accumulator leaves 32 bits."""
-    if isinstance(params(w).granularity, PerGroup) or not params(x).is_per_tensor:
-        return False  # it is added as a float
-    if reals.ndim != 1 or params(w).scale.size not in (1, reals.size):
-        return False
-    return bool(quantize_bias(reals, params(x).s, params(w).scale).clamped)
-
-
-def added_bias(graph: Graph, node: Node, value: Value, bias: Value) -> Value:
-    """Return a value plus the bias of a product, which has one number per column."""
-    if node.op.name == "conv" and node.attr("layout") == "NCHW":
-        shape = (bias.type.size, *(1,) * (value.type.rank - 2))
-        if bias.is_constant and bias.qparams is None:
-            bias = graph.constant(bias.array().reshape(shape), bias.name)
-        else:
-            bias = graph.add("reshape", [bias], {"shape": shape}, sources=node.sources).output
-    return graph.add("add", [value, bias], sources=node.sources).output
-
-
-# --------------------------------------------------------------------------------- scales
 
 
 @dataclass(frozen=True, slots=True)

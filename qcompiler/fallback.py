@@ -163,6 +163,8 @@ def faster_in_float(
         for i in network.problem.items
     }
     problem = network.problem
+    if not problem.items:  # nothing to choose: no product has an integer form
+        return None
     items = tuple(
         replace(i, options={k: o for k, o in i.options.items() if k in allowed | {start[i.name]}})
         for i in problem.items
