@@ -283,10 +283,12 @@ def compile(
     if choice is None and lock is None and ranges is None and isinstance(precision, str):
         from qcompiler.fallback import without_slower_regions
 
+        given = {d.precision for d in result.plan.nodes.values()}
+        groups = precision == Precision.W4A8.value and Precision.W4A8_GROUP in given
         choice = without_slower_regions(
             model,
             backend,
-            precision,
+            Precision.W4A8_GROUP.value if groups else precision,
             compiled.report,
             calibration=calibration,
             input_shapes=input_shapes,

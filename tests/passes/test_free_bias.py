@@ -14,7 +14,10 @@ from onnx import numpy_helper
 
 import qcompiler
 from qcompiler.driver import quantize_model
+from qcompiler.fallback import faster_in_float
 from qcompiler.ort import Session
+from qcompiler.registry import get_target
+from qcompiler.types import Precision
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,3 +81,12 @@ def test_networks_without_an_integer_product_compile(
     one = {"x": given["x"][:1], "w": given["w"][0]}
     made = qcompiler.compile(net, calibration=given)
     np.testing.assert_allclose(made(one)["y"], theirs(net, one), rtol=0, atol=1e-3)
+
+
+def test_a_search_without_products_finds_nothing(samples: dict[str, Array]) -> None:
+    graph = onnx.parser.parse_graph(
+        "net (float[1,16,9,9] x) => (float[1,16,8,8] y) { y = MaxPool<kernel_shape=[2,2]>(x) }"
+    )
+    net = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    data = {"x": samples["x"]}
+    assert faster_in_float(net, get_target("host"), Precision.W8A8, calibration=data) is None

@@ -15,6 +15,7 @@ from calibrated import prepared
 from onnx import numpy_helper
 
 import qcompiler
+from qcompiler import fallback
 from qcompiler.driver import quantize_model
 from qcompiler.errors import UsageError
 from qcompiler.ir import Graph
@@ -150,3 +151,23 @@ def test_w4a8_has_groups_where_it_needs_them_and_saved_plans_keep_them(
     assert Precision.W4A8_GROUP not in {d.precision for d in plain.plan.nodes.values()}
     fixed = quantize_model(model, calibration=samples, precision=plain.plan, methods="groups")
     assert Precision.W4A8_GROUP not in {d.precision for d in fixed.plan.nodes.values()}
+
+
+@pytest.mark.parametrize(("methods", "wanted"), [(None, "w4a8-group"), ("gptq", "w4a8")])
+def test_what_lost_to_float_is_searched_at_the_precision_that_was_compiled(
+    methods: str | None,
+    wanted: str,
+    model: onnx.ModelProto,
+    samples: dict[str, Array],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched: list[str] = []
+
+    def record(model: object, backend: object, precision: str, *_: object, **__: object) -> None:
+        searched.append(precision)
+
+    monkeypatch.setattr(fallback, "without_slower_regions", record)
+    qcompiler.compile(
+        model, target="reference", calibration=samples, precision="w4a8", methods=methods
+    )
+    assert searched == [wanted]
