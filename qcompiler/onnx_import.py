@@ -225,8 +225,7 @@ class _Importer:
                 _, dtype = read_tensor(scope.initializers[name], self.model.folder, repr(name))
                 data = np.asarray(freeze[name], dtype.numpy)
                 scope.values[name] = self.builder.constant(data, name, dtype, exact=True)
-        # What the graph returns is read as it is typed, quantized or not.
-        self._convert_all(proto, scope, set())
+        self._convert_all(proto, scope, set())  # its results are read as they are typed
         self._refuse_if_collected()
         self._set_outputs(proto, scope, inputs)
         self.graph.eliminate_dead()
@@ -333,8 +332,7 @@ class _Importer:
         self, proto: onnx.GraphProto, scope: _Scope, plain: set[str] | None = None
     ) -> None:
         """Convert all nodes; `plain` are the results whose numbers are read, by default all."""
-        nodes = needed_nodes(proto, self.model.name)
-        outputs = {o.name for o in proto.output}
+        nodes, outputs = needed_nodes(proto, self.model.name), {o.name for o in proto.output}
         read = {name for node in nodes for name in reads(node)} | outputs
         self.builder.plain |= plain_reads(nodes, outputs if plain is None else plain)
         for node in nodes:
