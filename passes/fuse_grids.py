@@ -14,7 +14,7 @@ import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
-from qcompiler.passes.fuse_moves import dequantized, params, succeed
+from qcompiler.passes.fuse_moves import adder, dequantized, params, succeed
 from qcompiler.types import DType, QuantParams, TensorType
 
 Grids = dict[tuple[Value, tuple[int, ...]], Value]
@@ -79,15 +79,7 @@ def regrid(
     if key in made:
         return made[key]
 
-    def step(op: str, *operands: Value, **attrs: object) -> Value:
-        return graph.add(
-            op,
-            list(operands),
-            attrs,  # type: ignore[arg-type]
-            before=node,
-            sources=node.sources,
-        ).output
-
+    step = adder(graph, node)
     moves, root = _moves(v)
     source = root.producer
     if source is not None and source.op.name == "quantize":

@@ -9,6 +9,7 @@ Both are exact: movement only selects elements, and quantization is monotonic, s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,15 @@ def succeed(new: Node, node: Node, value: Value | None = None) -> None:
     new.name = node.name
     if value is not None:
         new.output.name = value.name
+
+
+def adder(graph: Graph, node: Node) -> Callable[..., Value]:
+    """Return what adds an operator before a node, in its name: name, operands, attributes."""
+
+    def add(op: str, *operands: Value | None, **attrs: Any) -> Value:
+        return graph.add(op, list(operands), attrs, before=node, sources=node.sources).output
+
+    return add
 
 
 def moves(node: Node) -> bool:

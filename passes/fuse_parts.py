@@ -21,7 +21,7 @@ from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
 from qcompiler.passes.fuse_blocks import Known, reordered
-from qcompiler.passes.fuse_moves import dequantized, params, succeed
+from qcompiler.passes.fuse_moves import adder, dequantized, params, succeed
 from qcompiler.passes.fuse_patterns import is_plain
 from qcompiler.types import Array, PerGroup, QuantParams, TensorType
 
@@ -186,14 +186,7 @@ def _by_matrix(graph: Graph, node: Node, x: Value, w: Value) -> Value:
         reals = known(bias)
         assert reals is not None  # `is_plain` looked
 
-    def add(op: str, *operands: Value | None, **attrs: object) -> Value:
-        return graph.add(
-            op,
-            list(operands),
-            attrs,  # type: ignore[arg-type]
-            before=node,
-            sources=node.sources,
-        ).output
+    add = adder(graph, node)
 
     def product(x: Value, index: tuple[int, ...]) -> Value:
         """By the matrices at a place along the first axes."""

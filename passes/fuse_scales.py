@@ -23,7 +23,7 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import centred, dequantize, expanded, quantize_bias
 from qcompiler.passes.free_bias import added_bias
 from qcompiler.passes.fuse_grids import Grids, regrid
-from qcompiler.passes.fuse_moves import dequantized, params, succeed
+from qcompiler.passes.fuse_moves import adder, dequantized, params, succeed
 from qcompiler.passes.fuse_parts import few_matrices
 from qcompiler.passes.fuse_patterns import is_plain
 from qcompiler.plan import summed_axis
@@ -269,15 +269,7 @@ def _less_sums(
     shifts: tuple[Array | None, Array | None],
 ) -> Value:
     """Return (a - A) (b - B) for y = a b: less A sum(b - B) and sum(a) B, of exact sums."""
-
-    def step(op: str, *operands: Value, **attrs: object) -> Value:
-        return graph.add(
-            op,
-            list(operands),
-            attrs,  # type: ignore[arg-type]
-            before=node,
-            sources=node.sources,
-        ).output
+    step = adder(graph, node)
 
     def number(a: Array) -> Value:
         return graph.constant(a.astype(np.float32), f"{node.output.name}_zero")

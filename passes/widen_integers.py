@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.ops import Stage
+from qcompiler.passes.widening import Widener
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.types import WIDENED, DType, TensorType
 
@@ -47,7 +48,7 @@ class WidenIntegers(Pass):
             return False
         if not any(_computes_narrow(n) for n in graph.nodes):
             return False
-        _Widener(graph).run()
+        _Widener(graph, WIDENED).run()
         return True
 
 
@@ -78,40 +79,11 @@ def _wide_type(t: TensorType) -> TensorType:
     return TensorType(t.shape, storage, q)
 
 
-class _Widener:
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.wide: dict[Value, Value] = {}  # 4-bit value -> the same in 8 bits
-        self.narrow: dict[Value, Value] = {}  # 4-bit value -> itself, made from its 8 bits
-        self.replaced: list[tuple[Node, Node]] = []
+class _Widener(Widener):
+    def stays(self, node: Node) -> bool:
+        return node.op.name == "dequantize" and node.input(0).is_constant
 
-    def run(self) -> None:
-        for node in self.graph.nodes:
-            if not any(_is_narrow(v) for v in (*node.operands, *node.outputs)):
-                continue
-            if node.op.name == "dequantize" and node.input(0).is_constant:
-                continue
-            if node.op.name == "opaque":
-                for i, v in enumerate(node.inputs):
-                    if v is not None and _is_narrow(v):
-                        self.graph.set_input(node, i, self.four_bits(v))
-            elif node.op.name == "cast":
-                self.cast(node)
-            else:
-                self.compute(node)
-        self.graph.set_outputs((name, self.four_bits(v)) for name, v in self.graph.outputs)
-        self.graph.eliminate_dead()
-        for old, new in self.replaced:  # the old nodes are gone: their names are free
-            new.name = old.name
-            for v, w in zip(old.outputs, new.outputs, strict=True):
-                made = self.narrow.get(v, w)
-                made.name = v.name
-                if made is not w and made.producer is not None:
-                    w.name = f"{v.name}/{w.dtype.value}"
-                    made.producer.name = f"{v.name}/{v.dtype.value}"
-        self.graph.sort()
-
-    def eight_bits(self, v: Value) -> Value:
+    def widened(self, v: Value) -> Value:
         """Return a value with its 4-bit integers held in 8 bits."""
         if not _is_narrow(v):
             return v
@@ -124,7 +96,7 @@ class _Widener:
                 self.wide[v] = self._held(v, wanted)
         return self.wide[v]
 
-    def four_bits(self, v: Value) -> Value:
+    def as_it_was(self, v: Value) -> Value:
         """Return a value in its own dtype, for an opaque node or as a result of the graph."""
         if v not in self.wide or v.producer is None or v.producer.op.name in ("cast", "opaque"):
             return v
@@ -133,7 +105,7 @@ class _Widener:
         return self.narrow[v]
 
     def cast(self, node: Node) -> None:
-        x, y = self.eight_bits(node.input(0)), node.output
+        x, y = self.widened(node.input(0)), node.output
         if x.type == y.type:
             self.graph.replace_uses(y, x)
             return
@@ -142,24 +114,13 @@ class _Widener:
             x = self._held(x, TensorType(x.shape, between))
         self.graph.set_input(node, 0, x)
 
-    def compute(self, node: Node) -> None:
-        types = [_wide_type(v.type) if _is_narrow(v) else v.type for v in node.outputs]
-        new = self.graph.add(
-            node.op.name,
-            [None if v is None else self.eight_bits(v) for v in node.inputs],
-            node.attrs,
-            types=types if node.op.declared else None,
-            name=node.name,
-            names=[v.name for v in node.outputs],
-            sources=node.sources,
-        )
-        self.replaced.append((node, new))
-        for old, value in zip(node.outputs, new.outputs, strict=True):
-            value.batch_axis = old.batch_axis
-            if _is_narrow(old):
-                self.wide[old] = value
-            else:
-                self.graph.replace_uses(old, value)
+    def wide_type(self, t: TensorType) -> TensorType:
+        return _wide_type(t)
+
+    def name_conversion(self, v: Value, wide: Value, made: Value) -> None:
+        if made.producer is not None:
+            wide.name = f"{v.name}/{wide.dtype.value}"
+            made.producer.name = f"{v.name}/{v.dtype.value}"
 
     def _held(self, v: Value, wanted: TensorType) -> Value:
         """Return a value in another dtype: by a requantize where it is quantized, else a cast."""
