@@ -11,19 +11,17 @@ floats, and the share of result codes that are equal.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from taking_turns import in_turns, session_of
 
 import qcompiler
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SECONDS = 3.0
 STEP = np.float32(0.12)
 LIMITS = {"int4": (-8, 7), "uint4": (0, 15)} | {
     name: (int(np.iinfo(name).min), int(np.iinfo(name).max))
@@ -117,26 +115,14 @@ CASES = (
 def measure(case: Case) -> None:
     """Print the figures of one product."""
     model, x = case.model(), np.random.default_rng(1).standard_normal(case.shape).astype(np.float32)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # Its integer convolution takes no blocks, and a session that tries it ends with an error.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = session_of(model, integers=False)
     compiled = qcompiler.compile(model)
     calls = {
         "compiled": lambda: np.asarray(compiled({"x": x})["y"]),
         "ONNX Runtime": lambda: np.asarray(session.run(None, {"x": x})[0]),
     }
     found = {name: call() for name, call in calls.items()}
-    took: dict[str, list[float]] = {name: [] for name in calls}
-    started = time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            took[name].append(1e3 * (time.perf_counter() - start))
+    took = in_turns(calls)
     equal = float(np.mean(found["compiled"] == found["ONNX Runtime"]))
     text = ", ".join(f"{name} {np.median(t):.3f} ms ({min(t):.3f})" for name, t in took.items())
     print(f"{case}\n  {text}; {equal:.2%} of the codes equal", flush=True)

@@ -11,14 +11,13 @@ from ONNX Runtime at accuracy_level 0, by the greatest element.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from taking_turns import in_turns, session_of
 
 import qcompiler
 
@@ -26,7 +25,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 CASES = ((4096, 4096, 4, 32, 1), (4096, 4096, 4, 32, 8), (4096, 4096, 4, 32, 128),
          (1024, 4096, 4, 32, 1), (4096, 4096, 4, 128, 1), (4096, 4096, 8, 32, 1))  # fmt: skip
 """K, N, bits, block size, rows."""
-SECONDS = 4.0
 
 
 def product(k: int, n: int, bits: int, block: int, rows: int, level: int) -> onnx.ModelProto:
@@ -49,10 +47,7 @@ def product(k: int, n: int, bits: int, block: int, rows: int, level: int) -> onn
 
 def theirs(model: onnx.ModelProto, x: Array) -> Callable[[], Array]:
     """What runs a model in ONNX Runtime."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    data = model.SerializeToString()
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = session_of(model)
     return lambda: np.asarray(session.run(None, {"x": x})[0])
 
 
@@ -69,13 +64,7 @@ def measure(case: tuple[int, int, int, int, int]) -> None:
         "level 4": theirs(product(*case, 4), x),
     }
     found = {name: call() for name, call in calls.items()}
-    took: dict[str, list[float]] = {name: [] for name in calls}
-    started = time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            took[name].append(1e3 * (time.perf_counter() - start))
+    took = in_turns(calls)
     sizes = (
         sum(t.ByteSize() for t in model.graph.initializer),
         sum(a.nbytes for a in compiled.artifact.params.arrays),

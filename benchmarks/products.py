@@ -11,21 +11,19 @@ rewrites that make integers of it left out), and in ONNX Runtime, which multipli
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+from taking_turns import in_turns, session_of
 
 import qcompiler
 from qcompiler.passes import fuse, fuse_parts
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SECONDS = 3.0
 
 
 class Net:
@@ -140,13 +138,7 @@ def measure(name: str, make: Callable[[Net], str]) -> None:
     net = Net()
     model = net.model(make(net))
     feeds = net.inputs
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    # Its integer products take no such scales, and a session that tries them ends with an error.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = session_of(model, integers=False)
     compiled = qcompiler.compile(model)
     with (
         mock.patch.object(fuse, "move_scales", return_value=False),
@@ -159,13 +151,7 @@ def measure(name: str, make: Callable[[Net], str]) -> None:
         "in floats": lambda: floats(feeds),
         "ONNX Runtime": lambda: session.run(None, feeds),
     }
-    took: dict[str, list[float]] = {n: [] for n in calls}
-    started = time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
-        for n, call in calls.items():
-            start = time.perf_counter()
-            call()
-            took[n].append(1e3 * (time.perf_counter() - start))
+    took = in_turns(calls)
     text = ", ".join(f"{n} {np.median(t):.3f} ms ({min(t):.3f})" for n, t in took.items())
     print(f"{name}\n  {text}", flush=True)
 
