@@ -52,7 +52,9 @@ def import_once(path: Path) -> str:
             return f"a message of {len(text)} characters"
     except BaseException:
         return traceback.format_exc(limit=-6)
+    modules = tuple(filter(None, sys.path))  # imported late
     allowed = (inside, sys.prefix, sys.base_prefix, str(Path(__file__).parents[1]), "/proc/cpuinfo")
+    allowed += modules
     for name in opened:
         real = os.path.realpath(name)
         if not real.startswith(allowed) and not real.startswith(("/usr", "/lib", "/sys")):
