@@ -31,6 +31,8 @@ def plain_grids(graph: Graph) -> bool:
         v = dequantized(node.output) if node.op.name == "dequantize" else None
         if v is None or v.producer is None or v.producer.op.name != "quantize":
             continue
+        if graph.is_output(v) or any(reader.op.name != "dequantize" for reader, _ in v.uses):
+            continue  # its codes are needed: what dequantizes them is one kernel
         if params(v).is_per_tensor or v.dtype not in _CODES or not v.type.size:
             continue
         scale, zero = expanded(params(v), v.shape)

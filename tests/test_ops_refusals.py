@@ -17,7 +17,9 @@ from qcompiler.types import DType, PerAxis, PerGroup, QuantParams, TensorType
 
 CONV = {"strides": (1, 1), "pads": (0, 0, 0, 0), "dilations": (1, 1)}
 POOL = {"kernel": (3, 3), **CONV}
-WEIGHT = QuantParams(np.ones(2, np.float32), np.zeros(2, int), DType.INT8, -127, 127, PerAxis(0))
+WEIGHT = QuantParams(
+    np.array([1, 2], np.float32), np.zeros(2, int), DType.INT8, -127, 127, PerAxis(0)
+)
 GROUPED = QuantParams(
     np.ones((4, 2), np.float32), np.zeros((4, 2), int), DType.INT8, -127, 127, PerGroup(1, 2)
 )
@@ -95,7 +97,7 @@ REFUSALS: list[tuple[str, list[TensorType | None], dict[str, Any], str]] = [
         {"perm": (1, 0)},
         r"has per_group\(1,2\) scales",
     ),
-    ("reshape", [TensorType((2, 3), DType.INT8, WEIGHT)], {"shape": (6,)}, "expected one scale"),
+    ("reshape", [TensorType((2, 3), DType.INT8, WEIGHT)], {"shape": (3, 2)}, "expected one scale"),
     ("expand", [fp(2, 3)], {"shape": (2, 2)}, "do not broadcast"),
     ("tile", [fp(2, 3)], {"repeats": (2,)}, "expected 2 integers"),
     ("gather", [fp(2, 3), fp(1)], {}, "expected integers"),
