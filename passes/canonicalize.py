@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from qcompiler.passes.conv_1d_to_2d import Conv1dTo2d
 from qcompiler.passes.conv_3d_to_2d import Conv3dTo2d
+from qcompiler.passes.conv_to_matmul import ConvToMatmul
 from qcompiler.passes.conv_transpose_to_conv import ConvTransposeToConv
 from qcompiler.passes.crop_kernels import CropKernels
 from qcompiler.passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from qcompiler.passes.eliminate_dead import EliminateDead
+from qcompiler.passes.factors_behind import FactorsBehind
 from qcompiler.passes.fold_affine import FoldAffine
 from qcompiler.passes.fold_batch_norm import FoldBatchNorm
 from qcompiler.passes.fold_constants import FoldConstants
@@ -49,6 +51,7 @@ def canonicalize_passes(*, one_size: bool = True) -> tuple[Pass, ...]:
         FoldConstants(),
         # Patterns compare values by identity, so equal subexpressions must be one value first.
         EliminateCommonSubexpressions(),
+        FactorsBehind(),
         SinkTransposes(),
         FoldBatchNorm(),
         SimplifyMovement(),
@@ -64,6 +67,7 @@ def canonicalize_passes(*, one_size: bool = True) -> tuple[Pass, ...]:
         FoldWeightLayout(),
         Conv1dTo2d(),
         ConvTransposeToConv(),
+        ConvToMatmul(),
         Conv3dTo2d(),
         FreeBias(),
         *((CropKernels(),) if one_size else ()),

@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.ops import OpKind
 from qcompiler.ops._base import AttrValue
+from qcompiler.passes.conv_to_matmul import scales_behind
 from qcompiler.passes.rewrite import merged_sources, producer_of, scalar, supersede
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.types import PerAxis, PerGroup, QuantParams
@@ -88,6 +90,8 @@ def _widened(q: QuantParams | None) -> QuantParams | None:
 
 
 def _widen(graph: Graph, node: Node) -> bool:
+    if node.op.name in ("conv", "conv_transpose") and known(node.input(1)) is None:
+        scales_behind(graph, node)
     operands: list[Value | None] = [_lifted(graph, node.input(0))]
     if node.op.name in ("conv", "conv_transpose"):
         operands += [_lifted(graph, node.input(1)), node.optional(2)]

@@ -21,8 +21,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
+from qcompiler.passes.conv_to_matmul import scales_behind
 from qcompiler.passes.rewrite import producer_of, supersede
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.types import Array, PerAxis, PerGroup, QuantParams, Shape
@@ -30,7 +32,7 @@ from qcompiler.types import Array, PerAxis, PerGroup, QuantParams, Shape
 
 @dataclass(frozen=True)
 class ConvTransposeToConv(Pass):
-    """Rewrite conv_transpose with constant weights as conv, interleaving and crop."""
+    """Rewrite conv_transpose as conv, interleaving and crop."""
 
     name: ClassVar[str] = "conv_transpose_to_conv"
 
@@ -95,6 +97,8 @@ def _axis(
 
 
 def _rewrite(graph: Graph, node: Node) -> bool:
+    if known(node.input(1)) is None:
+        scales_behind(graph, node)
     x, w = node.input(0), node.input(1)
     rank, group = x.type.rank - 2, int(node.attr("group"))
     pads = node.attr("pads")
@@ -114,7 +118,10 @@ def _rewrite(graph: Graph, node: Node) -> bool:
         return False
     # With groups, the phases of one channel must be neighbours: they share its group.
     phase_major = group == 1
-    weight = _weight(graph, w, chosen, group, phase_major)
+    if known(w) is None:
+        weight: Value | None = _computed(graph, node, w, chosen, group, phase_major)
+    else:
+        weight = _weight(graph, w, chosen, group, phase_major)
     bias = node.optional(2)
     if weight is None:
         return False
@@ -184,6 +191,32 @@ def _interleave(graph: Graph, node: Node, y: Value, axes: list[_Axis], phase_maj
         order += [2 + rank + i, first + i]
     apart = add("reshape", y, shape=(y.shape[0], *split, *y.shape[2:]))
     return add("reshape", add("transpose", apart, perm=tuple(order)), shape=out)
+
+
+def _computed(
+    graph: Graph, node: Node, w: Value, axes: list[_Axis], group: int, phase_major: bool
+) -> Value:
+    """Return computed weights w[C, M / g, K...] as v[phases * M, C / g, T...], by moving them."""
+    phases, taps = ([getattr(a, k) for a in axes] for k in ("stride", "taps"))
+    kernel = w.shape[2:]
+    count = math.prod(kernel)
+    places = np.full((*phases, *taps), count, np.int32)  # behind the last tap there is a zero
+    for flat, index in enumerate(itertools.product(*(range(k) for k in kernel))):
+        at = [a.places[k] for a, k in zip(axes, index, strict=True)]
+        places[tuple([r for r, _ in at] + [t for _, t in at])] = flat
+    places = places.reshape(math.prod(phases), -1)
+
+    def add(op: str, *values: Value, **attrs: Any) -> Value:
+        name = f"{node.name}/weights"
+        return graph.add(op, values, attrs, name=name, sources=node.sources).output
+
+    each = w.shape[0] // group, w.shape[1]
+    y = add("reshape", w, shape=(group, *each, count))
+    if (places == count).any():
+        y = add("pad", y, pads=(0,) * 7 + (1,))
+    y = add("gather", y, graph.constant(places, f"{node.name}_places"), axis=3)
+    y = add("transpose", y, perm=(0, 3, 2, 1, 4) if phase_major else (0, 2, 3, 1, 4))
+    return add("reshape", y, shape=(w.shape[1] * group * places.shape[0], each[0], *taps))
 
 
 # ------------------------------------------------------------------------------- constants

@@ -13,6 +13,7 @@ the accumulator.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from qcompiler.interpreter import known
@@ -21,6 +22,7 @@ from qcompiler.numerics import quantize_bias
 from qcompiler.ops import Stage
 from qcompiler.passes.fuse_moves import dequantized, params
 from qcompiler.passes.fuse_patterns import is_volume
+from qcompiler.passes.rewrite import continued
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.types import Array, PerGroup
 
@@ -56,15 +58,7 @@ def free_bias(graph: Graph) -> bool:
         if reals is not None and (x is None or w is None or not _exceeds(reals, x, w)):
             continue
         graph.set_input(node, 2, None)
-        out = node.output
-        readers, name = out.uses, out.name
-        total = added_bias(graph, node, out, bias)
-        for reader, at in readers:
-            graph.set_input(reader, at, total)
-        if graph.is_output(out):
-            graph.set_outputs([(n, total if v is out else v) for n, v in graph.outputs])
-        out.name = f"{name}_unbiased"
-        total.name = name
+        continued(graph, node, partial(_with, graph, node, bias), "unbiased")
         changed = True
     if changed:
         graph.sort()
@@ -78,6 +72,10 @@ def _exceeds(reals: Array, x: Value, w: Value) -> bool:
     if reals.ndim != 1 or params(w).scale.size not in (1, reals.size):
         return False
     return bool(quantize_bias(reals, params(x).s, params(w).scale).clamped)
+
+
+def _with(graph: Graph, node: Node, bias: Value, value: Value) -> Value:
+    return added_bias(graph, node, value, bias)
 
 
 def added_bias(graph: Graph, node: Node, value: Value, bias: Value) -> Value:

@@ -63,6 +63,7 @@ def regrid(
     made: Grids,
     *,
     pads: tuple[int, ...] = (),
+    always: bool = False,
 ) -> Value:
     """Return the codes of a value as reals on a grid of scale 1, of one zero point.
 
@@ -74,8 +75,9 @@ def regrid(
         shifted: Whether the value has others.
         made: What was made before.
         pads: Real zeros around the value that are to be codes too: those that its zero points say.
+        always: Whether a value of one scale, which need not be 1, gets the scale 1, too.
     """
-    if params(v).is_per_tensor and not pads:
+    if params(v).is_per_tensor and not (pads or always):
         return graph.add("dequantize", [v], before=node, sources=node.sources).output
     key = (v, pads)
     if key in made:

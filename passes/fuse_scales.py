@@ -51,11 +51,13 @@ class _Behind:
         shift: Zero points less the one that stays, in the layout of the operand's scales, with as
             many axes as the operand; None where there is one zero point.
         zero: The one that stays.
+        whole: Whether an operand of one scale leaves that behind.
     """
 
     scale: Array
     shift: Array | None
     zero: int
+    whole: bool = False
 
 
 def move_scales(graph: Graph) -> bool:
@@ -101,13 +103,15 @@ def _moved(graph: Graph, node: Node, x: Value, w: Value, made: Grids) -> bool:
         return False
     if not w.is_constant and not _sums_exactly(node, x, w, left, right):
         return False
-    a = regrid(graph, node, x, left.zero, left.shift is not None, made)
+    if not w.is_constant:  # sums of codes are exact where the codes are on a grid of scale 1
+        left, right = _summed_exactly(x, left, right), _summed_exactly(w, right, left)
+    a = regrid(graph, node, x, left.zero, left.shift is not None, made, always=left.whole)
     if stays:
         b = _dequantized(graph, node, w)
     elif w.is_constant:
         b = _plain_weights(graph, node, w)
     else:
-        b = regrid(graph, node, w, right.zero, right.shift is not None, made)
+        b = regrid(graph, node, w, right.zero, right.shift is not None, made, always=right.whole)
     y = graph.add("matmul", [a, b], dict(node.attrs), before=node, sources=node.sources).output
     if w.is_constant:
         if left.shift is not None:
@@ -250,6 +254,14 @@ def _sums(node: Node, w: Value, stays: bool) -> Array:
         reals = centred(w.array(), expanded(q, w.shape)[1]).astype(np.float64)
     sums = reals.sum(axis=_summed(node, w), keepdims=True)
     return np.asarray(sums).reshape((*w.shape[:-2], 1, -1))
+
+
+def _summed_exactly(v: Value, own: _Behind, other: _Behind) -> _Behind:
+    """Return what an operand leaves behind if the other one's zero points multiply its sums."""
+    q = params(v)
+    if other.shift is None or not q.is_per_tensor or q.s == 1:
+        return own
+    return _Behind(np.full((1,) * v.type.rank, q.s), None, q.z, whole=True)
 
 
 def _sums_exactly(node: Node, x: Value, w: Value, left: _Behind, right: _Behind) -> bool:

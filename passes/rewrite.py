@@ -8,6 +8,8 @@ names in the graph keep the meaning they have in the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from qcompiler.ir import Graph, Node, Value
@@ -99,6 +101,27 @@ def supersede(graph: Graph, root: Node, new: Node, *matched: Node) -> None:
         dead = all(not v.uses and not graph.is_output(v) for v in node.outputs)
         if node is not root and dead:
             graph.erase(node)
+
+
+def continued(graph: Graph, node: Node, build: Callable[[Value], Value], suffix: str) -> None:
+    """Let what is made of the one result of a node take its place and its name.
+
+    Args:
+        graph: The graph.
+        node: The node.
+        build: Makes it.
+        suffix: What the name of the node's own result gets.
+    """
+    out = node.output
+    readers, name = out.uses, out.name
+    y = build(out)
+    for reader, at in readers:
+        graph.set_input(reader, at, y)
+    if graph.is_output(out):
+        _keep_batch(graph, out, y)
+        graph.set_outputs([(n, y if v is out else v) for n, v in graph.outputs])
+    out.name = f"{name}_{suffix}"
+    y.name = name
 
 
 def _keep_batch(graph: Graph, old: Value, new: Value) -> None:

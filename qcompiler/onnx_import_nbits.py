@@ -19,8 +19,9 @@ import numpy as np
 from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.ir import Value
 from qcompiler.numerics_dynamic import RUN_TIME_GRID, blocked_weights
+from qcompiler.onnx_import_codes import checked
 from qcompiler.onnx_import_context import OpContext, converter
-from qcompiler.onnx_import_qdq import checked, with_positive_scales
+from qcompiler.onnx_import_qdq import with_positive_scales
 from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
 
 _INT8 = 4

@@ -14,8 +14,8 @@ import numpy as np
 
 from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.ir import Value
+from qcompiler.onnx_import_codes import as_float
 from qcompiler.onnx_import_context import Converter, OpContext, converter, normal_axis, reshape
-from qcompiler.onnx_import_qdq import as_float
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import DType
 

@@ -11,10 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from qcompiler.errors import ModelError, ShapeError, UnsupportedOpError, UsageError
+from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.grids import without_blocks
 from qcompiler.ir import Node, Value
-from qcompiler.numerics import expanded, spread_out
+from qcompiler.numerics import spread_out
+from qcompiler.onnx_import_codes import (
+    affine,
+    as_float,
+    as_integers,
+    checked,
+    constant_dequantized,
+    less,
+    on_grid,
+)
 from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
 from qcompiler.onnx_import_tensors import dtype_of
 from qcompiler.types import (
@@ -72,20 +81,6 @@ def _grid(
     return checked(scale, zero_point, storage, granularity)
 
 
-def checked(
-    scale: Array, zero_point: Array, storage: DType, granularity: Granularity
-) -> QuantParams:
-    """Return parameters that use the whole range of the storage.
-
-    Raises:
-        ModelError: A scale or zero point that no quantization can have.
-    """
-    try:
-        return QuantParams(scale, zero_point, storage, storage.min, storage.max, granularity)
-    except UsageError as error:
-        raise ModelError(f"its quantization is not valid: {error.message}") from None
-
-
 def _blocked(ctx: OpContext, shape: Shape, scale: Array, axis: int) -> Granularity:
     blocks = scale.shape[axis] if scale.ndim == len(shape) else 0
     size = int(ctx.attr("block_size", 0)) or (-(-shape[axis] // blocks) if blocks else 0)
@@ -97,7 +92,7 @@ def _blocked(ctx: OpContext, shape: Shape, scale: Array, axis: int) -> Granulari
     return PerGroup(axis, size)
 
 
-def _is_static(ctx: OpContext, at: int) -> bool:
+def is_static(ctx: OpContext, at: int) -> bool:
     """Whether scale and zero point at `at` are known at compile time."""
     return all(v is None or v.is_constant for v in (ctx.get(at), ctx.get(at + 1)))
 
@@ -139,27 +134,6 @@ def _by_arithmetic(ctx: OpContext, x: Value, at: int, storage: DType, axis: int)
     return as_integers(ctx, reshape(ctx, t, x.shape), storage)
 
 
-def as_integers(ctx: OpContext, x: Value, storage: DType) -> Value:
-    """Round and clamp floats to integers, held on the grid of scale 1 that integer kernels take."""
-    grid = unit_grid(storage, 0)
-    return ctx.builder.emit(
-        "quantize", [x], {}, ctx.name, types=[TensorType(x.shape, storage, grid)]
-    )[0]
-
-
-def unit_grid(storage: DType, zero_point: int) -> QuantParams:
-    """Return the parameters under which an integer q stands for q - zero_point."""
-    one, zero = np.asarray(1, np.float32), np.asarray(zero_point, np.int32)
-    return checked(one, zero, storage, PerTensor())
-
-
-def as_float(ctx: OpContext, q: Value) -> Value:
-    """Return stored integers as float32, whatever they stand for."""
-    if q.qparams is None:
-        return ctx.emit("cast", q, to="float32")
-    return _affine(ctx, q, unit_grid(q.dtype, 0))
-
-
 @converter("QuantizeLinear")
 def _quantize(ctx: OpContext) -> Results:
     zero_point = ctx.get(2)
@@ -177,7 +151,7 @@ def quantized(ctx: OpContext, x: Value, at: int, storage: DType, axis: int = 1) 
         raise UnsupportedOpError(f"quantization to {storage.value} is not supported")
     if x.dtype is not DType.FLOAT32:
         x = ctx.emit("cast", x, to="float32")
-    if not _is_static(ctx, at):
+    if not is_static(ctx, at):
         return _by_arithmetic(ctx, x, at, storage, axis)
     grid = static_qparams(ctx, at, x.shape, storage, axis)
     result = TensorType(x.shape, storage, grid)
@@ -203,11 +177,18 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
     """
     if not q.dtype.is_integer:
         raise UnsupportedOpError(f"dequantization of {q.dtype.value} is not supported")
-    if not _is_static(ctx, at):
+    if not is_static(ctx, at):
         scale, zero, inner = _run_time_grid(ctx, at, q.shape, axis)
-        x = as_float(ctx, q)
-        x = reshape(ctx, x, inner)
-        x = ctx.emit("sub", x, zero) if zero is not None else x
+        if inner == q.shape and q.dtype.bits <= 8:  # a product multiplies the codes
+            given = ctx.get(at + 1)
+            point = np.zeros(()) if given is None else given.data
+            if zero is None or (point is not None and point.size == 1):
+                x = on_grid(ctx, q, np.asarray(point, np.int64).reshape(()))
+            else:
+                x = less(ctx, q, zero)
+        else:
+            x = reshape(ctx, as_float(ctx, q), inner)
+            x = ctx.emit("sub", x, zero) if zero is not None else x
         x = reshape(ctx, ctx.emit("mul", x, scale), q.shape)
         return x if factor == 1.0 else ctx.emit("mul", x, ctx.scalar(factor, x))
     if q.data is not None and q.qparams is None:
@@ -222,7 +203,7 @@ def dequantized(ctx: OpContext, q: Value, at: int, axis: int = 1, factor: float 
     takes_on(ctx, q, qparams)
     if q.qparams is not None and q.qparams.same_grid(qparams):
         return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
-    return _affine(ctx, q, qparams)
+    return affine(ctx, q, qparams)
 
 
 def _constant(ctx: OpContext, q: Value, at: int, axis: int) -> tuple[Value, QuantParams]:
@@ -316,38 +297,3 @@ def _moved_input(ctx: OpContext, q: Value, qparams: QuantParams) -> list[Value]:
 def _moves_on(node: Node, i: int, chain: Mapping[Value, None]) -> bool:
     """Whether a node moves operand `i` to where a chain leads."""
     return (i == 0 or node.op.name == "concat") and all(v in chain for v in node.outputs)
-
-
-def constant_dequantized(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
-    """Emit the dequantize of a constant that gets the parameters into its type."""
-    name = ctx.builder.unique(f"{q.name}.quantized")
-    stored = ctx.builder.graph.constant(q.array(), name, qparams)
-    return ctx.builder.emit("dequantize", [stored], {}, ctx.name)[0]
-
-
-def _affine(ctx: OpContext, q: Value, qparams: QuantParams) -> Value:
-    """Dequantize integers that carry other parameters, or none, by their numbers."""
-    g, inner = qparams.granularity, q.shape
-    scale, zero = expanded(qparams, q.shape)
-    if isinstance(g, PerGroup) and q.shape[g.axis] % g.group_size == 0:
-        # Blocks become an axis of their own, so that the scales need not be repeated.
-        blocks = q.shape[g.axis] // g.group_size
-        inner = (*q.shape[: g.axis], blocks, g.group_size, *q.shape[g.axis + 1 :])
-        scale, zero = (np.expand_dims(v, g.axis + 1) for v in (qparams.scale, qparams.zero_point))
-    if q.qparams is not None:
-        if q.qparams.same_grid(qparams):
-            return ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
-        if not q.qparams.is_per_tensor:
-            raise UnsupportedOpError("its operand is quantized with other parameters")
-        # q = x / s + z with the operand's own s and z, then s' * (q - z').
-        x = ctx.builder.emit("dequantize", [q], {}, ctx.name)[0]
-        own = q.qparams
-        factor = scale.astype(np.float64) / own.s
-        shift = (own.z - zero) * scale.astype(np.float64)
-        y = ctx.emit("mul", reshape(ctx, x, inner), ctx.constant(factor.astype(np.float32)))
-        y = ctx.emit("add", y, ctx.constant(shift.astype(np.float32)))
-        return reshape(ctx, y, q.shape)
-    wide = reshape(ctx, ctx.emit("cast", q, to="int32"), inner)
-    wide = ctx.emit("sub", wide, ctx.constant(zero.astype(np.int32)))
-    y = ctx.emit("mul", ctx.emit("cast", wide, to="float32"), ctx.constant(scale))
-    return reshape(ctx, y, q.shape)

@@ -17,24 +17,26 @@ import numpy as np
 
 from qcompiler.errors import ShapeError, UnsupportedOpError
 from qcompiler.ir import Value
-from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
-from qcompiler.onnx_import_ops import average_pool, conv, matmul
-from qcompiler.onnx_import_qdq import (
+from qcompiler.onnx_import_codes import (
+    Operand,
     as_float,
     as_integers,
+    as_it_is,
     checked,
     constant_dequantized,
-    dequantized,
-    quantized,
-    unit_grid,
+    operand,
+    shaped,
+    zero_of,
 )
+from qcompiler.onnx_import_context import OpContext, converter, normal_axis, reshape
+from qcompiler.onnx_import_ops import average_pool, conv, matmul
+from qcompiler.onnx_import_qdq import dequantized, is_static, quantized
 from qcompiler.types import (
     Array,
     DType,
     Granularity,
     PerAxis,
     PerTensor,
-    TensorType,
 )
 
 Results = Sequence[Value] | None
@@ -55,9 +57,16 @@ def _storage(ctx: OpContext, at: int, like: int) -> DType:
 @converter("QLinearConv")
 def _qlinear_conv(ctx: OpContext) -> Results:
     """Operands: x, its scale and zero point; w, its; scale and zero point of y; int32 bias."""
-    x, w = dequantized(ctx, ctx.input(0), 1), dequantized(ctx, ctx.input(3), 4, axis=0)
-    bias = _bias(ctx, 8, 1, 4)
-    y = conv(ctx, x, w, bias)
+    if is_static(ctx, 1) and is_static(ctx, 4):
+        x, w = dequantized(ctx, ctx.input(0), 1), dequantized(ctx, ctx.input(3), 4, axis=0)
+        y = conv(ctx, x, w, _bias(ctx, 8, 1, 4))
+    else:
+        y = _conv_of(ctx, ctx.input(0), ctx.input(3), 2, 5)
+        wide = (-1, *(1,) * (y.type.rank - 2))
+        bias, scale = ctx.get(8), ctx.input(4)
+        if bias is not None:
+            y = ctx.emit("add", y, shaped(ctx, bias, wide))
+        y = _scaled_product(ctx, y, ctx.input(1), shaped(ctx, scale, wide), None)
     return [quantized(ctx, y, 6, _storage(ctx, 7, 0))]
 
 
@@ -66,51 +75,70 @@ def _bias(ctx: OpContext, at: int, x_scale: int, w_scale: int, alpha: float = 1.
     bias = ctx.get(at)
     if bias is None:
         return None
-    if not bias.is_constant:
-        raise UnsupportedOpError("its bias is computed at run time; it must be a constant")
     scale = np.asarray(ctx.static(x_scale, "scale"), np.float64).reshape(()) * np.asarray(
         ctx.static(w_scale, "scale"), np.float64
     ).reshape(-1)
     granularity: Granularity = PerAxis(bias.type.rank - 1)
     if scale.size == 1:
         scale, granularity = scale.reshape(()), PerTensor()
+    scale = (scale * alpha).astype(np.float32)
+    if not bias.is_constant:
+        return ctx.emit("mul", ctx.emit("cast", bias, to="float32"), ctx.constant(scale))
     zero = np.zeros(scale.shape, np.int32)
-    qparams = checked((scale * alpha).astype(np.float32), zero, DType.INT32, granularity)
-    return constant_dequantized(ctx, bias, qparams)
+    return constant_dequantized(ctx, bias, checked(scale, zero, DType.INT32, granularity))
 
 
 @converter("QLinearMatMul")
 def _qlinear_matmul(ctx: OpContext) -> Results:
     """Operands: a, its scale and zero point; b, its; scale and zero point of y."""
-    a = dequantized(ctx, ctx.input(0), 1, axis=-2)
-    b = dequantized(ctx, ctx.input(3), 4, axis=-1)
-    return [quantized(ctx, matmul(ctx, a, b), 6, _storage(ctx, 7, 0))]
+    if is_static(ctx, 1) and is_static(ctx, 4):
+        a = dequantized(ctx, ctx.input(0), 1, axis=-2)
+        b = dequantized(ctx, ctx.input(3), 4, axis=-1)
+        y = matmul(ctx, a, b)
+    else:
+        y = _product_of(ctx, ctx.input(0), ctx.input(3), 2, 5)
+        scale = shaped(ctx, ctx.input(1), (-1, 1))
+        y = _scaled_product(ctx, y, scale, ctx.input(4), None)
+    return [quantized(ctx, y, 6, _storage(ctx, 7, 0))]
 
 
 @converter("QGemm", domain=_MS)
 def _qgemm(ctx: OpContext) -> Results:
     """Operands: a, scale, zero point; b, its; int32 c; scale and zero point of y, if quantized."""
-    turned = bool(ctx.attr("transB", 0))
+    flipped, turned = bool(ctx.attr("transA", 0)), bool(ctx.attr("transB", 0))
     alpha = float(ctx.attr("alpha", 1.0))
-    a = dequantized(ctx, ctx.input(0), 1)
-    stored = ctx.input(3).is_constant
-    b = dequantized(ctx, ctx.input(3), 4, 0 if turned else 1, alpha if stored else 1.0)
-    if alpha != 1.0 and not stored:
-        a = ctx.emit("mul", a, ctx.scalar(alpha, a))
-    c = _bias(ctx, 6, 1, 4, alpha)
-    columns = b.shape[0 if turned else 1]
-    row = c is not None and c.shape in ((columns,), (1, columns))
-    y = ctx.emit(
-        "matmul",
-        a,
-        b,
-        reshape(ctx, c, (columns,)) if row and c is not None else None,
-        transpose_a=bool(ctx.attr("transA", 0)),
-        transpose_b=turned,
-    )
-    if c is not None and not row:
-        y = ctx.emit("add", y, c)
+    if is_static(ctx, 1) and is_static(ctx, 4):
+        y = _gemm(ctx, flipped, turned, alpha)
+    else:
+        a, b = (
+            ctx.emit("transpose", v, perm=(1, 0)) if t else v
+            for v, t in ((ctx.input(0), flipped), (ctx.input(3), turned))
+        )
+        y, c = _product_of(ctx, a, b, 2, 5), ctx.get(6)
+        y = y if c is None else ctx.emit("add", y, c)
+        scale = (
+            ctx.input(4)
+            if alpha == 1.0
+            else ctx.emit("mul", ctx.input(4), ctx.scalar(alpha, ctx.input(4)))
+        )
+        y = _scaled_product(ctx, y, ctx.input(1), scale, None)
     return [y if ctx.get(7) is None else quantized(ctx, y, 7, _storage(ctx, 8, 0))]
+
+
+def _gemm(ctx: OpContext, flipped: bool, turned: bool, alpha: float) -> Value:
+    """Return QGemm's product of scales that are known, plus the bias."""
+    a, b = ctx.input(0), ctx.input(3)
+    stored = b.is_constant
+    left = dequantized(ctx, a, 1)
+    right = dequantized(ctx, b, 4, 0 if turned else 1, alpha if stored else 1.0)
+    c, columns = _bias(ctx, 6, 1, 4, alpha), right.shape[0 if turned else 1]
+    row = None
+    if c is not None and c.shape in ((columns,), (1, columns)) and (stored or alpha == 1.0):
+        row, c = reshape(ctx, c, (columns,)), None
+    y = ctx.emit("matmul", left, right, row, transpose_a=flipped, transpose_b=turned)
+    if alpha != 1.0 and not stored:
+        y = ctx.emit("mul", y, ctx.scalar(alpha, y))
+    return y if c is None else ctx.emit("add", y, c)
 
 
 # --------------------------------------------------------------------- other QLinear operators
@@ -185,78 +213,6 @@ def _qlinear_concat(ctx: OpContext) -> Results:
 # ------------------------------------------------------------------- products to int32 results
 
 
-def _spread(v: Value, zero: Array) -> Array:
-    """Return the greatest |q - zero point| of an operand: per element if constant, else overall."""
-    if v.data is not None:
-        return np.abs(v.data.astype(np.int64) - zero)
-    span = max(
-        abs(int(v.dtype.min) - int(zero.max())),
-        abs(int(v.dtype.max) - int(zero.min())),
-        abs(int(v.dtype.min) - int(zero.min())),
-        abs(int(v.dtype.max) - int(zero.max())),
-    )
-    return np.full((1,) * max(v.type.rank, 1), span, np.int64)
-
-
-def _zero_of(ctx: OpContext, v: Value, at: int, axis: int) -> Array:
-    """Return a constant zero point, laid out to broadcast against its operand along `axis`."""
-    if ctx.get(at) is None:
-        return np.zeros((1,) * v.type.rank, np.int64)
-    zero = np.asarray(ctx.static(at, "zero point"), np.int64)
-    if zero.size == 1:
-        return zero.reshape((1,) * v.type.rank)
-    if zero.ndim != 1:
-        return zero
-    shape = [1] * v.type.rank
-    shape[axis] = -1
-    return zero.reshape(shape)
-
-
-def _on_grid(ctx: OpContext, v: Value, zero: Array) -> Value:
-    """Return v - zero as float32, through a quantized value of scale 1 where that exists."""
-    if v.data is not None and v.qparams is None:
-        if zero.size == 1 or max(zero.shape) == zero.size:
-            granularity: Granularity = PerTensor()
-            flat: Array = zero.reshape(-1).astype(np.int32)
-            if flat.size > 1:
-                granularity = PerAxis(zero.shape.index(flat.size))
-            else:
-                flat = flat.reshape(())
-            ones = np.ones(flat.shape, np.float32)
-            return constant_dequantized(ctx, v, checked(ones, flat, v.dtype, granularity))
-        return ctx.constant((v.data - zero).astype(np.float32))
-    if zero.size == 1:
-        grid = unit_grid(v.dtype, int(zero.reshape(())))
-        if v.producer is None and v.qparams is None and not v.uses:
-            ctx.builder.graph.set_type(v, TensorType(v.shape, v.dtype, grid))
-        if v.qparams is not None and v.qparams.same_grid(grid):
-            return ctx.builder.emit("dequantize", [v], {}, ctx.name)[0]
-        made = v.producer
-        if v.qparams is not None and made is not None and made.op.name == "quantize":
-            # The same codes on the grid of scale 1: x / s is what the other grid rounds, too.
-            own = v.qparams
-            if (
-                own.is_per_tensor
-                and own.z == grid.z
-                and (own.qmin, own.qmax)
-                == (
-                    grid.qmin,
-                    grid.qmax,
-                )
-            ):
-                whole = ctx.emit("div", made.input(0), ctx.constant(own.scale))
-                types = [TensorType(v.shape, v.dtype, grid)]
-                held = ctx.builder.emit("quantize", [whole], {}, ctx.name, types=types)[0]
-                return ctx.builder.emit("dequantize", [held], {}, ctx.name)[0]
-        if v.qparams is None and v.dtype.bits == 8:
-            # A computed tensor: quantizing its numbers by the grid of scale 1 gives them back.
-            real = ctx.emit("sub", as_float(ctx, v), ctx.constant(zero.astype(np.float32)))
-            types = [TensorType(v.shape, v.dtype, grid)]
-            held = ctx.builder.emit("quantize", [real], {}, ctx.name, types=types)[0]
-            return ctx.builder.emit("dequantize", [held], {}, ctx.name)[0]
-    return ctx.emit("sub", as_float(ctx, v), ctx.constant(zero.astype(np.float32)))
-
-
 def _parts(bound: Array, axis: int, what: str) -> list[tuple[int, int]]:
     """Cut the axis that a product sums over into runs whose sums stay exact in float32.
 
@@ -285,26 +241,24 @@ def _cut(ctx: OpContext, v: Value, axis: int, run: tuple[int, int]) -> Value:
     return ctx.emit("slice", v, starts=(run[0],), ends=(run[1],), axes=(axis,), steps=(1,))
 
 
-def _matmul_int(ctx: OpContext, a: Value, b: Value, a_zero: Array, b_zero: Array) -> Value:
-    """Return the exact int32 product of (a - a_zero) and (b - b_zero)."""
-    depth = a.shape[-1]
-    if b.type.rank < 1 or b.shape[-2 if b.type.rank > 1 else -1] != depth:
-        raise ShapeError(f"cannot multiply {list(a.shape)} by {list(b.shape)}")
-    axis_b = max(b.type.rank - 2, 0)
-    wide_a = _spread(a, a_zero).max()
-    wide_b = _spread(b, b_zero)
+def _matmul_int(ctx: OpContext, a: Operand, b: Operand) -> Value:
+    """Return the exact int32 product of two operands."""
+    shape, other, rank = a.real.shape, b.real.shape, b.real.type.rank
+    depth = shape[-1]
+    if rank < 1 or other[-2 if rank > 1 else -1] != depth:
+        raise ShapeError(f"cannot multiply {list(shape)} by {list(other)}")
+    axis_b = max(rank - 2, 0)
     bound = np.broadcast_to(
-        wide_b * wide_a,
-        tuple(depth if i == axis_b else d for i, d in enumerate(wide_b.shape)),
+        b.spread * a.spread.max(),
+        tuple(depth if i == axis_b else d for i, d in enumerate(b.spread.shape)),
     )
-    fa, fb = _on_grid(ctx, a, a_zero), _on_grid(ctx, b, b_zero)
     total: Value | None = None
     for run in _parts(bound, axis_b, "its inner axis"):
-        part = matmul(ctx, _cut(ctx, fa, a.type.rank - 1, run), _cut(ctx, fb, axis_b, run))
-        part = ctx.emit("cast", part, to="int32")
+        left, right = _cut(ctx, a.real, len(shape) - 1, run), _cut(ctx, b.real, axis_b, run)
+        part = ctx.emit("cast", matmul(ctx, left, right), to="int32")
         total = part if total is None else ctx.emit("add", total, part)
     if total is None:
-        raise ShapeError(f"the product of {list(a.shape)} and {list(b.shape)} sums nothing")
+        raise ShapeError(f"the product of {list(shape)} and {list(other)} sums nothing")
     return total
 
 
@@ -313,20 +267,11 @@ def _product_of(ctx: OpContext, a: Value, b: Value, a_at: int, b_at: int) -> Val
 
     (a - za) (b - zb) = a (b - zb) - za * column sums of (b - zb), all in integers.
     """
-    za = ctx.get(a_at)
-    b_zero = ctx.get(b_at)
-    if b_zero is not None and not b_zero.is_constant:
-        raise UnsupportedOpError("the zero point of its second operand is computed at run time")
-    zb = _zero_of(ctx, b, b_at, b.type.rank - 1)
+    za, right = ctx.get(a_at), operand(ctx, b, b_at, b.type.rank - 1)
     if za is None or za.is_constant:
-        return _matmul_int(ctx, a, b, _zero_of(ctx, a, a_at, max(a.type.rank - 2, 0)), zb)
-    y = _matmul_int(ctx, a, b, np.zeros((1,) * a.type.rank, np.int64), zb)
-    if b.data is not None:
-        sums = (b.data.astype(np.int64) - zb).sum(axis=max(b.type.rank - 2, 0), keepdims=True)
-        columns = ctx.constant(sums.astype(np.int32))
-    else:
-        wide = ctx.emit("sub", _int32(ctx, b), ctx.constant(zb.astype(np.int32)))
-        columns = ctx.emit("reduce_sum", wide, axes=(max(b.type.rank - 2, 0),), keepdims=True)
+        return _matmul_int(ctx, operand(ctx, a, a_at, max(a.type.rank - 2, 0)), right)
+    y = _matmul_int(ctx, as_it_is(ctx, a), right)
+    columns = _column_sums(ctx, b, b_at, right)
     z = ctx.emit("cast", za, to="int32") if za.qparams is None else _int32(ctx, za)
     if z.type.size > 1 and z.type.rank == 1:
         z = reshape(ctx, z, (z.type.size, 1))
@@ -336,6 +281,16 @@ def _product_of(ctx: OpContext, a: Value, b: Value, a_at: int, b_at: int) -> Val
     if off.type.rank > y.type.rank:
         off = reshape(ctx, off, off.shape[off.type.rank - y.type.rank :])
     return ctx.emit("sub", y, off)
+
+
+def _column_sums(ctx: OpContext, b: Value, at: int, right: Operand) -> Value:
+    """Return the int32 sums of the columns of a right operand less its zero point."""
+    axis, zero = max(b.type.rank - 2, 0), ctx.get(at)
+    if b.data is not None and (zero is None or zero.is_constant):
+        codes = b.data.astype(np.int64) - zero_of(ctx, b, at, b.type.rank - 1)
+        return ctx.constant(codes.sum(axis=axis, keepdims=True).astype(np.int32))
+    wide = ctx.emit("cast", right.real, to="int32")
+    return ctx.emit("reduce_sum", wide, axes=(axis,), keepdims=True)
 
 
 def _int32(ctx: OpContext, v: Value) -> Value:
@@ -352,43 +307,48 @@ def _matmul_integer(ctx: OpContext) -> Results:
 @converter("ConvInteger")
 def _conv_integer(ctx: OpContext) -> Results:
     """Operands: x, w, zero point of x, zero point of w."""
-    x, w, zx = ctx.input(0), ctx.input(1), ctx.get(2)
-    w_zero = ctx.get(3)
-    if w_zero is not None and not w_zero.is_constant:
-        raise UnsupportedOpError("the zero point of its weights is computed at run time")
-    zw = _zero_of(ctx, w, 3, 0)
-    known = zx is None or zx.is_constant
-    x_zero = _zero_of(ctx, x, 2, 1) if known else np.zeros((1,) * x.type.rank, np.int64)
-    y = _conv_int(ctx, x, w, x_zero, zw)
-    if known or zx is None:
-        return [y]
+    return [_conv_of(ctx, ctx.input(0), ctx.input(1), 2, 3)]
+
+
+def _conv_of(ctx: OpContext, x: Value, w: Value, x_at: int, w_at: int) -> Value:
+    """Return ConvInteger's product; zero points at `x_at` and `w_at` may be computed."""
+    zx, zw, right = ctx.get(x_at), ctx.get(w_at), operand(ctx, w, w_at, 0)
+    known = w.data is not None and (zw is None or zw.is_constant)
+    if zx is None or zx.is_constant or not known:
+        return _conv_int(ctx, operand(ctx, x, x_at, 1), right)
+    y = _conv_int(ctx, as_it_is(ctx, x), right)
     # Padding counts nothing: what the zero point adds is its product with a convolution of ones.
     ones = ctx.constant(np.ones((1, *x.shape[1:]), np.float32))
-    wide = _on_grid(ctx, w, zw)
-    if w.data is not None:  # plain numbers: what follows from constants is computed here
-        wide = ctx.constant((w.data.astype(np.int64) - zw).astype(np.float32))
+    codes = np.asarray(w.data, np.int64) - zero_of(ctx, w, w_at, 0)
+    wide = ctx.constant(codes.astype(np.float32))  # what follows from constants is computed here
     shift = ctx.emit("cast", conv(ctx, ones, wide, None), to="int32")
     z = reshape(ctx, _int32(ctx, zx), ())
-    return [ctx.emit("sub", y, ctx.emit("mul", z, shift))]
+    return ctx.emit("sub", y, ctx.emit("mul", z, shift))
 
 
-def _conv_int(ctx: OpContext, x: Value, w: Value, x_zero: Array, w_zero: Array) -> Value:
-    """Return the exact int32 convolution of x - x_zero with w - w_zero."""
-    group = int(ctx.attr("group", 1))
-    wide = np.broadcast_to(_spread(w, w_zero), w.shape) * _spread(x, x_zero).max()
-    bound = wide.reshape(*w.shape[:2], -1).sum(axis=2)
-    runs = _parts(bound, 1, "its window")
-    if len(runs) > 1 and group > 1:
-        raise UnsupportedOpError("its groups sum more products than are exact in float32")
-    fx, fw = _on_grid(ctx, x, x_zero), _on_grid(ctx, w, w_zero)
+def _conv_int(ctx: OpContext, x: Operand, w: Operand) -> Value:
+    """Return the exact int32 convolution of two operands."""
+    group, shape = int(ctx.attr("group", 1)), w.real.shape
+    wide = np.broadcast_to(w.spread, shape) * x.spread.max()
+    bound = wide.reshape(*shape[:2], -1).sum(axis=2)
     total: Value | None = None
-    for run in runs:
-        part = conv(ctx, _cut(ctx, fx, 1, run) if group == 1 else fx, _cut(ctx, fw, 1, run), None)
+    for run in _parts(bound, 1, "its window"):
+        left = _channels(ctx, x.real, group, run)
+        part = conv(ctx, left, _cut(ctx, w.real, 1, run), None)
         part = ctx.emit("cast", part, to="int32")
         total = part if total is None else ctx.emit("add", total, part)
     if total is None:
-        raise ShapeError(f"a convolution of {list(x.shape)} by {list(w.shape)} sums nothing")
+        raise ShapeError(f"a convolution of {list(x.real.shape)} by {list(shape)} sums nothing")
     return total
+
+
+def _channels(ctx: OpContext, x: Value, group: int, run: tuple[int, int]) -> Value:
+    """Cut a run of channels out of every group."""
+    n, c, *rest = x.shape
+    if group == 1 or c % group or run == (0, c // group):
+        return _cut(ctx, x, 1, run)
+    apart = _cut(ctx, reshape(ctx, x, (n, group, c // group, *rest)), 2, run)
+    return reshape(ctx, apart, (n, group * (run[1] - run[0]), *rest))
 
 
 # ---------------------------------------------------------------------- dynamic quantization
@@ -428,12 +388,10 @@ def _dynamic_matmul(ctx: OpContext) -> Results:
     """Operands: a in floats; b in 8 bits, its scale, its zero point; bias in floats."""
     a, b = ctx.input(0), ctx.input(1)
     q, scale, point = _dynamic(ctx, a)
-    zb = _zero_of(ctx, b, 3, b.type.rank - 1)
-    if b.data is None:
-        raise UnsupportedOpError("its second operand is computed at run time")
-    y = _matmul_int(ctx, q, b, np.zeros((1,) * a.type.rank, np.int64), zb)
-    sums = (b.data.astype(np.int64) - zb).sum(axis=-2, keepdims=True)
-    off = ctx.emit("mul", ctx.emit("cast", point, to="int32"), ctx.constant(sums.astype(np.int32)))
+    right = operand(ctx, b, 3, b.type.rank - 1)
+    y = _matmul_int(ctx, as_it_is(ctx, q), right)
+    sums = _column_sums(ctx, b, 3, right)
+    off = ctx.emit("mul", ctx.emit("cast", point, to="int32"), sums)
     if off.type.rank > y.type.rank:
         off = reshape(ctx, off, off.shape[off.type.rank - y.type.rank :])
     return [_scaled_product(ctx, ctx.emit("sub", y, off), scale, ctx.input(2), ctx.get(4))]
@@ -449,7 +407,9 @@ def _matmul_to_float(ctx: OpContext) -> Results:
 def _scaled_product(
     ctx: OpContext, y: Value, a_scale: Value, b_scale: Value, bias: Value | None
 ) -> Value:
-    a_scale = reshape(ctx, a_scale, ()) if a_scale.type.size == 1 else a_scale
-    b_scale = reshape(ctx, b_scale, ()) if b_scale.type.size == 1 else b_scale
+    a_scale, b_scale = (
+        ctx.emit("cast", v, to="float32") if v.dtype is not DType.FLOAT32 else v
+        for v in (reshape(ctx, v, ()) if v.type.size == 1 else v for v in (a_scale, b_scale))
+    )
     out = ctx.emit("mul", ctx.emit("cast", y, to="float32"), ctx.emit("mul", a_scale, b_scale))
     return out if bias is None else ctx.emit("add", out, bias)

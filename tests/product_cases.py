@@ -583,11 +583,6 @@ _float(
     ),
 )
 _float(
-    "computed weights",
-    "its weights are computed",
-    lambda net: net.node("Conv", net.activations(1, 16, 6, 6), net.activations(8, 16, 3, 3)),
-)
-_float(
     "float weights",
     "its right operand is float",
     lambda net: net.node("MatMul", net.activations(3, 16), net.floats(16, 8)),

@@ -45,11 +45,11 @@ class Net:
         """An input, with a sample: of floats, some of them `far` off, or of all codes."""
         name = self._name("x")
         if kind is DType.FLOAT32:
-            sample = (self.rng.standard_normal(shape) * 2).astype(np.float32)
+            sample = np.asarray(self.rng.standard_normal(shape) * 2, np.float32)
             if far:
                 sample.reshape(-1)[:3] = (1e6, -1e6, 0)[: sample.size]
         else:
-            sample = integers(self.rng, kind, shape).astype(kind.numpy)
+            sample = np.asarray(integers(self.rng, kind, shape), kind.numpy)
         what = TensorProto.DataType.Value("FLOAT" if kind is DType.FLOAT32 else kind.value.upper())
         self.inputs.append(helper.make_tensor_value_info(name, what, list(shape)))
         self.samples[name] = sample

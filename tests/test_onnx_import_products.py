@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from computed_cases import COMPUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from product_cases import FLOAT, INTEGER, Make
@@ -26,7 +27,8 @@ from qcompiler.types import DType
 Array = np.ndarray[Any, np.dtype[Any]]
 ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
 FLOATS = {"conv", "matmul", "conv_transpose"}
-NAMES = list(INTEGER)
+FORMS = {**INTEGER, **COMPUTED}
+NAMES = list(FORMS)
 
 
 def compiled(model: onnx.ModelProto, feeds: dict[str, Array], target: str) -> Array:
@@ -54,18 +56,18 @@ def check(make: Make, targets: list[str], seed: int = 0, *, rounded: bool = Fals
 @pytest.mark.parametrize("name", NAMES)
 def test_every_form_is_integers(name: str) -> None:
     net = Net()
-    model = net.model(INTEGER[name](net))
+    model = net.model(FORMS[name](net))
     assert not FLOATS & {n.op.name for n in quantize_model(model).graph.nodes}
 
 
 @pytest.mark.parametrize("name", NAMES[::4])
 def test_forms_agree_with_onnx_runtime(name: str) -> None:
-    check(INTEGER[name], [], rounded=len(name) % 2 == 0)
+    check(FORMS[name], [], rounded=len(name) % 2 == 0)
 
 
 @pytest.mark.parametrize("name", NAMES[:: len(NAMES) // 30])
 def test_kernels_give_the_same_bits(name: str) -> None:
-    check(INTEGER[name], ["host"], seed=1)
+    check(FORMS[name], ["host"], seed=1)
 
 
 @settings(max_examples=12, deadline=None)
@@ -76,7 +78,7 @@ def test_kernels_give_the_same_bits(name: str) -> None:
     rounded=st.booleans(),
 )
 def test_any_form_on_any_row(name: str, row: str, seed: int, rounded: bool) -> None:
-    check(INTEGER[name], [row], seed, rounded=rounded)
+    check(FORMS[name], [row], seed, rounded=rounded)
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -88,10 +90,15 @@ def test_any_form_on_any_row(name: str, row: str, seed: int, rounded: bool) -> N
         "Conv of [1, 16, 5, 6] along 1 by [16, 1, 3, 3], uint8, far",
         "MatMul of [2, 3, 16] along 1 by [16, 8], uint8, far",
         "attention by head, far",
+        "strides, int4, far, columns",
+        "depthwise, int16, one, tensor",
+        "transposed, groups, int4, far, columns",
+        "ConvInteger, uint8, computed weights, zero points",
+        "dynamic by dynamic",
     ],
 )
 def test_every_row_gives_the_same_bits(name: str, rounded: bool) -> None:
-    check(INTEGER[name], ROWS, rounded=rounded)
+    check(FORMS[name], ROWS, rounded=rounded)
 
 
 @pytest.mark.parametrize("name", FLOAT)

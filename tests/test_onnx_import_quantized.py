@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 import qcompiler
 from qcompiler.driver import quantize_model
-from qcompiler.errors import UnsupportedOpError
 
 MS = "com.microsoft"
 
@@ -263,14 +262,6 @@ def test_scales_computed_at_run_time(rng: np.random.Generator) -> None:
         "z": np.int8([3, -4, 0]),
     }
     agree(model, feeds)
-
-
-def test_a_computed_weight_zero_point_is_refused() -> None:
-    inputs = {"x": (TensorProto.UINT8, [2, 3]), "wz": (TensorProto.UINT8, [])}
-    node = helper.make_node("MatMulInteger", ["x", "w", "", "wz"], ["y"])
-    model = model_of([node], inputs, {"y": TensorProto.INT32}, {"w": np.ones((3, 2), np.uint8)})
-    with pytest.raises(UnsupportedOpError, match="zero point of its second operand is computed"):
-        qcompiler.compile(model)
 
 
 @pytest.mark.parametrize("shared", [False, True])

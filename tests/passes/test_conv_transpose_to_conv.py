@@ -60,9 +60,21 @@ def test_needs_as_few_taps_as_possible(load_text: Any, rewrite: Any, uniform: An
     assert after.nodes[0].input(1).shape == (16, 6, 2, 2)
 
 
-def test_weights_that_are_computed_stay(load_text: Any, rewrite: Any) -> None:
-    text = "(float[1,2,4,4] x, float[2,3,2,2] w) => (y) { y = ConvTranspose(x, w) }"
-    rewrite(ConvTransposeToConv(), load_text(text), modified=False)
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        "group: int = 1",
+        "strides: ints = [2,2], pads: ints = [1,0,0,1]",
+        "strides: ints = [2,3], dilations: ints = [3,2]",
+        "strides: ints = [2,1], group: int = 2",
+    ],
+)
+def test_weights_that_are_computed_are_moved(load_text: Any, rewrite: Any, attrs: str) -> None:
+    text = f"(float[1,4,4,3] x, float[4,3,2,2] w) => (y) {{ y = ConvTranspose<{attrs}>(x, w) }}"
+    graph = load_text(text)
+    after = rewrite(ConvTransposeToConv(), graph, atol=1e-5)
+    (conv,) = [n for n in after.nodes if n.op.name == "conv"]
+    assert conv.name == graph.nodes[0].name
 
 
 @pytest.mark.parametrize("axis", [None, 1])
