@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of imported products with groups, several matrices or several scales, on one core.
 
-    python benchmarks/products.py
+    python benchmarks/products.py [PART OF A NAME]
 
 Prints, for each product (between QuantizeLinear of a float input and DequantizeLinear of its
 result), medians and minima of interleaved runs: compiled, compiled as a product of floats (the
@@ -11,6 +11,7 @@ rewrites that make integers of it left out), and in ONNX Runtime, which multipli
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -22,6 +23,8 @@ from taking_turns import in_turns, session_of
 
 import qcompiler
 from qcompiler.passes import fuse, fuse_parts
+from qcompiler.passes.conv_to_matmul import ConvToMatmul
+from qcompiler.passes.factors_behind import FactorsBehind
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -120,6 +123,20 @@ def _bias(net: Net) -> str:
     return net.node("Conv", a, net.weights(64, 64, 3, 3, axis=0), net.input(64), pads=[1] * 4)
 
 
+def _computed(net: Net, columns: int, group: int) -> str:
+    a = net.activations(net.input(1, 64, 28, 28))
+    w = net.activations(net.input(columns, 64 // group, 3, 3))
+    return net.node("Conv", a, w, group=group, pads=[1] * 4)
+
+
+def _dynamic(net: Net) -> str:
+    codes = net.node("DynamicQuantizeLinear", net.input(128, 768))
+    numbers = [f"{codes}_{what}" for what in ("scale", "zero")]
+    net.nodes[-1].output.extend(numbers)
+    a = net.node("DequantizeLinear", codes, *numbers)
+    return net.node("MatMul", a, net.weights(768, 768, axis=1))
+
+
 CASES: dict[str, Callable[[Net], str]] = {
     "3x3, 256 to 128 channels in 64 groups, 28x28, blocks of 2": _groups,
     "pointwise 64 to 128, then depthwise, a scale per channel, 56x56": lambda n: _channels(n, 0),
@@ -130,6 +147,10 @@ CASES: dict[str, Callable[[Net], str]] = {
     "the heads again, and a zero point each": lambda n: _heads(n, 20),
     "12 matrices, 128x64 by 64x64, blocks of 16": _matrices,
     "3x3, 64 to 64 channels, 28x28, a bias that is computed": _bias,
+    "3x3, 64 to 64 channels, 28x28, weights that are computed": lambda n: _computed(n, 64, 1),
+    "the same in 4 groups": lambda n: _computed(n, 64, 4),
+    "the same, depthwise": lambda n: _computed(n, 64, 64),
+    "matrix, 128 rows, K and N 768, scale and zero point of the run": _dynamic,
 }  # fmt: skip
 
 
@@ -144,6 +165,8 @@ def measure(name: str, make: Callable[[Net], str]) -> None:
         mock.patch.object(fuse, "move_scales", return_value=False),
         mock.patch.object(fuse, "free_bias", return_value=False),
         mock.patch.object(fuse_parts, "MOST_PARTS", 0),
+        mock.patch.object(ConvToMatmul, "run", return_value=False),
+        mock.patch.object(FactorsBehind, "run", return_value=False),
     ):
         floats = qcompiler.compile(model)
     calls: dict[str, Callable[[], object]] = {
@@ -157,9 +180,11 @@ def measure(name: str, make: Callable[[Net], str]) -> None:
 
 
 def main() -> None:
-    """Measure every product."""
+    """Measure every product, or those whose names have a text in them."""
+    only = sys.argv[1] if len(sys.argv) > 1 else ""
     for name, make in CASES.items():
-        measure(name, make)
+        if only in name:
+            measure(name, make)
 
 
 if __name__ == "__main__":

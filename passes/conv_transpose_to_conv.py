@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -75,7 +75,7 @@ class _Axis:
 def _axis(
     size: int, kernel: int, stride: int, dilation: int, pads: tuple[int, int], extra: int
 ) -> _Axis | None:
-    """Return the form with the fewest taps, then the least crop; None where pads would crop x."""
+    """Return the form with the fewest taps, then the least crop; None where there is no result."""
     out = (size - 1) * stride + (kernel - 1) * dilation + 1 + extra - sum(pads)
     if size == 1 and dilation == 1 and extra == 0:
         stride = kernel  # every tap is a phase of its own
@@ -93,6 +93,9 @@ def _axis(
         found = _Axis(stride, most - least + 1, places, (most, after), extent, crop, out)
         if best is None or found.taps < best.taps:
             best = found
+    if best is None and any(pads) and out > 0:  # pads that would crop x crop the result
+        whole = _axis(size, kernel, stride, dilation, (0, 0), extra)
+        return None if whole is None else replace(whole, crop=whole.crop + begin, out=out)
     return best
 
 

@@ -62,8 +62,6 @@ def _reason(node: Node) -> str | None:
         which = ("left operand", "right operand") if node.op.name == "matmul" else (
             "activations", "weights")  # fmt: skip
         return f"its {which[x is not None]} {'is' if node.op.name == 'matmul' else 'are'} float"
-    if node.op.name != "matmul" and not w.is_constant:
-        return "its weights are computed, not constant"
     if x.is_constant:
         return "its left operand is a constant"
     for v in (x, w):

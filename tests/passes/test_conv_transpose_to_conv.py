@@ -37,6 +37,8 @@ ONE = "(float[{}] x) => (y) {{ y = ConvTranspose<{}>(x, w, b) }}"
         ("1,6,1,1", (6, 4, 4, 4), "pads: ints = [1,1,1,0]"),
         ("1,6,9", (6, 4, 8), "strides: ints = [4], pads: ints = [2,2]"),
         ("1,6,3,2,4", (6, 4, 3, 2, 2), "strides: ints = [2,2,1]"),
+        ("1,6,5,4", (6, 4, 2, 2), "pads: ints = [2,1,3,1]"),
+        ("1,6,5,4", (6, 4, 2, 3), "strides: ints = [2,2], pads: ints = [5,3,0,4]"),
     ],
 )
 def test_equals_the_transposed_convolution(
