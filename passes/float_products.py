@@ -80,8 +80,7 @@ def _reason(node: Node) -> str | None:
     if isinstance(params(w).granularity, PerGroup):
         if node.op.name == "conv" and w.shape[1] == 1:
             return "its weights have a scale each: no integers are summed"
-        parts = "groups" if node.op.name != "matmul" else "matrices"
-        return f"its weights are in blocks, of more {parts} than {MOST_PARTS} products take"
+        return f"its weights are in blocks, of more matrices than {MOST_PARTS} products take"
     if is_volume(node) or node.op.name == "conv_transpose":
         return "its windows have no form of two axes"
     if not w.is_constant:

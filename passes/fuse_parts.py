@@ -55,7 +55,7 @@ def split_groups(graph: Graph) -> bool:
         by = params(w).granularity
         if not isinstance(by, PerGroup) or by.axis != 1 or not params(x).is_per_tensor:
             continue
-        if groups_together(node) is not None and w.shape[1] > 1:
+        if w.shape[1] > 1:
             _split(graph, node, x, w)
             changed = True
     if changed:
@@ -63,8 +63,8 @@ def split_groups(graph: Graph) -> bool:
     return changed
 
 
-def groups_together(node: Node) -> int | None:
-    """Return how many groups of a convolution make one; None where too many would be left."""
+def groups_together(node: Node) -> int:
+    """Return how many groups of a convolution make one; the last ones may be fewer."""
     groups = int(node.attr("group"))
     columns = node.input(1).shape[0] // groups
 
@@ -74,13 +74,12 @@ def groups_together(node: Node) -> int | None:
     together = divisor(COLUMNS // columns)
     if groups // together > MANY_PARTS:
         together = divisor(2 * COLUMNS // columns)
-    return together if groups // together <= MOST_PARTS else None
+    return max(together, -(-groups // MOST_PARTS))
 
 
 def _split(graph: Graph, node: Node, x: Value, w: Value) -> None:
     """Put convolutions of one group each in the place of one of several."""
-    together, bias, reals = groups_together(node), node.optional(2), None
-    assert together is not None
+    most, bias, reals = groups_together(node), node.optional(2), None
     if bias is not None:
         reals = known(bias)
         assert reals is not None  # `is_plain` looked
@@ -90,11 +89,12 @@ def _split(graph: Graph, node: Node, x: Value, w: Value) -> None:
     columns, channels = w.shape[0] // groups, w.shape[1]
     starts = range(0, channels, size)
     runs = [slice(start, min(start + size, channels)) for start in starts]
-    shape = (*out.shape[:at], columns * together, *out.shape[at + 1 :])
     zero = np.broadcast_to(q.zero_point, q.scale.shape)
     order: Known = {}
     parts = []
-    for first in range(0, groups, together):
+    for first in range(0, groups, most):
+        together = min(most, groups - first)
+        shape = (*out.shape[:at], columns * together, *out.shape[at + 1 :])
         mine = slice(first * columns, (first + together) * columns)
         codes = _together(w.array()[mine], zero[mine], runs, together)
         by = PerGroup(1, size * together)

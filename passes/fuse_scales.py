@@ -99,21 +99,21 @@ def _moved(graph: Graph, node: Node, x: Value, w: Value, made: Grids) -> bool:
         return False
     if node.op.name == "conv":
         return _conv(graph, node, x, w, left, made)
-    if w.is_constant and not stays and not _fits(w):
-        return False
-    if not w.is_constant and not _sums_exactly(node, x, w, left, right):
-        return False
-    if not w.is_constant:  # sums of codes are exact where the codes are on a grid of scale 1
+    # Weights are codes less their zero points, if 16 bits hold that.
+    around = stays or (w.is_constant and _fits(w))
+    if not around:  # sums of codes are exact where the codes are on a grid of scale 1
+        if not _sums_exactly(node, x, w, left, right):
+            return False
         left, right = _summed_exactly(x, left, right), _summed_exactly(w, right, left)
     a = regrid(graph, node, x, left.zero, left.shift is not None, made, always=left.whole)
     if stays:
         b = _dequantized(graph, node, w)
     elif w.is_constant:
-        b = _plain_weights(graph, node, w)
+        b = _plain_weights(graph, node, w, None if around else right.zero)
     else:
         b = regrid(graph, node, w, right.zero, right.shift is not None, made, always=right.whole)
     y = graph.add("matmul", [a, b], dict(node.attrs), before=node, sources=node.sources).output
-    if w.is_constant:
+    if around:
         if left.shift is not None:
             y = _less(graph, node, y, _turned(node, 0, left.shift) * _sums(node, w, stays))
     else:
@@ -219,9 +219,12 @@ def _dequantized(graph: Graph, node: Node, v: Value) -> Value:
     return graph.add("dequantize", [v], before=node, sources=node.sources).output
 
 
-def _plain_weights(graph: Graph, node: Node, w: Value) -> Value:
-    """Return constant weights in integers around zero, of scale 1."""
+def _plain_weights(graph: Graph, node: Node, w: Value, point: int | None) -> Value:
+    """Return constant weights of scale 1: in integers around zero, or as codes around a point."""
     q, data = params(w), w.array()
+    if point is not None:
+        grid = QuantParams(np.float32(1), np.int32(point), q.storage, q.qmin, q.qmax)
+        return _dequantized(graph, node, graph.constant(data, w.name, grid))
     zero = expanded(q, w.shape)[1]
     around = centred(data, zero)
     storage = DType.INT8

@@ -109,6 +109,23 @@ for _zero in ("middle", "any"):
         ),
     )
     _add(
+        f"zero points of many matrices, {_zero}",
+        lambda net, z=_zero: net.node(
+            "MatMul",
+            net.activations(70, 2, 8),
+            net.weights(70, 8, 5, storage=DType.UINT16, axis=0, zero="far" if z == "any" else z),
+        ),
+    )
+    _add(
+        f"a prime number of groups, {_zero}",
+        lambda net, z=_zero: net.node(
+            "Conv",
+            net.activations(1, 2 * 67, 3, 3),
+            net.weights(67, 2, 3, 3, axis=1, size=1, zero=z),
+            group=67,
+        ),
+    )
+    _add(
         f"one matrix in axes of its own, {_zero}",
         lambda net, z=_zero: net.node(
             "MatMul", net.activations(3, 2, 16), net.weights(1, 1, 16, 8, axis=2, size=4, zero=z)
@@ -540,13 +557,6 @@ _float(
     lambda net: net.node("MatMul", net.activations(3, 16, axis=1), net.activations(16, 8)),
 )
 _float(
-    "too many groups",
-    "in blocks, of more groups than 64 products take",
-    lambda net: net.node(
-        "Conv", net.activations(1, 2 * 67, 3, 3), net.weights(67, 2, 3, 3, axis=1, size=1), group=67
-    ),
-)
-_float(
     "too many matrices",
     "in blocks, of more matrices than 64",
     lambda net: net.node(
@@ -563,12 +573,12 @@ _float(
     ),
 )
 _float(
-    "zero points of many matrices",
+    "zero points of many deep matrices",
     "its weights exceed 16 bits when their zero points are taken off",
     lambda net: net.node(
         "MatMul",
-        net.activations(70, 2, 8),
-        net.weights(70, 8, 5, storage=DType.UINT16, axis=0, zero="far"),
+        net.activations(70, 2, 300),
+        net.weights(70, 300, 5, storage=DType.UINT16, axis=0, zero="far"),
     ),
 )
 _float(

@@ -236,22 +236,29 @@ def test_blocks_of_one_scale_that_end_early(
     np.testing.assert_allclose(run(graph, {"x": x})["y"], want, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("why", ["many groups", "another axis"])
-def test_what_has_no_scale_per_sum_stays_float(rng: np.random.Generator, why: str) -> None:
-    """Blocks of more groups than become convolutions of their own, or not along what is summed."""
-    many = why == "many groups"
-    group, axis, channels = (67, 1, 2 * 67) if many else (1, 0, 16)
-    assert group == 1 or group > MOST_PARTS  # a prime number: none go together
-    columns = group if many else 8
-    shape = (columns, channels // group, 1, 1)
-    codes, q = blocks(rng, DType.INT8, shape, axis, 1 if many else 4, "middle")
-    extent = (2, channels, 7, 6)
-    bias = np.zeros(columns, np.float32)
-    graph = product("conv", extent, codes, q, bias, group=group, **WINDOW)
-    want = run(graph, {"x": np.full(extent, 7, np.uint8)})["y"]
+def test_what_has_no_scale_per_sum_stays_float(rng: np.random.Generator) -> None:
+    """Blocks that do not lie along what is summed."""
+    codes, q = blocks(rng, DType.INT8, (8, 16, 1, 1), 0, 4, "middle")
+    graph = product("conv", (2, 16, 7, 6), codes, q, np.zeros(8, np.float32), group=1, **WINDOW)
+    x = {"x": np.full((2, 16, 7, 6), 7, np.uint8)}
+    want = run(graph, x)["y"]
     Fuse().run(graph, PassContext())
     assert "conv" in [n.op.name for n in graph.nodes]
-    np.testing.assert_array_equal(run(graph, {"x": np.full(extent, 7, np.uint8)})["y"], want)
+    np.testing.assert_array_equal(run(graph, x)["y"], want)
+
+
+def test_a_prime_number_of_groups(rng: np.random.Generator) -> None:
+    """Two at a time, and the last one alone: no more convolutions than stand for one."""
+    codes, q = blocks(rng, DType.INT8, (67, 2, 1, 1), 1, 1, "any")
+    bias = rng.standard_normal(67).astype(np.float32)
+    graph = product("conv", (2, 2 * 67, 7, 6), codes, q, bias, group=67, **WINDOW)
+    x = {"x": rng.integers(0, 256, (2, 2 * 67, 7, 6)).astype(np.uint8)}
+    want = run(graph, x)["y"]
+    Fuse().run(graph, PassContext())
+    products = [n for n in graph.nodes if n.op.name == "qconv"]
+    assert len(products) == 34 <= MOST_PARTS
+    assert products[-1].output.shape[1] == 1
+    np.testing.assert_allclose(run(graph, x)["y"], want, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [8, 3])
