@@ -15,7 +15,7 @@ Scales and zero points that differ from one column, or image, to the next leave 
 
     conv(x, S (q - Z))  ->  conv(x, q - Z) * S
 
-Depthwise convolutions of floats stay: there, moving costs more than the product.
+Depthwise convolutions of floats stay on CPUs: there, moving costs more than the product.
 """
 
 from __future__ import annotations
@@ -40,7 +40,13 @@ kernels hold vectors of columns."""
 
 @dataclass(frozen=True)
 class ConvToMatmul(Pass):
-    """Rewrite convolutions with computed weights as matrix products."""
+    """Rewrite convolutions with computed weights as matrix products.
+
+    Attributes:
+        depthwise: Whether depthwise ones of floats, too: for targets that have no other form.
+    """
+
+    depthwise: bool = False
 
     name: ClassVar[str] = "conv_to_matmul"
 
@@ -49,7 +55,7 @@ class ConvToMatmul(Pass):
         del ctx
         changed = False
         for node in graph.nodes:
-            if node.op.name == "conv" and _applies(graph, node):
+            if node.op.name == "conv" and _applies(node, self.depthwise):
                 _rewrite(graph, node)
                 changed = True
         if changed:
@@ -58,13 +64,13 @@ class ConvToMatmul(Pass):
         return changed
 
 
-def _applies(graph: Graph, node: Node) -> bool:
+def _applies(node: Node, depthwise: bool) -> bool:
     x, w = node.input(0), node.input(1)
     if known(w) is not None or w.is_constant or 0 in (x.type.size, w.type.size):
         return False
-    if 0 in node.output.shape or node.attr("layout") != "NCHW" or node.optional(3) is not None:
+    if 0 in node.output.shape or node.attr("layout") != "NCHW":
         return False
-    return w.shape[1] > 1 or node.attr("group") == 1 or _codes(x) is not None
+    return depthwise or w.shape[1] > 1 or node.attr("group") == 1 or _codes(x) is not None
 
 
 def _codes(v: Value) -> Value | None:
@@ -133,12 +139,17 @@ def _rewrite(graph: Graph, node: Node) -> None:
 
 
 def _finish(to: _Writer, product: Value, y: Value) -> None:
-    """Add the bias, and replace the convolution; plans know the product by its name."""
+    """Add what is fused, and replace the convolution; plans know the product by its name."""
     graph, node = to.graph, to.node
-    bias = node.optional(2)
+    bias, residual = node.optional(2), node.optional(3)
     if bias is not None:
         wide = to.reshape(bias, bias.type.size, *(1,) * (y.type.rank - 2))
         y = to.add("add", y, wide)
+    if residual is not None:
+        y = to.add("add", y, residual)
+    low, high = node.attr("act_min"), node.attr("act_max")
+    if low is not None or high is not None:
+        y = to.add("clip", y, min=low, max=high)
     last, name = y.producer, node.name
     made = product.producer
     assert last is not None

@@ -10,6 +10,7 @@ from qcompiler.ir import Graph, Node
 from qcompiler.manifest import dumps
 from qcompiler.passes.channels_last import ChannelsLast
 from qcompiler.passes.contiguous_reductions import ContiguousReductions
+from qcompiler.passes.conv_to_matmul import ConvToMatmul
 from qcompiler.passes.split_to_slices import SplitToSlices
 from qcompiler.passmanager import Pass, ProgressFn, no_progress
 from qcompiler.plan import precision_of
@@ -50,8 +51,16 @@ class CudaBackend(Backend):
         return Support(False, answer) if isinstance(answer, str) else Support(True)
 
     def passes(self) -> tuple[Pass, ...]:
-        """Channels last; the tensor cores take signed and unsigned bytes alike."""
-        return (ChannelsLast(), ContiguousReductions(), SplitToSlices())
+        """Channels last; the tensor cores take signed and unsigned bytes alike.
+
+        No kernel of a convolution takes computed weights, depthwise ones included.
+        """
+        return (
+            ConvToMatmul(depthwise=True),
+            ChannelsLast(),
+            ContiguousReductions(),
+            SplitToSlices(),
+        )
 
     def lower(self, graph: Graph, progress: ProgressFn = no_progress) -> Lowered:
         """Turn the shaped graph into launches."""

@@ -13,6 +13,7 @@ import qcompiler
 from qcompiler.ops import Stage
 from qcompiler.passes.canonicalize import canonicalize_passes
 from qcompiler.passes.conv_to_matmul import ConvToMatmul
+from qcompiler.passes.fuse import Fuse
 from qcompiler.passmanager import PassContext, PassManager
 
 
@@ -75,6 +76,24 @@ def test_what_stays(load_text: Any, rewrite: Any, uniform: Any, text: str) -> No
     if "v)" in text:
         held["v"] = uniform(2, 2, 1, 1).astype(np.float16)
     rewrite(ConvToMatmul(), load_text(text, **held), modified=False)
+
+
+def test_what_targets_without_another_form_ask_for(load_text: Any, rewrite: Any) -> None:
+    """Depthwise floats, and what was fused into the convolution before."""
+    text = """(float[1,3,4,4] x, float[3,1,3,3] w, float[1,3,2,2] r) => (y) {
+        c = Conv<group: int = 3>(x, w)
+        a = Add(c, r)
+        y = Relu(a)
+    }"""
+    graph = load_text(text)
+    graph.stage = Stage.QDQ
+    fused = PassManager([Fuse()]).run(graph, PassContext())
+    (conv,) = fused.nodes
+    assert conv.attr("act_min") == 0
+    after = rewrite(ConvToMatmul(depthwise=True), fused, atol=1e-5)
+    names = [n.op.name for n in after.nodes]
+    assert names.count("matmul") == 1
+    assert names[-2:] == ["add", "clip"]
 
 
 def test_scales_per_column_leave_codes_on_one_grid(load_text: Any, rewrite: Any) -> None:
