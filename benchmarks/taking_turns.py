@@ -30,11 +30,13 @@ def session_of(model: onnx.ModelProto, *, integers: bool = True) -> ort.Inferenc
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def in_turns(calls: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Return the milliseconds of the calls, which take turns for `SECONDS`."""
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], seconds: float = SECONDS
+) -> dict[str, list[float]]:
+    """Return the milliseconds of the calls, which take turns for so many seconds."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
-    while time.perf_counter() - started < SECONDS:
+    while time.perf_counter() - started < seconds:
         for name, call in calls.items():
             start = time.perf_counter()
             call()

@@ -53,6 +53,7 @@ from qcompiler.passes.fuse_patterns import (
     product,
 )
 from qcompiler.passes.fuse_recurrent import fuse_recurrent
+from qcompiler.passes.fuse_row_blocks import move_row_blocks
 from qcompiler.passes.fuse_scales import move_scales
 from qcompiler.passes.fuse_sixteen import split_sixteen_bits
 from qcompiler.passes.fuse_wide import split_wide_weights
@@ -75,7 +76,8 @@ class Fuse(Pass):
         fuse_recurrent(graph)
         until_stable(graph, fold_constants, merge_casts, absorb_clamps, sink, hoist)
         free_bias(graph)
-        rewritten = move_scales(graph)
+        rewritten = move_row_blocks(graph)
+        rewritten |= move_scales(graph)
         fold_factors(graph)
         rewritten |= split_groups(graph)
         rewritten |= split_batches(graph)
