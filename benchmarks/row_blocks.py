@@ -83,7 +83,7 @@ def products(
 def measure(rows: int, size: int, block: int, right: str, spread: int, seconds: float) -> None:
     """Print the figures of one product."""
     quantized, floats, feeds = products(rows, size, block, right, spread)
-    ours, plain = qcompiler.compile(quantized), qcompiler.compile(floats)
+    ours, plain = qcompiler.compile(quantized), qcompiler.compile(floats, precision="fp32")
     there, quantized_there = session_of(floats), session_of(quantized, integers=False)
     calls: dict[str, Callable[[], Array]] = {
         "compiled": lambda: np.asarray(ours(feeds)["y"]),
