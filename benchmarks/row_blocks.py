@@ -100,7 +100,11 @@ def measure(rows: int, size: int, block: int, right: str, spread: int, seconds: 
 def main() -> None:
     """Measure the products asked for."""
     parser = argparse.ArgumentParser()
-    for name, given in (("rows", (1, 32, 128)), ("size", (256, 1024)), ("block", (16, 32, 64, 128))):
+    for name, given in (
+        ("rows", (1, 32, 128)),
+        ("size", (256, 1024)),
+        ("block", (16, 32, 64, 128)),
+    ):
         parser.add_argument(f"--{name}", type=int, nargs="*", default=given)
     parser.add_argument("--right", nargs="*", default=("columns", "blocks"))
     parser.add_argument("--spread", type=int, nargs="*", default=(0,))

@@ -15,6 +15,8 @@ from qcompiler.passes.regions import is_epilogue, single_use
 from qcompiler.types import Array, DType
 
 _PRODUCTS = ("conv", "matmul")
+_FLOAT_RESULTS = {"conv": 3, "matmul": 3, "dynamic_matmul": 4}
+"""Products that add in float32, and which operand is their residual."""
 
 
 def absorb_bias(graph: Graph) -> bool:
@@ -70,7 +72,7 @@ def fuse_float(graph: Graph) -> bool:
         if node.op.name == "add":
             changed |= _residual(graph, node, order)
     for node in graph.nodes:
-        if node.op.name in _PRODUCTS:
+        if node.op.name in _FLOAT_RESULTS:
             changed |= _clamp(graph, node)
     if changed:
         graph.sort()
@@ -82,7 +84,8 @@ def _residual(graph: Graph, add: Node, order: dict[Node, int]) -> bool:
     best: tuple[int, Node, Value] | None = None
     for v, other in ((a, b), (b, a)):
         p = v.producer
-        if p is None or p.op.name not in _PRODUCTS or p.optional(3) is not None:
+        at = None if p is None else _FLOAT_RESULTS.get(p.op.name)
+        if p is None or at is None or p.optional(at) is not None:
             continue
         if p.attr("act_min") is not None or p.attr("act_max") is not None:
             continue
@@ -97,7 +100,7 @@ def _residual(graph: Graph, add: Node, order: dict[Node, int]) -> bool:
     if best is None:
         return False
     _, node, other = best
-    graph.set_input(node, 3, other)
+    graph.set_input(node, _FLOAT_RESULTS[node.op.name], other)
     _absorb(graph, node, add)
     return True
 

@@ -15,13 +15,15 @@ bits are two products, of their bytes; so are weights. By anything else than a c
 whose scales lie along rows and matrices alone: `fuse_scales` moves them behind the product.
 
 Blocks of both sides are cut where either one's scales change, and filled up with zeros to one size.
-Reshapes and transposes between codes and product move the scales of each code along.
+What selects elements between codes and product (reshape, transpose, slice, gather, expand, tile)
+does the same with their scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from qcompiler.grids import found_grid, varying
 from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import centred, expanded
+from qcompiler.ops import EvalContext, op_def
 from qcompiler.passes.free_bias import added_bias
 from qcompiler.passes.fuse_moves import adder, params, succeed
 from qcompiler.passes.fuse_patterns import is_plain
@@ -43,7 +46,12 @@ _BYTE = 256
 IN_ORDER = 32
 """Numbers that reductions add side by side, or blocks that they add in order, on every target."""
 
+_SELECTS = ("reshape", "transpose", "slice", "gather", "expand", "tile")
+
 Step = Callable[..., Value]
+
+_Move = tuple[str, dict[str, Any], tuple[Value, ...]]
+"""Operator, attributes, and the constants after its first operand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +60,16 @@ class _Operand:
 
     Attributes:
         held: The codes, before what moves them.
-        moves: Operators and attributes that make the operand of the codes.
+        moves: What makes the operand of the codes.
+        apart: Whether the product does not read the dequantized codes as they are.
         scale: The scale of each element, of the operand's shape.
         zero: The zero points, likewise.
         axis: The axis that is summed over.
     """
 
     held: Value
-    moves: tuple[tuple[str, dict[str, object]], ...]
+    moves: tuple[_Move, ...]
+    apart: bool
     scale: Array
     zero: Array
     axis: int
@@ -103,7 +113,7 @@ def move_row_blocks(graph: Graph) -> bool:
 def _rewritten(graph: Graph, node: Node, x: _Operand, w: _Operand, made: Made) -> bool:
     computed = [v for v in (x, w) if not v.held.is_constant]
     blocks, depth = any(v.changes for v in computed), x.scale.shape[-1]
-    if not blocks and not any(v.moves and _is_hidden(v) for v in computed):
+    if not blocks and not any(v.apart and not params(v.held).is_per_tensor for v in computed):
         return False
     cuts = sorted(x.changes | w.changes) if blocks else []
     if len(cuts) + 1 >= depth > 1 and blocks:
@@ -120,37 +130,43 @@ def _rewritten(graph: Graph, node: Node, x: _Operand, w: _Operand, made: Made) -
     return True
 
 
-def _is_hidden(v: _Operand) -> bool:
-    """Whether scales in blocks are behind a movement, where no other rewrite looks for them."""
-    return isinstance(params(v.held).granularity, PerGroup)
-
-
 def _operand(node: Node, at: int) -> _Operand | None:
     """Return an operand of a matrix product that comes from codes, or None."""
-    v, moves = node.input(at), []
-    if v.type.rank < 2 or 0 in v.shape:
+    v = node.input(at)
+    shape, rank = v.shape, v.type.rank
+    if rank < 2 or 0 in shape:
         return None
-    while v.producer is not None and v.producer.op.name in ("reshape", "transpose"):
-        moves.append((v.producer.op.name, dict(v.producer.attrs)))
-        v = v.producer.input(0)
-    if v.producer is None or v.producer.op.name != "dequantize":
+    moves: list[_Move] = []
+    while (made := v.producer) is not None and made.op.name in _SELECTS:
+        rest = tuple(made.operands[1:])
+        if any(not other.is_constant for other in rest):
+            return None
+        moves.append((made.op.name, dict(made.attrs), rest))
+        v = made.input(0)
+    if made is None or made.op.name != "dequantize":
         return None
     moves.reverse()
-    held = v.producer.input(0)
+    held, apart = made.input(0), bool(moves)
     if held.dtype not in (*_EIGHT, *_SIXTEEN, *(_FOUR if held.is_constant else ())):
         return None
-    rank = node.input(at).type.rank
+    if 0 in held.shape:
+        return None
     if node.attr("transpose_b" if at else "transpose_a"):
-        moves.append(("transpose", {"perm": (*range(rank - 2), rank - 1, rank - 2)}))
+        moves.append(("transpose", {"perm": (*range(rank - 2), rank - 1, rank - 2)}, ()))
     scale, zero = (
-        _array_moved(np.broadcast_to(a, held.shape), moves) for a in expanded(params(held), held.shape)
+        _moved(np.broadcast_to(a, held.shape), moves) for a in expanded(params(held), held.shape)
     )
-    return _Operand(held, tuple(moves), scale, zero, rank - 2 if at else rank - 1)
+    axis = rank - 2 if at else rank - 1
+    return _Operand(held, tuple(moves), apart, scale, zero.astype(np.int32), axis)
 
 
-def _array_moved(a: Array, moves: list[tuple[str, dict[str, object]]]) -> Array:
-    for op, attrs in moves:
-        a = a.reshape(attrs["shape"]) if op == "reshape" else a.transpose(attrs["perm"])  # type: ignore[arg-type]
+def _moved(a: Array, moves: Sequence[_Move]) -> Array:
+    """Return numbers that stand for the elements of a tensor where these are moved to."""
+    for name, attrs, rest in moves:
+        op = op_def(name)
+        types = (TensorType(a.shape, DType.of(a.dtype)), *(v.type for v in rest))
+        arrays = [a, *(v.array() for v in rest)]
+        a = np.asarray(op.evaluate(arrays, attrs, EvalContext(types, op.infer(types, attrs)))[0])
     return a
 
 
@@ -159,8 +175,8 @@ def _reals(v: _Operand, step: Step) -> Value:
     made = v.held.producer
     quantized = made is not None and made.op.name == "quantize"
     x = made.input(0) if made is not None and quantized else step("dequantize", v.held)
-    for op, attrs in v.moves:
-        x = step(op, x, **attrs)
+    for op, attrs, rest in v.moves:
+        x = step(op, x, *rest, **attrs)
     return x
 
 
@@ -235,7 +251,8 @@ def _codes(
     graph: Graph, node: Node, x: _Operand, runs: list[range], size: int, zero: int, made: Made
 ) -> tuple[Value, ...]:
     """Return the codes in filled blocks, on a grid of scale 1 and one zero point, by bytes."""
-    key = (x.held, str(x.moves), tuple(runs), size)
+    moves = tuple((name, str(attrs), rest) for name, attrs, rest in x.moves)
+    key = (x.held, moves, tuple(runs), size)
     if key in made:
         return made[key]
     step = adder(graph, node)
@@ -290,7 +307,7 @@ def _weights(
     """Return int8 matrices in filled blocks, by bytes, and the sum of each block and column."""
     scale = w.starts(w.scale, runs).astype(np.float32)
     zero = w.starts(w.zero, runs).astype(np.int32)
-    codes = _array_moved(w.held.array(), list(w.moves)).astype(np.int32)
+    codes = _moved(w.held.array(), w.moves).astype(np.int32)
     nothing = codes.shape[0]
     picked = _picked(runs, size, nothing)
     filled = np.take(codes, np.minimum(picked, nothing - 1), axis=0)
@@ -300,7 +317,9 @@ def _weights(
     total = scale.astype(np.float64) * around
     storage, by = w.held.dtype, PerGroup(0, size)
 
-    def part(data: Array, scale: Array, zero: Array, shift: int, kind: DType) -> tuple[Array, QuantParams]:
+    def part(
+        data: Array, scale: Array, zero: Array, shift: int, kind: DType
+    ) -> tuple[Array, QuantParams]:
         grid = QuantParams(scale, zero - shift, DType.INT8, kind.min, kind.max, by)
         return np.ascontiguousarray(data - shift).astype(np.int8), grid
 
@@ -365,7 +384,7 @@ def _cut(graph: Graph, node: Node, v: _Operand, runs: list[range], size: int) ->
     by, scale, zero = found_grid(cut(v.scale), cut(v.zero))
     grid = QuantParams(scale, zero, q.storage, q.qmin, q.qmax, by)
     if v.held.is_constant:
-        codes = _array_moved(v.held.array(), list(v.moves))
+        codes = _moved(v.held.array(), v.moves)
         if count > 1:
             points = np.repeat(v.starts(v.zero, runs), size, axis=axis)
             taken = np.take(codes, np.minimum(picked, shape[axis] - 1), axis=axis)

@@ -487,6 +487,8 @@ def _narrow_precision(node: Node) -> Precision | None:
         q, per_row = node.input(1).qparams, node.input(2).type.rank > 0
         if q is not None and isinstance(q.granularity, PerGroup) and q.qmax - q.qmin < 16:
             return Precision.W4A8_GROUP
+        if node.input(2).is_constant:
+            return Precision.W8A8
         return Precision.W8A8_DYNAMIC if per_row else Precision.W8A8_DYNAMIC_TENSOR
     if node.op.name == "gather" and node.input(0).dtype is DType.FLOAT16:
         return Precision.FP16

@@ -535,9 +535,16 @@ _float(
     ),
 )
 _float(
-    "activations in blocks",
+    "activations in blocks of one",
     f"activations have scales in blocks along axis 1: {_NO_ONE}",
-    lambda net: net.node("MatMul", net.activations(3, 16, axis=1, size=8), net.weights(16, 8)),
+    lambda net: net.node("MatMul", net.activations(3, 16, axis=1, size=1), net.weights(16, 8)),
+)
+_float(
+    "activations in blocks of channels",
+    f"activations have scales in blocks along axis 1: {_NO_ONE}",
+    lambda net: net.node(
+        "Conv", net.activations(1, 16, 6, 6, axis=1, size=8), net.weights(8, 16, 3, 3, axis=0)
+    ),
 )
 _float(
     "activations by column",
@@ -564,12 +571,12 @@ _float(
     ),
 )
 _float(
-    "columns that a reshape joins",
-    "left operand has scales in blocks along axis 1, which lie along none after a reshape",
+    "blocks that a concat joins",
+    "left operand has scales in blocks along axis 1, which lie along none after a concat",
     lambda net: net.node(
         "MatMul",
-        net.node("Reshape", net.activations(3, 16, axis=1, size=8), net.constant(np.int64([6, 8]))),
-        net.weights(8, 8),
+        net.node("Concat", *(net.activations(3, 16, axis=1, size=8) for _ in range(2)), axis=0),
+        net.weights(16, 8),
     ),
 )
 _float(

@@ -135,10 +135,31 @@ def _many_matrices(net: Net, zero: str) -> str:
     return net.node("MatMul", a, net.weights(70, 16, 5, zero=zero))
 
 
+def _sliced(net: Net, zero: str) -> str:
+    a = blocks(net, 4, 2, 32, size=8, zero=zero)
+    a = net.node("Slice", a, *(net.constant(np.int64([i])) for i in (4, 28, 2)))
+    a = net.node("Gather", a, net.constant(np.int64([2, 0, 3])), axis=0)
+    return net.node("MatMul", a, net.weights(24, 9, axis=1))
+
+
+def _joined_columns(net: Net, zero: str) -> str:
+    a = net.activations(2, 6, 8, axis=1, zero=zero)
+    a = net.node("Reshape", a, net.constant(np.int64([2, 48])))
+    return net.node("MatMul", a, net.weights(48, 9, axis=0, size=12))
+
+
+def _attention(net: Net, zero: str) -> str:
+    a, b = (blocks(net, 1, 2, 5, 16, size=4, zero=zero) for _ in range(2))
+    return net.node("MatMul", a, net.node("Transpose", b, perm=[0, 1, 3, 2]))
+
+
 _FORMS: dict[str, Callable[[Net, str], str]] = {
     "reshaped": _reshaped,
     "rows that a reshape makes of blocks": _cut_by_reshape,
     "transposed": _transposed,
+    "sliced and gathered": _sliced,
+    "columns that a reshape joins": _joined_columns,
+    "attention": _attention,
     "left weights": _left_weights,
     "codes": _coded,
     "shared, and read as floats": _shared,
@@ -158,7 +179,9 @@ for _zero in ("one", "far"):
 _add("Gemm, computed bias", _computed_bias)
 
 
-def _computed(left: DType, right: DType, right_size: int, zero: str, batch: tuple[int, ...]) -> Make:
+def _computed(
+    left: DType, right: DType, right_size: int, zero: str, batch: tuple[int, ...]
+) -> Make:
     def make(net: Net) -> str:
         a = blocks(net, *batch, 3, 24, size=8, storage=left, zero=zero)
         if right_size:

@@ -8,49 +8,20 @@ bits. What has no integer form says why.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import onnx
 import pytest
 from computed_cases import COMPUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from product_cases import FLOAT, INTEGER, Make
+from product_cases import FLOAT, INTEGER
+from product_checks import FLOATS, ROWS, check, compiled
 from product_models import Net, runtime
 
-import qcompiler
 from qcompiler.driver import quantize_model
-from qcompiler.targets.isa import ISA_TABLE, runnable
 from qcompiler.types import DType
 
-Array = np.ndarray[Any, np.dtype[Any]]
-ROWS = [isa.name for isa in ISA_TABLE.values() if runnable(isa)]
-FLOATS = {"conv", "matmul", "conv_transpose"}
 FORMS = {**INTEGER, **COMPUTED}
 NAMES = list(FORMS)
-
-
-def compiled(model: onnx.ModelProto, feeds: dict[str, Array], target: str) -> Array:
-    (found,) = qcompiler.compile(model, target=target)(feeds).values()
-    return np.asarray(found)
-
-
-def check(make: Make, targets: list[str], seed: int = 0, *, rounded: bool = False) -> None:
-    """Integers everywhere, the same bits on every target, and ONNX Runtime's numbers."""
-    net = Net(seed)
-    y = make(net)
-    y = net.quantized(y, 20.0) if rounded else y
-    model = net.model(y)
-    assert not FLOATS & {n.op.name for n in quantize_model(model).graph.nodes}
-    want = compiled(model, net.samples, "reference")
-    for target in targets:
-        np.testing.assert_array_equal(compiled(model, net.samples, target), want, target)
-    (theirs,) = runtime(model, net.samples)
-    # Float sums are rounded, biases too; rounded to codes, a sum near a tie may be a code off.
-    span = float(np.abs(theirs).max())
-    atol = 40 / 255 * 1.001 if rounded else max(4e-6 * span, 1e-4)
-    np.testing.assert_allclose(want, theirs, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
