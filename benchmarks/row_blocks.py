@@ -92,9 +92,9 @@ def measure(rows: int, size: int, block: int, right: str, spread: int, seconds: 
         "quantized, ONNX Runtime": lambda: np.asarray(quantized_there.run(None, feeds)[0]),
     }
     took = in_turns(calls, seconds)
-    print(f"{rows} rows, K and N {size}, blocks of {block}, {right}, zero points {spread} apart: "
-          + ", ".join(f"{name} {np.median(t):.3f} (least {min(t):.3f})" for name, t in took.items()),
-          flush=True)  # fmt: skip
+    found = ", ".join(f"{name} {np.median(t):.3f} (least {min(t):.3f})" for name, t in took.items())
+    print(f"{rows} rows, K and N {size}, blocks of {block}, {right}, zero points {spread} apart:")
+    print(f"  {found}", flush=True)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from qcompiler.grids import found_grid, varying
 from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
-from qcompiler.numerics import centred, expanded
+from qcompiler.numerics import expanded
 from qcompiler.ops import EvalContext, op_def
 from qcompiler.passes.free_bias import added_bias
 from qcompiler.passes.fuse_moves import adder, params, succeed
@@ -171,7 +171,7 @@ def _moved(a: Array, moves: Sequence[_Move]) -> Array:
 
 
 def _reals(v: _Operand, step: Step) -> Value:
-    """Return the numbers that an operand's codes stand for, or are made of, where the product is."""
+    """Return what an operand's codes are made of, or stand for, where the product is."""
     made = v.held.producer
     quantized = made is not None and made.op.name == "quantize"
     x = made.input(0) if made is not None and quantized else step("dequantize", v.held)
@@ -275,7 +275,7 @@ def _codes(
         return graph.add("quantize", [v], types=types, before=node, sources=node.sources).output
 
     codes = quantized(real, q.storage, zero, q.qmin, q.qmax)
-    parts = (codes,)
+    parts: tuple[Value, ...] = (codes,)
     if q.storage in _SIXTEEN:
         upper = DType.INT8 if q.storage is DType.INT16 else DType.UINT8
         low_zero = zero & (_BYTE - 1)
@@ -355,7 +355,7 @@ def _by_blocks(graph: Graph, node: Node, x: _Operand, w: _Operand, runs: list[ra
 def _summed(y: Value, axis: int, step: Step) -> Value:
     """Return the sum of matrices in their order, which reductions of few numbers need not keep."""
     numbers = y.shape[axis + 1] * y.shape[axis + 2]
-    if numbers >= IN_ORDER or 1 < numbers and y.shape[axis] < IN_ORDER:
+    if numbers >= IN_ORDER or (numbers > 1 and y.shape[axis] < IN_ORDER):
         return step("reduce_sum", y, axes=(axis,), keepdims=False)
     total: Value | None = None
     for start in range(y.shape[axis]):
@@ -379,7 +379,7 @@ def _cut(graph: Graph, node: Node, v: _Operand, runs: list[range], size: int) ->
         if count == 1:
             return a
         every = np.repeat(v.starts(a, runs), size, axis=axis)
-        return every.reshape(split).transpose(order)
+        return np.asarray(every.reshape(split).transpose(order))
 
     by, scale, zero = found_grid(cut(v.scale), cut(v.zero))
     grid = QuantParams(scale, zero, q.storage, q.qmin, q.qmax, by)

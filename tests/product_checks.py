@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The qcompiler authors
 # SPDX-License-Identifier: Apache-2.0
-"""What imported quantized products must be: integers everywhere, exact, and as ONNX Runtime says."""
+"""What imported quantized products must be: integers, exact, and as ONNX Runtime says."""
 
 from __future__ import annotations
 
