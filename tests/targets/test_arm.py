@@ -25,6 +25,8 @@ from block_models import Case
 from built_models import executor
 from by_path import imported
 from machine_code import innermost_loops, spills
+from product_models import Net
+from row_block_cases import CASES
 
 from qcompiler.driver import build_graph, quantize_model
 from qcompiler.errors import UnknownTargetError
@@ -380,6 +382,23 @@ def test_imported_weights_in_blocks(isa: Isa, case: Case) -> None:
     with emulation.executor(isa.name, built.library, built.parameters) as execute:
         (found,) = execute.run([x])
     (want,) = interpret(built.graph, {"x": x}).values()
+    np.testing.assert_array_equal(found, want)
+
+
+@emulated
+@pytest.mark.parametrize(
+    "name",
+    ["blocks of 16 by uint4 in blocks of 8, any", "uint8 by computed ones in blocks of 12, one"],
+)
+@each_row
+def test_imported_activations_in_blocks(isa: Isa, name: str) -> None:
+    net = Net()
+    model = net.model(CASES[name](net))
+    built = build_graph(quantize_model(model).graph, get_target(isa.name))
+    assert built.library is not None
+    with emulation.executor(isa.name, built.library, built.parameters) as execute:
+        (found,) = execute.run([net.samples[v.name] for v in built.graph.inputs])
+    (want,) = interpret(built.graph, net.samples).values()
     np.testing.assert_array_equal(found, want)
 
 

@@ -15,6 +15,7 @@ from by_path import imported
 from cuda_emulator import emulator
 from product_cases import INTEGER
 from product_models import Net
+from row_block_cases import CASES
 
 import qcompiler
 from qcompiler.artifact import inspect_artifact
@@ -146,12 +147,16 @@ def test_tensors_of_four_bits(rng: np.random.Generator, four: DType, tmp_path: P
         "Conv of [3, 8, 7] along 1 by [8, 1, 3], uint8, far",
         "MatMul of [2, 3, 16] along 1 by [16, 8], uint8, far",
         "attention by head, far",
+        "blocks of 16 by uint4 in blocks of 8, any",
+        "blocks of 3 by uint16 in blocks of 4, any",
+        "uint8 by computed ones in blocks of 12, one",
+        "blocks of one row by one column",
     ],
 )
 def test_imported_products(name: str) -> None:
     """Scales and zero points that are moved behind a product, and products in parts."""
     net = Net()
-    model = net.model(net.quantized(INTEGER[name](net), 20.0))
+    model = net.model(net.quantized({**INTEGER, **CASES}[name](net), 20.0))
     graph = quantize_model(model).graph
     made = get_target("cuda-sm80")
     with emulator.without_nvcc():
