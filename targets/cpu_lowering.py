@@ -163,10 +163,13 @@ def _quantize(self: CpuLowering, node: Node) -> KernelCall | None:
     return self.call("quantize", chain, quantize_chain, (source, *constants), covers=nodes)
 
 
-def steps_before(node: Node) -> tuple[Value, tuple[Node, ...], tuple[Value, ...]]:
-    """Return what elementwise steps before a quantize start from, the steps, and their constants.
+def steps_before(
+    node: Node, *, computed: bool = False
+) -> tuple[Value, tuple[Node, ...], tuple[Value, ...]]:
+    """Return what elementwise steps before a node start from, the steps, and their constants.
 
-    The steps are those of `quantize_chain`, which nothing else reads.
+    The steps are those of `quantize_chain`, which nothing else reads; their other operands may be
+    `computed` too.
     """
     from qcompiler.targets.kernels.pointwise import CHAINED
 
@@ -179,7 +182,7 @@ def steps_before(node: Node) -> tuple[Value, tuple[Node, ...], tuple[Value, ...]
         x = step.input(0)
         if not alone or not is_float32(*step.operands) or x.shape != value.shape:
             break
-        if any(not v.is_constant for v in more) or x.is_constant:
+        if not (computed or all(v.is_constant for v in more)) or x.is_constant:
             break
         nodes.append(step)
         constants += more
@@ -377,6 +380,10 @@ def _reduce(self: CpuLowering, node: Node) -> KernelCall | None:
     axes = sorted(a % x.type.rank for a in node.attr("axes"))
     if not axes or 0 in x.shape:
         return None
+    if name == "reduce_sum" and len(axes) == 1:
+        chain = _sum_of_steps(self, node, axes[0])
+        if chain is not None:
+            return chain
     # Axes of extent 1 can join a run of neighbours without changing what is folded.
     first, last = axes[0], axes[-1]
     if any(x.shape[a] != 1 for a in range(first, last) if a not in axes):
@@ -388,6 +395,19 @@ def _reduce(self: CpuLowering, node: Node) -> KernelCall | None:
         None if x.dtype is out.dtype or quantized else storage(out),
     )  # fmt: skip
     return self.call(name, w, reduce, (x,))
+
+
+def _sum_of_steps(self: CpuLowering, node: Node, axis: int) -> KernelCall | None:
+    """Return the call that sums what elementwise steps make, or None where there are none."""
+    from qcompiler.targets.kernels.sums import SumChainWorkload, sum_chain
+
+    source, nodes, others = steps_before(node, computed=True)
+    if not nodes or axis == source.type.rank - 1 or not is_float32(source, node.output):
+        return None
+    read = iter(others)
+    steps = tuple((n.op.name, next(read).shape if len(n.inputs) > 1 else None) for n in nodes)
+    w = SumChainWorkload(source.shape, axis, steps, node.output.shape)
+    return self.call("reduce_sum", w, sum_chain, (source, *others), covers=nodes)
 
 
 # ------------------------------------------------------------------- softmax, normalization
