@@ -43,7 +43,7 @@ def products(
     """The quantized product, that of floats, and their inputs."""
     rng = np.random.default_rng(0)
     feeds = {"x": rng.standard_normal((rows, size)).astype(np.float32)}
-    blocks = size // block
+    blocks = -(-size // block)
     held: dict[str, Array] = {
         "xs": rng.uniform(0.02, 0.04, (rows, blocks)).astype(np.float32),
         "xz": (128 + rng.integers(-spread, spread + 1, (rows, blocks))).astype(np.uint8),
@@ -73,7 +73,7 @@ def products(
         held |= {"wq": codes, "ws": scale}
         grid = {"axis": 0, "block_size": block} if right == "blocks" else {"axis": 1}
         nodes.append(node("DequantizeLinear", ["wq", "ws"], ["wd"], **grid))
-        every = np.repeat(scale, block, axis=0) if right == "blocks" else scale
+        every = np.repeat(scale, block, axis=0)[:size] if right == "blocks" else scale
         plain = {"w": codes.astype(np.float32) * every}
     nodes.append(node("MatMul", ["xd", "wd"], ["y"]))
     floats = _model([node("MatMul", ["x", "w"], ["y"])], plain, feeds, "y")

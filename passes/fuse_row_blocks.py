@@ -196,12 +196,14 @@ def _picked(runs: list[range], size: int, nothing: int) -> Array:
 def _taken(graph: Graph, step: Step, x: Value, axis: int, picked: Array) -> Value:
     """Return reals in the order of filled blocks; zeros where nothing is picked (index K)."""
     depth = x.shape[axis]
-    if picked.size == depth and (picked == np.arange(depth)).all():
-        return x
-    if (picked == depth).any():
+    in_place = (picked[:depth] == np.arange(depth)).all() and (picked[depth:] == depth).all()
+    more = picked.size - depth if in_place else int((picked == depth).any())
+    if more:
         ends = [0] * x.type.rank
-        ends[axis] = 1
+        ends[axis] = more
         x = step("pad", x, pads=(*[0] * x.type.rank, *ends))
+    if in_place:
+        return x
     return step("gather", x, graph.constant(picked, f"{x.name}_blocks"), axis=axis)
 
 
@@ -257,12 +259,13 @@ def _codes(
         return made[key]
     step = adder(graph, node)
     q, count = params(x.held), len(runs)
-    # What fills a block is multiplied by nothing: it may be any number of it.
-    picked = _picked(runs, size, 0)
+    # What fills a block is multiplied by nothing. Codes are less to move than reals.
+    even = all(len(run) == len(runs[0]) for run in runs[:-1]) and len(runs[-1]) <= len(runs[0])
+    held = len(runs[0]) if even else size
+    picked = _picked(runs, held, x.scale.shape[-1])
     real = _taken(graph, step, _reals(x, step), x.axis, picked)
-    flat = real.shape
     # A scale for each block, not for each number.
-    real = step("reshape", real, shape=(*flat[:-1], count, size))
+    real = step("reshape", real, shape=(*real.shape[:-1], count, held))
     scale, zeros = (_least(x.starts(a, runs))[..., None] for a in (x.scale, x.zero))
     real = step("div", real, graph.constant(scale.astype(np.float32), f"{x.held.name}_scale"))
     if (zeros != zero).any():
@@ -291,6 +294,10 @@ def _codes(
             quantized(high, upper, zero >> 8, upper.min, upper.max),
             quantized(low, DType.UINT8, low_zero, 0, _BYTE - 1),
         )
+    if size > held:
+        ends = (*[0] * (2 * real.type.rank - 1), size - held)
+        parts = tuple(step("pad", v, pads=ends) for v in parts)
+    flat = (*real.shape[:-2], count * size)
     made[key] = tuple(step("reshape", v, shape=flat) for v in parts)
     return made[key]
 
