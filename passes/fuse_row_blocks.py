@@ -119,7 +119,7 @@ def _rewritten(graph: Graph, node: Node, x: _Operand, w: _Operand, made: Made) -
     if len(cuts) + 1 >= depth > 1 and blocks:
         return False  # a scale for each index: no integers are summed
     runs = [range(a, b) for a, b in zip([0, *cuts], [*cuts, depth], strict=True)]
-    if blocks and w.held.is_constant and w.scale.ndim == 2:
+    if blocks and w.held.is_constant and w.scale.ndim == 2 and _has_bytes(x) and _has_bytes(w):
         y = _by_matrix(graph, node, x, w, runs, made)
     else:
         y = _by_blocks(graph, node, x, w, runs)
@@ -128,6 +128,12 @@ def _rewritten(graph: Graph, node: Node, x: _Operand, w: _Operand, made: Made) -
     graph.replace_node(node, y)
     succeed(last, node, out)
     return True
+
+
+def _has_bytes(v: _Operand) -> bool:
+    """Whether the scales of high bytes are numbers."""
+    most = np.finfo(np.float32).max / _BYTE
+    return v.held.dtype not in _SIXTEEN or bool((params(v.held).scale <= most).all())
 
 
 def _operand(node: Node, at: int) -> _Operand | None:

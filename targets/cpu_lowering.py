@@ -405,9 +405,28 @@ def _sum_of_steps(self: CpuLowering, node: Node, axis: int) -> KernelCall | None
     if not nodes or axis == source.type.rank - 1 or not is_float32(source, node.output):
         return None
     read = iter(others)
-    steps = tuple((n.op.name, next(read).shape if len(n.inputs) > 1 else None) for n in nodes)
-    w = SumChainWorkload(source.shape, axis, steps, node.output.shape)
-    return self.call("reduce_sum", w, sum_chain, (source, *others), covers=nodes)
+    covered, operands = list(nodes), [source]
+    steps: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
+    for n in nodes:
+        factors: tuple[Value, ...] = (next(read),) if len(n.inputs) > 1 else ()
+        made = factors[0].producer if factors else None
+        if made is not None and _is_outer_product(made):
+            covered.append(made)
+            factors = tuple(made.operands)
+        operands += factors
+        steps.append((n.op.name, tuple(v.shape for v in factors)))
+    w = SumChainWorkload(source.shape, axis, tuple(steps), node.output.shape)
+    return self.call("reduce_sum", w, sum_chain, tuple(operands), covers=tuple(covered))
+
+
+def _is_outer_product(node: Node) -> bool:
+    """Whether a node multiplies tensors that both are smaller than the result, for one reader."""
+    out = node.output
+    if node.op.name != "mul" or not is_float32(*node.operands, out) or len(out.uses) != 1:
+        return False
+    if node.graph is not None and node.graph.is_output(out):
+        return False
+    return all(v.type.size < out.type.size for v in node.operands)
 
 
 # ------------------------------------------------------------------- softmax, normalization

@@ -33,8 +33,9 @@ class SumChainWorkload:
     shape: Shape
     """Of x; the other operands broadcast to it."""
     axis: int
-    steps: tuple[tuple[str, Shape | None], ...]
-    """Operations of `CHAINED` in order, and the shape of the other operand where there is one."""
+    steps: tuple[tuple[str, tuple[Shape, ...]], ...]
+    """Operations of `CHAINED` in order, and the shapes of the factors of the other operand: none,
+    itself, or two."""
     out_shape: Shape
 
 
@@ -51,7 +52,7 @@ def sum_chain(workload: SumChainWorkload, isa: Isa) -> Any:
         if operation not in CHAINED:
             known = ", ".join(sorted(CHAINED))
             raise CodegenError(f"sum_chain: expected one of {known}, got {operation!r}")
-    shapes = [w.shape, *(shape for _, shape in w.steps if shape is not None)]
+    shapes = [w.shape, *(shape for _, factors in w.steps for shape in factors)]
     strides = [_strides(shape, rank) for shape in shapes]
     others = [axis for axis in range(rank - 1) if axis != w.axis]
     outer = [w.shape[axis] for axis in others]
@@ -99,6 +100,9 @@ def _base(indices: Sequence[Expr], strides: Sequence[int]) -> Expr:
 
 def _stepped(w: SumChainWorkload, values: Sequence[Expr]) -> Expr:
     x, others = values[0], iter(values[1:])
-    for operation, shape in w.steps:
-        x = tir.bind(CHAINED[operation](x, x if shape is None else next(others)))
+    for operation, factors in w.steps:
+        other = x
+        for i, _ in enumerate(factors):
+            other = tir.bind(CHAINED["mul"](other, next(others))) if i else next(others)
+        x = tir.bind(CHAINED[operation](x, other))
     return x

@@ -38,13 +38,18 @@ def test_steps_are_rounded_and_added_in_order(
     for name, ones in zip(names, repeated, strict=False):
         if name not in FUNCTIONS:
             real = np.rint(real) if name == "round" else np.maximum(real, F(0))
-            steps.append((name, None))
+            steps.append((name, ()))
             continue
         by = tuple(1 if ones >> i & 1 else d for i, d in enumerate(shape))
         by = by[1:] if by[0] == 1 else by  # fewer axes broadcast too
         others.append(rng.uniform(0.5, 3, by).astype(F))
-        steps.append((name, by))
-        real = FUNCTIONS[name](real, others[-1])
+        other, factors = others[-1], [by]
+        if ones % 3 == 0:  # a product of two
+            factors.append(shape[-1:])
+            others.append(rng.uniform(0.5, 3, factors[-1]).astype(F))
+            other = other * others[-1]
+        steps.append((name, tuple(factors)))
+        real = FUNCTIONS[name](real, other)
     want = np.zeros(np.delete(shape, axis), F)
     for k in range(shape[axis]):
         want = want + np.take(real, k, axis=axis)
@@ -57,6 +62,6 @@ def test_steps_are_rounded_and_added_in_order(
 def test_what_no_kernel_sums_is_refused() -> None:
     isa = ROWS[0]
     with pytest.raises(CodegenError, match="sum_chain: expected an axis before the last of 2"):
-        sum_chain(SumChainWorkload((2, 3), 1, (("relu", None),), (2,)), isa)
+        sum_chain(SumChainWorkload((2, 3), 1, (("relu", ()),), (2,)), isa)
     with pytest.raises(CodegenError, match=r"sum_chain: expected one of .* got 'pow'"):
-        sum_chain(SumChainWorkload((2, 3), 0, (("pow", (2, 3)),), (3,)), isa)
+        sum_chain(SumChainWorkload((2, 3), 0, (("pow", ((2, 3),)),), (3,)), isa)
