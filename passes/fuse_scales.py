@@ -295,13 +295,7 @@ def _less_sums(
             continue
         turned = bool(node.attr("transpose_b" if at else "transpose_a"))
         axis = v.type.rank - (1 if (at == 0) != turned else 2)
-        held = dequantized(v)
-        unit = number(params(held).scale) if held is not None and params(held).s != 1.0 else None
-        if unit is not None:  # integers are summed, so that their order is nothing
-            v = step("round", step("div", v, unit))
         sums = step("reduce_sum", v, axes=(axis,), keepdims=True)
-        if unit is not None:
-            sums = step("mul", sums, unit)
         if at == 1 and shifts[1] is not None:
             sums = step("sub", sums, number(shifts[1] * np.float64(v.shape[axis])))
         if turned:
