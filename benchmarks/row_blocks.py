@@ -91,7 +91,7 @@ def measure(rows: int, size: int, block: int, right: str, spread: int, seconds: 
         "floats, ONNX Runtime": lambda: np.asarray(there.run(None, feeds)[0]),
         "quantized, ONNX Runtime": lambda: np.asarray(quantized_there.run(None, feeds)[0]),
     }
-    took = in_turns(calls, seconds)
+    took = in_turns(calls, seconds, shuffled=True)
     found = ", ".join(f"{name} {np.median(t):.3f} (least {min(t):.3f})" for name, t in took.items())
     print(f"{rows} rows, K and N {size}, blocks of {block}, {right}, zero points {spread} apart:")
     print(f"  {found}", flush=True)

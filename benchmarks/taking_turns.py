@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 
@@ -31,13 +32,20 @@ def session_of(model: onnx.ModelProto, *, integers: bool = True) -> ort.Inferenc
 
 
 def in_turns(
-    calls: Mapping[str, Callable[[], object]], seconds: float = SECONDS
+    calls: Mapping[str, Callable[[], object]], seconds: float = SECONDS, *, shuffled: bool = False
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of the calls, which take turns for so many seconds."""
+    """Return the milliseconds of the calls, which take turns for so many seconds.
+
+    The first of several that share code and caches pays for what the others find: `shuffled`, each
+    round has an order of its own.
+    """
     took: dict[str, list[float]] = {name: [] for name in calls}
+    order, generator = list(calls.items()), random.Random(0)
     started = time.perf_counter()
     while time.perf_counter() - started < seconds:
-        for name, call in calls.items():
+        if shuffled:
+            generator.shuffle(order)
+        for name, call in order:
             start = time.perf_counter()
             call()
             took[name].append(1e3 * (time.perf_counter() - start))
