@@ -13,7 +13,6 @@ from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
 from qcompiler.ops import OpKind
 from qcompiler.passes.fuse_moves import dequantized, params
-from qcompiler.passes.fuse_parts import MOST_PARTS
 from qcompiler.passes.fuse_patterns import is_volume
 from qcompiler.plan import summed_axis
 from qcompiler.types import DType, PerGroup
@@ -78,9 +77,7 @@ def _reason(node: Node) -> str | None:
             verb = "has" if not w.is_constant else "have"
             return f"its {name} {verb} scales {given}: what is summed has no one scale"
     if isinstance(params(w).granularity, PerGroup):
-        if node.op.name == "conv" and w.shape[1] == 1:
-            return "its weights have a scale each: no integers are summed"
-        return f"its weights are in blocks, of more matrices than {MOST_PARTS} products take"
+        return "its weights have a scale each: no integers are summed"
     if is_volume(node) or node.op.name == "conv_transpose":
         return "its windows have no form of two axes"
     if not w.is_constant:

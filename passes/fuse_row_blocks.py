@@ -34,6 +34,7 @@ from qcompiler.numerics import expanded
 from qcompiler.ops import EvalContext, op_def
 from qcompiler.passes.free_bias import added_bias
 from qcompiler.passes.fuse_moves import adder, params, succeed
+from qcompiler.passes.fuse_parts import MOST_PARTS
 from qcompiler.passes.fuse_patterns import is_plain
 from qcompiler.plan import WHOLE_GROUP
 from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
@@ -113,6 +114,9 @@ def move_row_blocks(graph: Graph) -> bool:
 def _rewritten(graph: Graph, node: Node, x: _Operand, w: _Operand, made: Made) -> bool:
     computed = [v for v in (x, w) if not v.held.is_constant]
     blocks, depth = any(v.changes for v in computed), x.scale.shape[-1]
+    # Few matrices in blocks are products of their own (`fuse_parts`).
+    count = int(np.prod(w.scale.shape[:-2]))
+    blocks |= w.held.is_constant and count > MOST_PARTS and bool(w.changes)
     if not blocks and not any(v.apart and not params(v.held).is_per_tensor for v in computed):
         return False
     cuts = sorted(x.changes | w.changes) if blocks else []

@@ -116,6 +116,13 @@ for _zero in ("middle", "any"):
             net.weights(70, 8, 5, storage=DType.UINT16, axis=0, zero="far" if z == "any" else z),
         ),
     )
+    for _size in (2, 3, 4):
+        _add(
+            f"many matrices in blocks of {_size}, {_zero}",
+            lambda net, z=_zero, b=_size: net.node(
+                "MatMul", net.activations(70, 2, 8), net.weights(70, 8, 5, axis=1, size=b, zero=z)
+            ),
+        )
     _add(
         f"a prime number of groups, {_zero}",
         lambda net, z=_zero: net.node(
@@ -562,13 +569,6 @@ _float(
     "left by column",
     f"left operand has scales along axis 1: {_NO_ONE}",
     lambda net: net.node("MatMul", net.activations(3, 16, axis=1), net.activations(16, 8)),
-)
-_float(
-    "too many matrices",
-    "in blocks, of more matrices than 64",
-    lambda net: net.node(
-        "MatMul", net.activations(70, 2, 8), net.weights(70, 8, 5, axis=1, size=4)
-    ),
 )
 _float(
     "blocks that a concat joins",
