@@ -56,7 +56,7 @@ class ConvToMatmul(Pass):
         changed = False
         for node in graph.nodes:
             if node.op.name == "conv" and _applies(node, self.depthwise):
-                _rewrite(graph, node)
+                to_matmul(graph, node)
                 changed = True
         if changed:
             graph.eliminate_dead()
@@ -99,7 +99,8 @@ class _Writer:
         return x if perm == tuple(range(len(perm))) else self.add("transpose", x, perm=perm)
 
 
-def _rewrite(graph: Graph, node: Node) -> None:
+def to_matmul(graph: Graph, node: Node) -> None:
+    """Put a matrix product of patches in the place of a convolution with channels first."""
     scales_behind(graph, node)
     to = _Writer(graph, node)
     x, w = node.input(0), node.input(1)
@@ -116,7 +117,7 @@ def _rewrite(graph: Graph, node: Node) -> None:
         right = to.reshape(right, columns, depth)
         product = to.add("matmul", left, right, transpose_b=True)
         y, channels = product, -1
-    elif columns < _FEW_COLUMNS:
+    elif columns < _FEW_COLUMNS and known(w) is None:
         left = to.reshape(right, group, columns, depth)
         apart = to.reshape(patches, rows, taps, group, each)
         apart = to.transpose(apart, 2, 1, 3, 0)

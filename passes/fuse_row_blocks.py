@@ -15,8 +15,9 @@ bits are two products, of their bytes; so are weights. By anything else than a c
 whose scales lie along rows and matrices alone: `fuse_scales` moves them behind the product.
 
 Blocks of both sides are cut where either one's scales change, and filled up with zeros to one size.
-What selects elements between codes and product (reshape, transpose, slice, gather, expand, tile)
-does the same with their scales.
+What selects elements between codes and product (reshape, transpose, slice, gather, expand, tile,
+pad with zeros) does the same with their scales. A convolution of such activations becomes a matrix
+product first, of patches that are selected likewise.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
 from qcompiler.ops import EvalContext, op_def
+from qcompiler.passes.conv_to_matmul import to_matmul
 from qcompiler.passes.free_bias import added_bias
 from qcompiler.passes.fuse_moves import adder, params, succeed
 from qcompiler.passes.fuse_parts import MOST_PARTS
 from qcompiler.passes.fuse_patterns import is_plain
+from qcompiler.passes.rewrite import producer_of
 from qcompiler.plan import WHOLE_GROUP
 from qcompiler.types import Array, DType, PerGroup, QuantParams, TensorType
 
@@ -47,7 +50,7 @@ _BYTE = 256
 IN_ORDER = 32
 """Numbers that reductions add side by side, or blocks that they add in order, on every target."""
 
-_SELECTS = ("reshape", "transpose", "slice", "gather", "expand", "tile")
+_SELECTS = ("reshape", "transpose", "slice", "gather", "expand", "tile", "pad")
 
 Step = Callable[..., Value]
 
@@ -78,12 +81,7 @@ class _Operand:
     @property
     def changes(self) -> set[int]:
         """Where along K scales or zero points are others than just before."""
-        found: set[int] = set()
-        for a in (self.scale, self.zero):
-            along = np.moveaxis(a, self.axis, 0)
-            differ = (along[1:] != along[:-1]).reshape(max(along.shape[0] - 1, 0), -1).any(axis=1)
-            found |= {int(k) + 1 for k in np.flatnonzero(differ)}
-        return found
+        return _changes(self.scale, self.axis) | _changes(self.zero, self.axis)
 
     def starts(self, a: Array, runs: list[range]) -> Array:
         """Return what `a` has at the start of each block, the axis of blocks last but one."""
@@ -98,6 +96,13 @@ def move_row_blocks(graph: Graph) -> bool:
     """Rewrite matrix products whose activations have several scales along what is summed."""
     made: Made = {}
     changed = False
+    for node in graph.nodes:
+        if node.op.name == "conv" and is_plain(node) and _has_runs(node):
+            to_matmul(graph, node)
+            changed = True
+    if changed:
+        graph.eliminate_dead()
+        graph.sort()
     for node in graph.nodes:
         if node.op.name != "matmul" or not is_plain(node):
             continue
@@ -140,40 +145,87 @@ def _has_bytes(v: _Operand) -> bool:
     return v.held.dtype not in _SIXTEEN or bool((params(v.held).scale <= most).all())
 
 
+def _has_runs(node: Node) -> bool:
+    """Whether scales of a convolution's activations differ in what is summed, but not everywhere.
+
+    Where a few channels each share one, at a position or at all, these are the runs to be summed.
+    """
+    x, w = node.input(0), node.input(1)
+    if node.attr("layout") != "NCHW" or not (w.is_constant or producer_of(w, "dequantize")):
+        return False
+    found = _tracked(x, ())
+    if found is None or found[0].is_constant or params(found[0]).is_per_tensor:
+        return False
+    each = x.shape[1] // int(node.attr("group"))
+    cuts: set[int] = set()
+    summed = False
+    for a in found[2:]:
+        apart = a.reshape(x.shape[0], -1, each, *x.shape[2:])
+        summed |= any(axis >= 2 for axis in varying(apart))  # channels of a group, or positions
+        cuts |= _changes(apart, 2)
+    return summed and len(cuts) + 1 < each
+
+
+def _changes(a: Array, axis: int) -> set[int]:
+    """Return where along an axis numbers are others than just before."""
+    along = np.moveaxis(a, axis, 0)
+    differ = (along[1:] != along[:-1]).reshape(max(along.shape[0] - 1, 0), -1).any(axis=1)
+    return {int(k) + 1 for k in np.flatnonzero(differ)}
+
+
 def _operand(node: Node, at: int) -> _Operand | None:
     """Return an operand of a matrix product that comes from codes, or None."""
     v = node.input(at)
-    shape, rank = v.shape, v.type.rank
-    if rank < 2 or 0 in shape:
+    rank = v.type.rank
+    if rank < 2:
+        return None
+    turned: tuple[_Move, ...] = ()
+    if node.attr("transpose_b" if at else "transpose_a"):
+        turned = (("transpose", {"perm": (*range(rank - 2), rank - 1, rank - 2)}, ()),)
+    found = _tracked(v, turned)
+    if found is None:
+        return None
+    held, moves, scale, zero = found
+    apart = len(moves) > len(turned)
+    return _Operand(held, moves, apart, scale, zero, rank - 2 if at else rank - 1)
+
+
+def _tracked(
+    v: Value, last: tuple[_Move, ...]
+) -> tuple[Value, tuple[_Move, ...], Array, Array] | None:
+    """Return the codes that reals come from, what moves them, and scale and zero of each real."""
+    if 0 in v.shape:
         return None
     moves: list[_Move] = []
     while (made := v.producer) is not None and made.op.name in _SELECTS:
         rest = tuple(made.operands[1:])
         if any(not other.is_constant for other in rest):
             return None
+        if made.op.name == "pad" and (made.attr("mode") != "constant" or made.attr("value") != 0):
+            return None
         moves.append((made.op.name, dict(made.attrs), rest))
         v = made.input(0)
     if made is None or made.op.name != "dequantize":
         return None
-    moves.reverse()
-    held, apart = made.input(0), bool(moves)
+    held, every = made.input(0), (*reversed(moves), *last)
+    if held.is_constant and any(name == "pad" for name, _, _ in every):
+        return None
     if held.dtype not in (*_EIGHT, *_SIXTEEN, *(_FOUR if held.is_constant else ())):
         return None
     if 0 in held.shape:
         return None
-    if node.attr("transpose_b" if at else "transpose_a"):
-        moves.append(("transpose", {"perm": (*range(rank - 2), rank - 1, rank - 2)}, ()))
-    scale, zero = (
-        _moved(np.broadcast_to(a, held.shape), moves) for a in expanded(params(held), held.shape)
-    )
-    axis = rank - 2 if at else rank - 1
-    return _Operand(held, tuple(moves), apart, scale, zero.astype(np.int32), axis)
+    scale, zero = (np.broadcast_to(a, held.shape) for a in expanded(params(held), held.shape))
+    # Padding is a code of real 0, whatever its scale: that of the others, where there is one.
+    fill = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+    scale, zero = (_moved(a, every, n) for a, n in zip((scale, zero), fill, strict=True))
+    return held, every, scale, zero.astype(np.int32)
 
 
-def _moved(a: Array, moves: Sequence[_Move]) -> Array:
+def _moved(a: Array, moves: Sequence[_Move], fill: float = 0) -> Array:
     """Return numbers that stand for the elements of a tensor where these are moved to."""
     for name, attrs, rest in moves:
         op = op_def(name)
+        attrs = {**attrs, "value": fill} if name == "pad" else attrs
         types = (TensorType(a.shape, DType.of(a.dtype)), *(v.type for v in rest))
         arrays = [a, *(v.array() for v in rest)]
         a = np.asarray(op.evaluate(arrays, attrs, EvalContext(types, op.infer(types, attrs)))[0])

@@ -220,3 +220,34 @@ def _number(net: Net) -> str:
 
 
 _add("blocks of one row by one column", _number)
+
+
+# ------------------------------------------------------------------------------------- windows
+
+# Per form: shapes of activations and weights, axis and size of blocks, attributes.
+_WINDOWS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, int, dict[str, Any]]] = {
+    "a pixel": ((2, 24, 4, 5), (8, 24, 1, 1), 1, 8, {}),
+    "a window": ((2, 24, 6, 5), (8, 24, 3, 3), 1, 8, {"pads": [1, 0, 1, 1]}),
+    "a window of blocks that end early": ((1, 20, 6, 5), (8, 20, 3, 2), 1, 8, {"strides": [2, 1]}),
+    "a scale per row": ((1, 16, 6, 5), (8, 16, 3, 3), 2, 0, {}),
+    "groups": ((1, 24, 6, 5), (6, 12, 3, 3), 1, 4, {"group": 2}),
+    "one axis": ((2, 16, 9), (8, 16, 3), 1, 4, {"pads": [1, 1]}),
+}
+
+
+def _window(form: str, kind: DType, zero: str, **weights: Any) -> Make:
+    x, w, axis, size, attributes = _WINDOWS[form]
+
+    def make(net: Net) -> str:
+        left = blocks(net, *x, axis=axis, size=size, storage=kind, zero=zero)
+        right = net.weights(*w, zero=zero, **weights)
+        return net.node("Conv", left, right, net.floats(w[0]), **attributes)
+
+    return make
+
+
+for _i, _form in enumerate(_WINDOWS):
+    for _j, _zero in enumerate(_ZEROS):
+        _storage = STORAGES[(_i + _j) % 4]
+        _by = ({}, {"axis": 0}, {"axis": 0, "storage": DType.UINT4}, {"axis": 1, "size": 4})[_j]
+        _add(f"{_form}, {_storage.value}, {_by}, {_zero}", _window(_form, _storage, _zero, **_by))

@@ -24,6 +24,7 @@ import tvm
 from block_models import Case
 from built_models import executor
 from by_path import imported
+from computed_cases import COMPUTED
 from machine_code import innermost_loops, spills
 from product_models import Net
 from row_block_cases import CASES
@@ -388,12 +389,18 @@ def test_imported_weights_in_blocks(isa: Isa, case: Case) -> None:
 @emulated
 @pytest.mark.parametrize(
     "name",
-    ["blocks of 16 by uint4 in blocks of 8, any", "uint8 by computed ones in blocks of 12, one"],
+    [
+        "blocks of 16 by uint4 in blocks of 8, any",
+        "uint8 by computed ones in blocks of 12, one",
+        "a window, int16, {'axis': 0}, middle",
+        "depthwise, int16, one, columns",
+        "dynamic, convolution",
+    ],
 )
 @each_row
-def test_imported_activations_in_blocks(isa: Isa, name: str) -> None:
+def test_imported_products_of_what_is_computed(isa: Isa, name: str) -> None:
     net = Net()
-    model = net.model(CASES[name](net))
+    model = net.model({**CASES, **COMPUTED}[name](net))
     built = build_graph(quantize_model(model).graph, get_target(isa.name))
     assert built.library is not None
     with emulation.executor(isa.name, built.library, built.parameters) as execute:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from block_models import Case
 from by_path import imported
+from computed_cases import COMPUTED
 from cuda_emulator import emulator
 from product_cases import INTEGER
 from product_models import Net
@@ -151,12 +152,16 @@ def test_tensors_of_four_bits(rng: np.random.Generator, four: DType, tmp_path: P
         "blocks of 3 by uint16 in blocks of 4, any",
         "uint8 by computed ones in blocks of 12, one",
         "blocks of one row by one column",
+        "a window, uint8, {}, one",
+        "groups of few columns, uint8, far, columns",
+        "transposed, uint16, middle, tensor",
+        "QLinearConv, uint8, computed weights, zero points",
     ],
 )
 def test_imported_products(name: str) -> None:
     """Scales and zero points that are moved behind a product, and products in parts."""
     net = Net()
-    model = net.model(net.quantized({**INTEGER, **CASES}[name](net), 20.0))
+    model = net.model(net.quantized({**INTEGER, **CASES, **COMPUTED}[name](net), 20.0))
     graph = quantize_model(model).graph
     made = get_target("cuda-sm80")
     with emulator.without_nvcc():
