@@ -169,7 +169,7 @@ def _has_runs(node: Node) -> bool:
 def _changes(a: Array, axis: int) -> set[int]:
     """Return where along an axis numbers are others than just before."""
     along = np.moveaxis(a, axis, 0)
-    differ = (along[1:] != along[:-1]).reshape(max(along.shape[0] - 1, 0), -1).any(axis=1)
+    differ = (along[1:] != along[:-1]).any(axis=tuple(range(1, along.ndim)))
     return {int(k) + 1 for k in np.flatnonzero(differ)}
 
 
