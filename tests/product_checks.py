@@ -37,7 +37,8 @@ def check(make: Make, targets: list[str], seed: int = 0, *, rounded: bool = Fals
     for target in targets:
         np.testing.assert_array_equal(compiled(model, net.samples, target), want, target)
     (theirs,) = runtime(model, net.samples)
-    # Float sums are rounded, biases too; rounded to codes, a sum near a tie may be a code off.
+    # Float sums are rounded, and biases, to half a step of 10 / 255 by 2 / 255; rounded to codes,
+    # a sum near a tie may be a code off.
     span = float(np.abs(theirs).max())
-    atol = 40 / 255 * 1.001 if rounded else max(4e-6 * span, 1e-4)
+    atol = 40 / 255 * 1.001 if rounded else max(4e-6 * span, 1.6e-4)
     np.testing.assert_allclose(want, theirs, rtol=0, atol=atol)
