@@ -345,8 +345,10 @@ def _conv_int(ctx: OpContext, x: Operand, w: Operand) -> Value:
 def _channels(ctx: OpContext, x: Value, group: int, run: tuple[int, int]) -> Value:
     """Cut a run of channels out of every group."""
     n, c, *rest = x.shape
-    if group == 1 or c % group or run == (0, c // group):
+    if group == 1:
         return _cut(ctx, x, 1, run)
+    if c % group or run == (0, c // group):
+        return x
     apart = _cut(ctx, reshape(ctx, x, (n, group, c // group, *rest)), 2, run)
     return reshape(ctx, apart, (n, group * (run[1] - run[0]), *rest))
 

@@ -131,6 +131,27 @@ def _operator(op: str, storage: DType, computed: frozenset[str]) -> Make:
     return make
 
 
+def _integer_groups(group: int, channels: int, computed: bool) -> Make:
+    """ConvInteger, of channels of which float32 cannot hold the sums in one part."""
+
+    def make(net: Net) -> str:
+        shape = (2 * group, channels, 3, 3)
+        w = net.input(*shape, kind=DType.UINT8) if computed else net.constant(
+            net.rng.integers(0, 256, shape), DType.UINT8)  # fmt: skip
+        x = net.input(1, group * channels, 5, 5, kind=DType.UINT8)
+        points = [net.constant(np.asarray(n), DType.UINT8) for n in (9, 200)]
+        y = net.node("ConvInteger", x, w, *points, group=group, pads=[1] * 4)
+        return net.node("Cast", y, to=1)
+
+    return make
+
+
+for _computed_weights in (False, True):
+    for _group, _channels in ((5, 1), (3, 60), (1, 70)):
+        COMPUTED[f"ConvInteger in {_group} groups of {_channels}, {_computed_weights}"] = (
+            _integer_groups(_group, _channels, _computed_weights)
+        )
+
 _OPERATORS = (
     "QLinearConv",
     "QLinearMatMul",
