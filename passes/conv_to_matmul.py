@@ -29,6 +29,7 @@ import numpy as np
 from qcompiler.interpreter import known
 from qcompiler.ir import Graph, Node, Value
 from qcompiler.numerics import expanded
+from qcompiler.ops import Stage
 from qcompiler.passes.rewrite import continued, producer_of, supersede
 from qcompiler.passmanager import Pass, PassContext
 from qcompiler.types import Array, DType, PerAxis, QuantParams, TensorType
@@ -112,10 +113,14 @@ def to_matmul(graph: Graph, node: Node) -> None:
     # Weights in the order of the patches: taps, then channels.
     right = to.reshape(w, *w.shape[:2], taps)
     right = to.transpose(right, 0, 2, 1) if min(taps, each) > 1 else right
+    bias = node.optional(2)
     if group == 1:
         left = to.reshape(patches, rows, depth)
         right = to.reshape(right, columns, depth)
-        product = to.add("matmul", left, right, transpose_b=True)
+        # Beside codes it would be rounded to the scale of their products.
+        inside = bias is not None and known(bias) is not None and graph.stage is Stage.FLOAT
+        own, bias = (bias, None) if inside else (None, bias)
+        product = to.add("matmul", left, right, own, transpose_b=True)
         y, channels = product, -1
     elif columns < _FEW_COLUMNS and known(w) is None:
         left = to.reshape(right, group, columns, depth)
@@ -136,13 +141,13 @@ def to_matmul(graph: Graph, node: Node) -> None:
     else:
         y = to.reshape(y, group * columns, n, *out)
         y = to.transpose(y, 1, 0, *range(2, len(out) + 2))
-    _finish(to, product, y)
+    _finish(to, product, y, bias)
 
 
-def _finish(to: _Writer, product: Value, y: Value) -> None:
+def _finish(to: _Writer, product: Value, y: Value, bias: Value | None) -> None:
     """Add what is fused, and replace the convolution; plans know the product by its name."""
     graph, node = to.graph, to.node
-    bias, residual = node.optional(2), node.optional(3)
+    residual = node.optional(3)
     if bias is not None:
         wide = to.reshape(bias, bias.type.size, *(1,) * (y.type.rank - 2))
         y = to.add("add", y, wide)
@@ -223,11 +228,11 @@ def scales_behind(graph: Graph, node: Node) -> None:
 
 
 def _plain(to: _Writer, at: int, axis: int) -> tuple[Value, Array] | None:
-    """Return an operand with one scale of 1, and its scales, if those are along an axis."""
+    """Return a computed operand on the scale 1, and its scales, if those are along an axis."""
     v = to.node.input(at)
     codes = _codes(v)
     q = None if codes is None else codes.qparams
-    if codes is None or q is None or q.granularity != PerAxis(axis):
+    if codes is None or codes.is_constant or q is None or q.granularity != PerAxis(axis):
         return None
     scale, zero = expanded(q, codes.shape)
     storage, point, low, high = q.storage, int(q.zero_point[0]), q.qmin, q.qmax

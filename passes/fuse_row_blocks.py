@@ -23,7 +23,7 @@ product first, of patches that are selected likewise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -216,9 +216,14 @@ def _tracked(
         return None
     scale, zero = (np.broadcast_to(a, held.shape) for a in expanded(params(held), held.shape))
     # Padding is a code of real 0, whatever its scale: that of the others, where there is one.
-    fill = float(scale.reshape(-1)[0]), int(zero.reshape(-1)[0])
+    fill = float(scale.reshape(-1)[0]), _middle(params(held))
     scale, zero = (_moved(a, every, n) for a, n in zip((scale, zero), fill, strict=True))
     return held, every, scale, zero.astype(np.int32)
+
+
+def _middle(q: QuantParams) -> int:
+    """Return the zero point that codes get which have several."""
+    return int(np.clip(np.median(q.zero_point), q.storage.min, q.storage.max))
 
 
 def _moved(a: Array, moves: Sequence[_Move], fill: float = 0) -> Array:
@@ -279,8 +284,7 @@ def _by_matrix(
     size = _whole(runs, WHOLE_GROUP)
     own = x.starts(x.scale, runs).astype(np.float32)
     zeros = x.starts(x.zero, runs).astype(np.int64)
-    kind = x.held.dtype
-    zero = int(np.clip(np.median(zeros), kind.min, kind.max))
+    zero = _middle(params(x.held))
     shift = zeros - zero
     parts = _codes(graph, node, x, runs, size, zero, made)
     weights, total = _weights(w, runs, size)
@@ -321,18 +325,42 @@ def _codes(
         return made[key]
     step = adder(graph, node)
     q, count = params(x.held), len(runs)
+    depth = x.scale.shape[-1]
+
+    def grid(real: Value, scale: Array, zeros: Array) -> tuple[Value, ...]:
+        """Codes of reals on the grid of scale 1, by bytes."""
+        real = step("div", real, graph.constant(scale.astype(np.float32), f"{x.held.name}_scale"))
+        if (zeros != zero).any():
+            off = graph.constant((zeros - zero).astype(np.float32), f"{x.held.name}_zero")
+            real = step("add", step("round", real), off)
+        return _bytes(graph, node, real, q, zero)
+
+    if x.scale.size > 2 * x.held.type.size:  # as patches are: it is codes that are moved
+        source = _reals(replace(x, moves=()), step)
+        parts = grid(source, *(np.broadcast_to(a, x.held.shape) for a in expanded(q, x.held.shape)))
+        picked = _picked(runs, size, depth)
+        for op, attrs, rest in x.moves:
+            parts = tuple(step(op, v, *rest, **attrs) for v in parts)
+        made[key] = tuple(_taken(graph, step, v, x.axis, picked) for v in parts)
+        return made[key]
     # What fills a block is multiplied by nothing. Codes are less to move than reals.
     even = all(len(run) == len(runs[0]) for run in runs[:-1]) and len(runs[-1]) <= len(runs[0])
     held = len(runs[0]) if even else size
-    picked = _picked(runs, held, x.scale.shape[-1])
-    real = _taken(graph, step, _reals(x, step), x.axis, picked)
+    real = _taken(graph, step, _reals(x, step), x.axis, _picked(runs, held, depth))
     # A scale for each block, not for each number.
     real = step("reshape", real, shape=(*real.shape[:-1], count, held))
-    scale, zeros = (_least(x.starts(a, runs))[..., None] for a in (x.scale, x.zero))
-    real = step("div", real, graph.constant(scale.astype(np.float32), f"{x.held.name}_scale"))
-    if (zeros != zero).any():
-        off = graph.constant((zeros - zero).astype(np.float32), f"{x.held.name}_zero")
-        real = step("add", step("round", real), off)
+    parts = grid(real, *(_least(x.starts(a, runs))[..., None] for a in (x.scale, x.zero)))
+    if size > held:
+        ends = (*[0] * (2 * real.type.rank - 1), size - held)
+        parts = tuple(step("pad", v, pads=ends) for v in parts)
+    flat = (*real.shape[:-2], count * size)
+    made[key] = tuple(step("reshape", v, shape=flat) for v in parts)
+    return made[key]
+
+
+def _bytes(graph: Graph, node: Node, real: Value, q: QuantParams, zero: int) -> tuple[Value, ...]:
+    """Return reals of scale 1 as codes of a storage around one zero point; of 16 bits, as two."""
+    step = adder(graph, node)
 
     def quantized(v: Value, storage: DType, zero: int, qmin: int, qmax: int) -> Value:
         grid = QuantParams(np.float32(1), np.int32(zero), storage, qmin, qmax)
@@ -340,28 +368,22 @@ def _codes(
         return graph.add("quantize", [v], types=types, before=node, sources=node.sources).output
 
     codes = quantized(real, q.storage, zero, q.qmin, q.qmax)
-    parts: tuple[Value, ...] = (codes,)
-    if q.storage in _SIXTEEN:
-        upper = DType.INT8 if q.storage is DType.INT16 else DType.UINT8
-        low_zero = zero & (_BYTE - 1)
+    if q.storage not in _SIXTEEN:
+        return (codes,)
+    upper = DType.INT8 if q.storage is DType.INT16 else DType.UINT8
+    low_zero = zero & (_BYTE - 1)
 
-        def number(value: float) -> Value:
-            return graph.constant(np.asarray(value, np.float32), f"{x.held.name}_byte")
+    def number(value: float) -> Value:
+        return graph.constant(np.asarray(value, np.float32), f"{codes.name}_byte")
 
-        whole = step("dequantize", codes)  # q - z, exact
-        above = step("add", whole, number(low_zero)) if low_zero else whole
-        high = step("floor", step("mul", above, number(1 / _BYTE)))
-        low = step("sub", whole, step("mul", high, number(_BYTE)))
-        parts = (
-            quantized(high, upper, zero >> 8, upper.min, upper.max),
-            quantized(low, DType.UINT8, low_zero, 0, _BYTE - 1),
-        )
-    if size > held:
-        ends = (*[0] * (2 * real.type.rank - 1), size - held)
-        parts = tuple(step("pad", v, pads=ends) for v in parts)
-    flat = (*real.shape[:-2], count * size)
-    made[key] = tuple(step("reshape", v, shape=flat) for v in parts)
-    return made[key]
+    whole = step("dequantize", codes)  # q - z, exact
+    above = step("add", whole, number(low_zero)) if low_zero else whole
+    high = step("floor", step("mul", above, number(1 / _BYTE)))
+    low = step("sub", whole, step("mul", high, number(_BYTE)))
+    return (
+        quantized(high, upper, zero >> 8, upper.min, upper.max),
+        quantized(low, DType.UINT8, low_zero, 0, _BYTE - 1),
+    )
 
 
 def _least(a: Array) -> Array:

@@ -547,13 +547,6 @@ _float(
     lambda net: net.node("MatMul", net.activations(3, 16, axis=1, size=1), net.weights(16, 8)),
 )
 _float(
-    "activations in blocks of channels",
-    f"activations have scales in blocks along axis 1: {_NO_ONE}",
-    lambda net: net.node(
-        "Conv", net.activations(1, 16, 6, 6, axis=1, size=8), net.weights(8, 16, 3, 3, axis=0)
-    ),
-)
-_float(
     "activations by column",
     f"activations have scales along axis 1: {_NO_ONE}",
     lambda net: net.node("MatMul", net.activations(3, 16, axis=1), net.weights(16, 8)),

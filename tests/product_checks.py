@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 from product_models import Net, runtime
 
 import qcompiler
@@ -42,3 +43,9 @@ def check(make: Make, targets: list[str], seed: int = 0, *, rounded: bool = Fals
     span = float(np.abs(theirs).max())
     atol = 40 / 255 * 1.001 if rounded else max(4e-6 * span, 1.6e-4)
     np.testing.assert_allclose(want, theirs, rtol=0, atol=atol)
+
+
+def in_turn(names: Sequence[str], every: int) -> list[Any]:
+    """Every so many of the names as test parameters; the others are slow."""
+    slow = pytest.mark.slow
+    return [n if i % every == 0 else pytest.param(n, marks=slow) for i, n in enumerate(names)]

@@ -14,7 +14,7 @@ from computed_cases import COMPUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from product_cases import FLOAT, INTEGER
-from product_checks import FLOATS, ROWS, check, compiled
+from product_checks import FLOATS, ROWS, check, compiled, in_turn
 from product_models import Net, runtime
 
 from qcompiler.driver import quantize_model
@@ -24,14 +24,14 @@ FORMS = {**INTEGER, **COMPUTED}
 NAMES = list(FORMS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_turn(NAMES, 3))
 def test_every_form_is_integers(name: str) -> None:
     net = Net()
     model = net.model(FORMS[name](net))
     assert not FLOATS & {n.op.name for n in quantize_model(model).graph.nodes}
 
 
-@pytest.mark.parametrize("name", NAMES[::4])
+@pytest.mark.parametrize("name", in_turn(NAMES, 6))
 def test_forms_agree_with_onnx_runtime(name: str) -> None:
     check(FORMS[name], [], rounded=len(name) % 2 == 0)
 

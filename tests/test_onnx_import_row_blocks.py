@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from product_checks import FLOATS, ROWS, check
+from product_checks import FLOATS, ROWS, check, in_turn
 from product_models import Net
 from row_block_cases import CASES, STORAGES, WEIGHTS, blocks
 
@@ -25,13 +25,13 @@ def integers_of(y: str, net: Net) -> Graph:
     return quantize_model(net.model(y)).graph
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", in_turn(NAMES, 3))
 def test_every_form_is_integers(name: str) -> None:
     net = Net()
     assert not FLOATS & {n.op.name for n in integers_of(CASES[name](net), net).nodes}
 
 
-@pytest.mark.parametrize("name", NAMES[::3])
+@pytest.mark.parametrize("name", in_turn(NAMES, 4))
 def test_forms_agree_with_onnx_runtime(name: str) -> None:
     check(CASES[name], [], rounded=len(name) % 2 == 0)
 

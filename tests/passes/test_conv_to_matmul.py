@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 import qcompiler
+from qcompiler.driver import quantize_model
 from qcompiler.ops import Stage
 from qcompiler.passes.canonicalize import canonicalize_passes
 from qcompiler.passes.conv_to_matmul import ConvToMatmul
@@ -154,3 +156,30 @@ def test_compiled(load_text: Any, rng: np.random.Generator) -> None:
     )
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-3)
     assert any(name.startswith("matmul") for name, _ in compiled.profile(feeds))
+
+
+def test_a_float_network_is_quantized(rng: np.random.Generator) -> None:
+    """Weights that another branch computes are activations like others."""
+    from onnx import parser
+
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+        net (float[1,16,12,12] x, float[1,8] c) => (float[1,24,10,10] y) {
+            k = MatMul(c, m)
+            w = Reshape(k, s)
+            y = Conv(x, w)
+        }"""
+    model = parser.parse_model(text)
+    held = {"m": rng.normal(size=(8, 24 * 16 * 9)).astype(np.float32) / 30}
+    held["s"] = np.asarray([24, 16, 3, 3], np.int64)  # type: ignore[assignment]
+    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in held.items())
+    samples = {
+        "x": rng.normal(size=(16, 16, 12, 12)).astype(np.float32),
+        "c": rng.normal(size=(16, 8)).astype(np.float32),
+    }
+    one = {n: a[:1] for n, a in samples.items()}
+    floats = qcompiler.compile(model, precision="fp32")(one)["y"]
+    result = quantize_model(model, calibration=samples)
+    products = {n.op.name for n in result.graph.nodes if "matmul" in n.op.name}
+    assert products == {"qmatmul"}
+    found = qcompiler.compile(model, target="reference", calibration=samples)(one)["y"]
+    assert np.abs(found - floats).max() < 0.03 * np.abs(floats).max()

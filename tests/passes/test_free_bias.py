@@ -76,10 +76,13 @@ def test_products_keep_their_kernels(
 def test_networks_without_an_integer_product_compile(
     samples: dict[str, Array], rng: np.random.Generator
 ) -> None:
-    net = model("y = Conv<pads=[1,1,1,1]>(x, w)", "float[1,16,9,9] x, float[24,16,3,3] w", rng)
-    given = {"x": samples["x"], "w": rng.standard_normal((8, 24, 16, 3, 3)).astype(np.float32)}
+    conv = "y = Conv<pads=[1,1,1,1], group=16>(x, w)"
+    net = model(conv, "float[1,16,9,9] x, float[16,1,3,3] w", rng)
+    net.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 16
+    given = {"x": samples["x"], "w": rng.standard_normal((8, 16, 1, 3, 3)).astype(np.float32)}
     one = {"x": given["x"][:1], "w": given["w"][0]}
     made = qcompiler.compile(net, calibration=given)
+    assert not any(n["precision"] == "w8a8" for n in made.report["nodes"])
     np.testing.assert_allclose(made(one)["y"], theirs(net, one), rtol=0, atol=1e-3)
 
 
