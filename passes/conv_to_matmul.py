@@ -38,6 +38,9 @@ _FEW_COLUMNS = 8
 """Columns of a group below which its weights are the rows of the product, and patches its columns:
 kernels hold vectors of columns."""
 
+MOST_PLACES = 1 << 20
+"""Places of one table: those of large images are gathered along their axes, which takes longer."""
+
 
 @dataclass(frozen=True)
 class ConvToMatmul(Pass):
@@ -177,6 +180,8 @@ def _patches(to: _Writer, x: Value, kernel: tuple[int, ...]) -> Value:
     steps = zip(kernel, node.attr("dilations"), node.attr("strides"), out, strict=True)
     # Per axis, [extent of the result, taps]: places in the padded input.
     along = [np.arange(o)[:, None] * s + np.arange(k)[None] * d for k, d, s, o in steps]
+    if math.prod(a.size for a in along) > MOST_PLACES:
+        return _patches_by_axis(to, y, along)
     places = np.zeros((1, 1), np.int64)
     for extent, axis in zip(y.shape[1:-1], along, strict=True):
         far = places[:, None, :, None] * extent + axis[None, :, None, :]
@@ -188,6 +193,18 @@ def _patches(to: _Writer, x: Value, kernel: tuple[int, ...]) -> Value:
         held = to.graph.constant(places.reshape(-1).astype(np.int32), f"{node.name}_places")
         y = to.add("gather", y, held, axis=1)
     return to.reshape(y, n * positions, taps, c)
+
+
+def _patches_by_axis(to: _Writer, y: Value, along: list[Array]) -> Value:
+    """Return the patches of x[N, ..., C], gathered along one axis after the other."""
+    n, c, rank = y.shape[0], y.shape[-1], len(along)
+    for axis, places in enumerate(along):
+        held = to.graph.constant(places.reshape(-1).astype(np.int32), f"{to.node.name}_places")
+        y = to.add("gather", y, held, axis=1 + axis)
+    y = to.reshape(y, n, *(d for places in along for d in places.shape), c)
+    y = to.transpose(y, 0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+    taps = math.prod(places.shape[1] for places in along)
+    return to.reshape(y, n * math.prod(places.shape[0] for places in along), taps, c)
 
 
 # --------------------------------------------------------------------------------- scales

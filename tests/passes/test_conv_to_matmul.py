@@ -13,6 +13,7 @@ from onnx import numpy_helper
 import qcompiler
 from qcompiler.driver import quantize_model
 from qcompiler.ops import Stage
+from qcompiler.passes import conv_to_matmul
 from qcompiler.passes.canonicalize import canonicalize_passes
 from qcompiler.passes.conv_to_matmul import ConvToMatmul
 from qcompiler.passes.fuse import Fuse
@@ -37,10 +38,21 @@ from qcompiler.passmanager import PassContext, PassManager
         ("1,3,4,5,6", "2,3,2,3,2", "pads: ints = [1,0,0,0,1,1]"),
     ],
 )
-@pytest.mark.parametrize("bias", ["", ", b"])
+@pytest.mark.parametrize(("bias", "places"), [("", None), (", b", None), ("", 0)])
 def test_any_window(
-    load_text: Any, rewrite: Any, uniform: Any, x: str, w: str, attrs: str, bias: str
+    load_text: Any,
+    rewrite: Any,
+    uniform: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    x: str,
+    w: str,
+    attrs: str,
+    bias: str,
+    places: int | None,
 ) -> None:
+    """Also of large images, whose places make no table."""
+    if places is not None:
+        monkeypatch.setattr(conv_to_matmul, "MOST_PLACES", places)
     text = f"(float[{x}] x, float[{w}] w) => (y) {{ y = Conv<{attrs}>(x, w{bias}) }}"
     constants = {"b": uniform(int(w.split(",")[0]))} if bias else {}
     graph = load_text(text, **constants)
