@@ -129,6 +129,13 @@ def _computed(net: Net, columns: int, group: int) -> str:
     return net.node("Conv", a, w, group=group, pads=[1] * 4)
 
 
+def _blocks(net: Net, size: int, spread: int) -> str:
+    a = net.activations(
+        net.input(1, 64, 28, 28), 1, 64 // size, 28, 28, axis=1, block_size=size, spread=spread
+    )
+    return net.node("Conv", a, net.weights(64, 64, 3, 3, axis=0), pads=[1] * 4)
+
+
 def _dynamic(net: Net) -> str:
     codes = net.node("DynamicQuantizeLinear", net.input(128, 768))
     numbers = [f"{codes}_{what}" for what in ("scale", "zero")]
@@ -150,6 +157,8 @@ CASES: dict[str, Callable[[Net], str]] = {
     "3x3, 64 to 64 channels, 28x28, weights that are computed": lambda n: _computed(n, 64, 1),
     "the same in 4 groups": lambda n: _computed(n, 64, 4),
     "the same, depthwise": lambda n: _computed(n, 64, 64),
+    "3x3, 64 to 64 channels, 28x28, activations in blocks of 16": lambda n: _blocks(n, 16, 0),
+    "3x3, 64 to 64 channels, 28x28, activations in blocks of 32": lambda n: _blocks(n, 32, 0),
     "matrix, 128 rows, K and N 768, scale and zero point of the run": _dynamic,
 }  # fmt: skip
 
@@ -164,6 +173,7 @@ def measure(name: str, make: Callable[[Net], str]) -> None:
     with (
         mock.patch.object(fuse, "move_scales", return_value=False),
         mock.patch.object(fuse, "free_bias", return_value=False),
+        mock.patch.object(fuse, "move_row_blocks", return_value=False),
         mock.patch.object(fuse_parts, "MOST_PARTS", 0),
         mock.patch.object(ConvToMatmul, "run", return_value=False),
         mock.patch.object(FactorsBehind, "run", return_value=False),
