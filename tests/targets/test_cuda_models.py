@@ -170,6 +170,24 @@ def test_imported_products(name: str) -> None:
     assert emulator.differences(got, interpret(graph, net.samples)) == []
 
 
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_floats_of_computed_windows(group: int) -> None:
+    """Depthwise convolutions too, which CPUs leave to TVM, with what is fused into them."""
+    net = Net()
+    x, w = net.input(2, 8, 6, 5, far=False), net.input(8, 8 // group, 3, 3, far=False)
+    y = net.node("Conv", x, w, net.floats(8), group=group, pads=[1] * 4)
+    model = net.model(net.node("Relu", net.node("Add", y, net.input(2, 8, 6, 5, far=False))))
+    graph = quantize_model(model, precision="fp32").graph
+    with emulator.without_nvcc():
+        shaped = build_graph(graph, get_target("cuda-sm80")).graph
+    assert "conv" not in {n.op.name for n in shaped.nodes}
+    (got,), (want,) = (
+        list(found.values())
+        for found in (emulator.run_graph(shaped, net.samples), interpret(graph, net.samples))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["kws_dscnn", "kws_dscnn_qdq", "ic_resnet8", "mobilenetv2"])
 def test_more_models(name: str, tmp_path: Path) -> None:
