@@ -268,12 +268,10 @@ def _summed_exactly(v: Value, own: _Behind, other: _Behind) -> _Behind:
 
 
 def _sums_exactly(node: Node, x: Value, w: Value, left: _Behind, right: _Behind) -> bool:
-    """Whether float32 holds the sums of codes that zero points are multiplied by."""
-    if left.shift is None and right.shift is None:
-        return True
+    """Whether float32 holds the sums of codes that the other side's zero points multiply."""
     depth = x.shape[-2 if node.attr("transpose_a") else -1]
-    span = max(q.qmax - q.qmin for q in (params(x), params(w)))
-    return depth * span < 1 << 24
+    summed = [params(v) for v, other in ((x, right), (w, left)) if other.shift is not None]
+    return all(depth * (q.qmax - q.qmin) < 1 << 24 for q in summed)
 
 
 def _less_sums(

@@ -108,14 +108,15 @@ for _zero in ("middle", "any"):
             "MatMul", net.activations(70, 2, 8), net.weights(70, 8, 5, axis=1, size=8, zero=z)
         ),
     )
-    _add(
-        f"zero points of many matrices, {_zero}",
-        lambda net, z=_zero: net.node(
-            "MatMul",
-            net.activations(70, 2, 8),
-            net.weights(70, 8, 5, storage=DType.UINT16, axis=0, zero="far" if z == "any" else z),
-        ),
-    )
+    for _depth in (8, 300):
+        _add(
+            f"zero points of many matrices of {_depth}, {_zero}",
+            lambda net, z="far" if _zero == "any" else _zero, k=_depth: net.node(
+                "MatMul",
+                net.activations(70, 2, k),
+                net.weights(70, k, 5, storage=SIXTEEN[k > 8], axis=0, zero=z),
+            ),
+        )
     for _size in (2, 3, 4):
         _add(
             f"many matrices in blocks of {_size}, {_zero}",
@@ -577,7 +578,7 @@ _float(
     "its weights exceed 16 bits when their zero points are taken off",
     lambda net: net.node(
         "MatMul",
-        net.activations(70, 2, 300),
+        net.activations(70, 2, 300, storage=DType.UINT16),
         net.weights(70, 300, 5, storage=DType.UINT16, axis=0, zero="far"),
     ),
 )
